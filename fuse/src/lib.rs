@@ -1,0 +1,1 @@
+//! Lazy squashfs reader and FUSE server.

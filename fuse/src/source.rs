@@ -1,0 +1,60 @@
+//! Positional reads from the byte range of a file that holds an image.
+//!
+//! pread(2) only: no shared file offset, and no mapping, which a truncated or lost network file would
+//! turn into SIGBUS. A short read is an error, never a shorter answer.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use crate::error::{Error, Result};
+
+/// A byte range of a file.
+pub(crate) struct Source {
+    file: File,
+    offset: u64,
+    len: u64,
+}
+
+impl Source {
+    /// The `len` bytes of `file` that begin at `offset`; without `len`, all that follow.
+    pub(crate) fn open(file: File, offset: u64, len: Option<u64>) -> Result<Source> {
+        let size = file_len(&file)?;
+        let rest = size.saturating_sub(offset);
+        Ok(Source { file, offset, len: len.map_or(rest, |len| len.min(rest)) })
+    }
+
+    /// Bytes in the range.
+    pub(crate) fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Fills `buf` from `position` bytes after the start of the range.
+    pub(crate) fn read_exact(&self, position: u64, buf: &mut [u8]) -> Result<()> {
+        let end = position.checked_add(buf.len() as u64).ok_or(Error::Damaged("offset"))?;
+        if end > self.len {
+            return Err(Error::Damaged("offset: it lies beyond the end"));
+        }
+        self.file
+            .read_exact_at(buf, self.offset + position)
+            .map_err(|e| Error::os("read the image", &e))
+    }
+
+    /// Tells the kernel that these bytes will be wanted; costs nothing when it does not care.
+    pub(crate) fn will_need(&self, position: u64, len: u64) {
+        let advice = rustix::fs::Advice::WillNeed;
+        // A hint only: there is nothing to do about a file system that refuses it.
+        let _hint =
+            rustix::fs::fadvise(&self.file, self.offset + position, std::num::NonZeroU64::new(len), advice);
+    }
+}
+
+/// Length of a regular file or block device.
+fn file_len(file: &File) -> Result<u64> {
+    let meta = file.metadata().map_err(|e| Error::os("examine the image", &e))?;
+    if meta.is_file() {
+        return Ok(meta.len());
+    }
+    // A block device has length 0 in stat(2); its end can be sought.
+    use std::io::{Seek, SeekFrom};
+    (&*file).seek(SeekFrom::End(0)).map_err(|e| Error::os("find the end of the image", &e))
+}

@@ -1,0 +1,292 @@
+//! `exec`, `run`, `shell`, `test` and `run-help`.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+
+use super::flags::ActionArgs;
+use super::{Explain, Persona, Usage, explain};
+use crate::host::{Host, normalise};
+use crate::image::{self, Root};
+use crate::plan::{self, Bind, EnvironmentRequest, Init, Layer, Namespaces, Request, Verb, bind};
+use crate::{engine, exit, gpu, say};
+
+/// Runs an action command with what was parsed.
+///
+/// # Errors
+/// Whatever is wrong with the request, the image or the machine.
+pub fn run(name: &str, args: ActionArgs, explain: Option<Explain>, persona: Persona) -> Result<u8> {
+    run_on(name, args, explain, persona, Host::read()?)
+}
+
+/// The same on a host that was read already.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_on(name: &str, args: ActionArgs, explain: Option<Explain>, _persona: Persona, host: Host) -> Result<u8> {
+    if let Some(refusal) = args.refusal() {
+        bail!("{} is not supported: {}", refusal.option, refusal.why);
+    }
+    let path = image_path(&args.image, &host)?;
+    let image = image::open(&path)?;
+    if name == "run-help" {
+        return run_help(image.as_ref(), args.app.as_deref());
+    }
+    let facts = image.facts()?;
+    image::check_arch(facts.arch.as_deref(), host.arch)?;
+    let request = request(name, &args, &host)?;
+    let groups = host.groups();
+    let planned = plan::plan(&request, &host, &facts, image.root(), &groups)?;
+    drop(image);
+    for warning in &planned.warnings {
+        say::warn(format_args!("{warning}"));
+    }
+    for info in &planned.infos {
+        say::info(format_args!("{info}"));
+    }
+    if let Some(form) = explain {
+        explain::print(&planned.plan, form)?;
+        return Ok(exit::OK);
+    }
+    if say::level() >= say::DEBUG {
+        for line in explain::lines(&planned.plan) {
+            say::debug(format_args!("plan: {line}"));
+        }
+    }
+    engine::run(&planned.plan, host.var("XDG_RUNTIME_DIR"))
+}
+
+/// The image's path: a path that exists beats the reading of a colon as a URI.
+fn image_path(image: &OsString, host: &Host) -> Result<PathBuf> {
+    let path = host.cwd.join(image);
+    let text = image.to_string_lossy();
+    if let Some((scheme, _)) = text.split_once("://").or_else(|| text.split_once(':').filter(|(s, _)| is_transport(s)))
+        && std::fs::symlink_metadata(&path).is_err()
+    {
+        match scheme {
+            "instance" => bail!("no instance found with name {:?}: instances are not supported by this version", &text[11..]),
+            scheme if is_transport(scheme) => {
+                bail!("cannot fetch {text}: pulling images is not supported by this version; give an image file or a directory")
+            }
+            other => bail!("Unsupported transport type: {other}"),
+        }
+    }
+    Ok(path)
+}
+
+fn is_transport(scheme: &str) -> bool {
+    const KNOWN: [&str; 11] =
+        ["docker", "docker-daemon", "docker-archive", "oci", "oci-archive", "library", "oras", "shub", "http", "https", "instance"];
+    KNOWN.contains(&scheme)
+}
+
+fn run_help(image: &dyn image::Image, app: Option<&str>) -> Result<u8> {
+    let path = match app {
+        Some(app) => format!("/scif/apps/{app}/scif/runscript.help"),
+        None => "/.singularity.d/runscript.help".into(),
+    };
+    match image.read(Path::new(&path))? {
+        Some(text) => print!("{}", String::from_utf8_lossy(&text)),
+        None => println!("No help sections were defined for this image"),
+    }
+    Ok(exit::OK)
+}
+
+/// Settles the options into a request: what can contradict itself in text is resolved here.
+fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Request> {
+    let verb = match name {
+        "exec" => Verb::Exec,
+        "shell" => Verb::Shell,
+        "test" => Verb::Test,
+        _ => Verb::Run,
+    };
+    if verb == Verb::Shell && !args.rest.is_empty() {
+        say::warn(format_args!("Parameters to shell command are ignored"));
+    }
+    let all = args.containall || args.compat;
+    let uts = args.uts || args.hostname.is_some();
+    let pid = (args.pid || all) && !args.no_pid;
+    let fakeroot = args.fakeroot.then(|| {
+        if args.ignore_subuid { None } else { engine::userns::subordinate_ids(&host.user.name, host.uid) }
+    });
+    Ok(Request {
+        verb,
+        args: if verb == Verb::Shell { Vec::new() } else { args.rest.clone() },
+        app: args.app.clone().filter(|a| !a.is_empty()),
+        shell: args.shell.clone(),
+        binds: binds(args, host)?,
+        home: home(args)?,
+        no_home: args.no_home,
+        no_mount: no_mount(&args.no_mount),
+        workdir: args.workdir.as_ref().map(|w| normalise(&host.cwd.join(w))),
+        scratch: args.scratch.clone(),
+        layers: layers(args, host)?,
+        writable: args.writable,
+        contain: args.contain || all,
+        close_descriptors: all,
+        namespaces: Namespaces { pid, ipc: args.ipc || all, net: args.net, uts },
+        fakeroot,
+        init: if args.no_init || args.compat { Init::Payload } else { Init::Appinit },
+        hostname: args.hostname.clone(),
+        dns: args.dns.clone(),
+        cwd: args.cwd.clone(),
+        no_umask: args.no_umask || args.compat,
+        environment: EnvironmentRequest {
+            clean: args.cleanenv || all,
+            no_env: args.no_env.clone(),
+            env: env(&args.env)?,
+            env_files: env_files(&args.env_file, host)?,
+            no_eval: args.no_eval || args.compat,
+        },
+        gpu: gpu::find(args.nv && !args.no_nv, args.rocm && !args.no_rocm),
+    })
+}
+
+fn binds(args: &ActionArgs, host: &Host) -> Result<Vec<Bind>> {
+    let mut binds = Vec::new();
+    for text in &args.bind {
+        binds.extend(bind::parse_binds(text).context("While setting bind mount configuration")?);
+    }
+    for text in &args.mount {
+        binds.push(bind::parse_mount(text).context("While setting bind mount configuration")?);
+    }
+    for bind in binds.iter_mut().filter(|b| b.image_src.is_some() || b.id.is_some()) {
+        let path = host.cwd.join(&bind.source);
+        let file = image::open(&path).with_context(|| format!("cannot bind the image {}", path.display()))?;
+        bind.image = Some(file.data(bind.id)?);
+    }
+    Ok(binds)
+}
+
+fn home(args: &ActionArgs) -> Result<Option<(PathBuf, PathBuf)>> {
+    let Some(text) = &args.home else { return Ok(None) };
+    let (source, target) = text.split_once(':').unwrap_or((text, text));
+    for path in [source, target] {
+        if !path.starts_with('/') {
+            bail!("--home {text:?}: path {path:?} is not an absolute path");
+        }
+    }
+    Ok(Some((source.into(), normalise(Path::new(target)))))
+}
+
+fn no_mount(names: &[String]) -> Vec<String> {
+    const KNOWN: [&str; 9] = ["proc", "sys", "dev", "devpts", "home", "tmp", "hostfs", "cwd", "bind-paths"];
+    for name in names.iter().filter(|n| !n.is_empty() && !n.starts_with('/') && !KNOWN.contains(&n.as_str())) {
+        say::warn(format_args!("Ignoring unknown mount type '{name}' (--no-mount)"));
+    }
+    names.to_vec()
+}
+
+/// `--overlay` in the order given, then the throw-away layer.
+fn layers(args: &ActionArgs, host: &Host) -> Result<Vec<Layer>> {
+    let mut layers = Vec::new();
+    for text in &args.overlay {
+        let (text, read_only) = match text.strip_suffix(":ro") {
+            Some(text) => (text, true),
+            None => (text.strip_suffix(":rw").unwrap_or(text), false),
+        };
+        let path = normalise(&host.cwd.join(text));
+        if !path.exists() {
+            bail!("while loading overlay images: failed to open overlay image {}: no such file or directory", path.display());
+        }
+        if path.is_dir() {
+            layers.push(if read_only { Layer::ReadOnlyDirectory(path) } else { Layer::Directory(path) });
+            continue;
+        }
+        let file = image::open(&path).with_context(|| format!("while loading overlay image {}", path.display()))?;
+        let facts = file.facts()?;
+        let roots = if facts.overlays.is_empty() { vec![file.root()] } else { facts.overlays };
+        if !read_only && roots.iter().any(|r| matches!(r, Root::Ext { .. })) {
+            bail!(
+                "the overlay image {} cannot be written by this version: add :ro to read it, or use a directory as the overlay",
+                path.display()
+            );
+        }
+        if !read_only {
+            bail!("the overlay image {} cannot be written: squashfs is read-only; add :ro", path.display());
+        }
+        layers.extend(roots.into_iter().map(Layer::Image));
+    }
+    if args.writable_tmpfs || args.compat {
+        layers.push(Layer::Tmpfs(args.writable_tmpfs_size.as_deref().map(size).transpose()?));
+    } else if args.writable_tmpfs_size.is_some() {
+        bail!("--writable-tmpfs-size needs --writable-tmpfs");
+    }
+    Ok(layers)
+}
+
+/// A size with an optional unit K, M, G or T (powers of 1024).
+fn size(text: &str) -> Result<u64> {
+    let wrong = || format!("{text:?} is not a size: use a number with K, M, G or T");
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text[digits.len()..].to_ascii_uppercase().trim_end_matches('B').trim_end_matches('I') {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => bail!(wrong()),
+    };
+    let number: u64 = digits.parse().with_context(wrong)?;
+    number.checked_mul(1 << unit).filter(|n| *n > 0).with_context(wrong)
+}
+
+/// `--env`: one `K=V` may hold commas; several in one option are CSV fields.
+fn env(options: &[String]) -> Result<Vec<(String, OsString)>> {
+    let mut env = Vec::new();
+    for option in options {
+        let fields = match option.matches('=').count() {
+            1 => vec![option.trim_matches('"').to_owned()],
+            _ => bind::csv_fields(option)?,
+        };
+        for field in fields {
+            let Some((key, value)) = field.split_once('=') else {
+                let text = format!("invalid argument {option:?} for \"--env\" flag: {field} must be formatted as key=value");
+                return Err(Usage { command: "exec".into(), text }.into());
+            };
+            env.push((key.to_owned(), value.into()));
+        }
+    }
+    Ok(env)
+}
+
+fn env_files(paths: &[PathBuf], host: &Host) -> Result<Vec<(PathBuf, Vec<u8>)>> {
+    /// An environment file is a few kilobytes; a device or a log is a mistake.
+    const MAX: u64 = 16 << 20;
+    let mut files = Vec::new();
+    for path in paths {
+        let path = host.cwd.join(path);
+        let what = || format!("cannot read the environment file {} (--env-file)", path.display());
+        let meta = std::fs::metadata(&path).with_context(what)?;
+        if meta.len() > MAX || !meta.is_file() && meta.len() > 0 {
+            bail!("{}: not a file of at most 16 MiB", what());
+        }
+        files.push((path.clone(), std::fs::read(&path).with_context(what)?));
+    }
+    Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes() {
+        assert_eq!(size("64M").ok(), Some(64 << 20));
+        assert_eq!(size("1GiB").ok(), Some(1 << 30));
+        assert_eq!(size("4096").ok(), Some(4096));
+        for bad in ["", "0", "x", "5Q", "99999999999T"] {
+            assert!(size(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn env_of_one_equals_sign_keeps_its_commas() {
+        let get = |o: &str| env(&[o.into()]).map(|e| e.into_iter().map(|(k, v)| format!("{k}={}", v.display())).collect::<Vec<_>>());
+        assert_eq!(get("A=1,2").ok(), Some(vec!["A=1,2".to_owned()]));
+        assert_eq!(get("A=1,B=2").ok(), Some(vec!["A=1".to_owned(), "B=2".to_owned()]));
+        assert_eq!(get("\"A=1,2\",B=3").ok(), Some(vec!["A=1,2".to_owned(), "B=3".to_owned()]));
+        assert!(get("A").is_err());
+    }
+}

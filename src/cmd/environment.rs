@@ -1,0 +1,131 @@
+//! Options from the environment: `APPTAINER_<KEY>` first, then `SINGULARITY_<KEY>`.
+//!
+//! A command-line option beats the environment, but `--bind` and `--mount` of both are taken together.
+//! Empty values are ignored; booleans are what Go's `strconv.ParseBool` reads.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+
+use anyhow::{Result, bail};
+use clap::ArgAction;
+
+use crate::say;
+
+/// Keys that differ from the option's own name in upper case, and further keys beside it.
+const KEYS: &[(&str, &[&str])] = &[
+    ("bind", &["BIND", "BINDPATH"]),
+    ("cwd", &["CWD", "TARGET_CWD", "PWD", "TARGET_PWD"]),
+    ("scratch", &["SCRATCH", "SCRATCHDIR"]),
+    ("overlay", &["OVERLAY", "OVERLAYIMAGE"]),
+    ("userns", &["USERNS", "UNSHARE_USERNS"]),
+    ("pid", &["PID", "UNSHARE_PID"]),
+    ("ipc", &["IPC", "UNSHARE_IPC"]),
+    ("net", &["NET", "UNSHARE_NET"]),
+    ("uts", &["UTS", "UNSHARE_UTS"]),
+    ("no_init", &["NOSHIMINIT"]),
+    ("no_env", &["NOENV"]),
+    ("app", &["APP", "APPNAME"]),
+    ("no_nv", &["NV_OFF", "NO_NV"]),
+    ("no_rocm", &["ROCM_OFF", "NO_ROCM"]),
+    ("no_https", &["NOHTTPS", "NO_HTTPS"]),
+    ("authfile", &["AUTH_FILE", "AUTHFILE"]),
+    // Apptainer's own code reads CPU_SHARES for --cpus; its documentation says CPUS.
+    ("cpus", &["CPUS"]),
+    ("passphrase", &["ENCRYPTION_PASSPHRASE"]),
+    ("pem_path", &["ENCRYPTION_PEM_PATH"]),
+    ("env", &[]),
+    ("device", &[]),
+];
+
+/// Options whose values of both sources are joined.
+const JOINED: [&str; 2] = ["bind", "mount"];
+
+/// The words to put before the typed ones, so that the environment's options are parsed like them.
+/// `typed` says whether an option was given on the command line.
+///
+/// # Errors
+/// A boolean that is none.
+pub fn words(command: &clap::Command, env: &[(OsString, OsString)], typed: &dyn Fn(&str) -> bool) -> Result<Vec<OsString>> {
+    let mut words = Vec::new();
+    if !env.iter().any(|(k, _)| has_prefix(k)) {
+        return Ok(words);
+    }
+    for arg in command.get_arguments() {
+        let Some(long) = arg.get_long() else { continue };
+        let id = arg.get_id().as_str();
+        if id == "help" || (typed(id) && !JOINED.contains(&id)) {
+            continue;
+        }
+        let own = [long.to_uppercase().replace('-', "_")];
+        let own: Vec<&str> = own.iter().map(String::as_str).collect();
+        let keys = KEYS.iter().find(|(name, _)| *name == id).map_or(own.as_slice(), |(_, keys)| *keys);
+        for key in keys {
+            let Some(value) = lookup(env, key) else { continue };
+            match arg.get_action() {
+                ArgAction::SetTrue => {
+                    if parse_bool(long, value)? {
+                        words.push(format!("--{long}").into());
+                    }
+                }
+                // One record a line: a record is itself written with commas.
+                _ if id == "mount" => {
+                    for record in value.as_bytes().split(|b| *b == b'\n').filter(|r| !r.is_empty()) {
+                        words.push(option(long, OsStr::from_bytes(record)));
+                    }
+                }
+                _ => words.push(option(long, value)),
+            }
+            if !JOINED.contains(&id) {
+                break;
+            }
+        }
+    }
+    Ok(words)
+}
+
+/// The value of `APPTAINER_<key>`, else of `SINGULARITY_<key>`, saying what the peers say of the old name.
+pub fn lookup<'a>(env: &'a [(OsString, OsString)], key: &str) -> Option<&'a OsStr> {
+    let value = |prefix: &str| {
+        let name = format!("{prefix}{key}");
+        env.iter().find(|(k, v)| k.as_os_str() == name.as_str() && !v.is_empty()).map(|(_, v)| v.as_os_str())
+    };
+    match (value("APPTAINER_"), value("SINGULARITY_")) {
+        (Some(new), Some(old)) => {
+            if new != old {
+                say::warn(format_args!("SINGULARITY_{key} and APPTAINER_{key} have different values, using the latter"));
+            }
+            Some(new)
+        }
+        (Some(new), None) => Some(new),
+        (None, Some(old)) => {
+            say::info(format_args!("Environment variable SINGULARITY_{key} is set, but APPTAINER_{key} is preferred"));
+            Some(old)
+        }
+        (None, None) => None,
+    }
+}
+
+fn has_prefix(name: &OsStr) -> bool {
+    name.as_bytes().starts_with(b"APPTAINER_") || name.as_bytes().starts_with(b"SINGULARITY_")
+}
+
+fn option(long: &str, value: &OsStr) -> OsString {
+    let mut word = OsString::from(format!("--{long}="));
+    word.push(value);
+    word
+}
+
+/// What Go's `strconv.ParseBool` takes.
+///
+/// # Errors
+/// Anything else, in Apptainer's words.
+pub fn parse_bool(flag: &str, value: &OsStr) -> Result<bool> {
+    match value.as_bytes() {
+        b"1" | b"t" | b"T" | b"true" | b"TRUE" | b"True" => Ok(true),
+        b"0" | b"f" | b"F" | b"false" | b"FALSE" | b"False" => Ok(false),
+        _ => bail!(
+            "while parsing environment variables: unable to set flag {flag} to value {}: not a boolean (use true or false)",
+            value.display()
+        ),
+    }
+}

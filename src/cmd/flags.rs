@@ -1,0 +1,270 @@
+//! The options that `exec`, `run`, `shell` and `test` share, as the peers name them.
+//!
+//! Every option can also come from the environment: `APPTAINER_<NAME>`, then `SINGULARITY_<NAME>`; see
+//! [`super::environment`].
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+/// Options of the action commands, exactly as typed.
+#[derive(clap::Args, Debug, Clone, Default)]
+pub struct ActionArgs {
+    /// Bind a host path: src[:dst[:opt[,opt]]], opts ro, rw, image-src=PATH, id=N
+    #[arg(short = 'B', long, value_name = "SPEC", help_heading = "Mounts")]
+    pub bind: Vec<String>,
+    /// Mount in the form type=bind,source=SRC,destination=DST[,ro][,image-src=PATH][,id=N]
+    #[arg(long, value_name = "SPEC", help_heading = "Mounts")]
+    pub mount: Vec<String>,
+    /// Home directory: SRC or SRC:DST
+    #[arg(short = 'H', long, value_name = "SPEC", help_heading = "Mounts")]
+    pub home: Option<String>,
+    /// Do not mount the home directory
+    #[arg(long, help_heading = "Mounts")]
+    pub no_home: bool,
+    /// Leave out mounts: proc,sys,dev,devpts,home,tmp,hostfs,cwd,bind-paths or a destination
+    #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "Mounts")]
+    pub no_mount: Vec<String>,
+    /// Directory that backs /tmp, /var/tmp and home with --contain, and scratch directories
+    #[arg(short = 'W', long, value_name = "DIR", help_heading = "Mounts")]
+    pub workdir: Option<PathBuf>,
+    /// A private directory at this path of the container
+    #[arg(short = 'S', long, value_name = "PATH", value_delimiter = ',', help_heading = "Mounts")]
+    pub scratch: Vec<PathBuf>,
+    /// Lay a directory or an image over the root: PATH[:ro]
+    #[arg(short = 'o', long, value_name = "PATH", value_delimiter = ',', help_heading = "Mounts")]
+    pub overlay: Vec<String>,
+    /// Make the image itself writable (a directory, or an overlay partition in the SIF)
+    #[arg(short = 'w', long, help_heading = "Mounts")]
+    pub writable: bool,
+    /// Lay a throw-away writable layer in memory over the root
+    #[arg(long, help_heading = "Mounts")]
+    pub writable_tmpfs: bool,
+    /// Largest size of the throw-away layer, with K, M or G [default: half of the memory]
+    #[arg(long, value_name = "SIZE", help_heading = "Mounts")]
+    pub writable_tmpfs_size: Option<String>,
+    /// Accepted for compatibility: mount points are always made without an overlay
+    #[arg(long, help_heading = "Mounts")]
+    pub underlay: bool,
+
+    /// Private /dev, /tmp, /var/tmp and home
+    #[arg(short = 'c', long, help_heading = "Isolation")]
+    pub contain: bool,
+    /// --contain, and private processes, IPC and environment
+    #[arg(short = 'C', long, help_heading = "Isolation")]
+    pub containall: bool,
+    /// As docker would: --containall --no-init --no-umask --no-eval --writable-tmpfs
+    #[arg(long, help_heading = "Isolation")]
+    pub compat: bool,
+    /// Be root inside, with subordinate ids where the machine has them
+    #[arg(short = 'f', long, help_heading = "Isolation")]
+    pub fakeroot: bool,
+    /// Accepted for compatibility: there is always a user namespace
+    #[arg(short = 'u', long, help_heading = "Isolation")]
+    pub userns: bool,
+    /// New process namespace
+    #[arg(short = 'p', long, help_heading = "Isolation")]
+    pub pid: bool,
+    /// No process namespace, even where another option brings one
+    #[arg(long, help_heading = "Isolation")]
+    pub no_pid: bool,
+    /// In a process namespace, let the program be process 1 itself
+    #[arg(long, help_heading = "Isolation")]
+    pub no_init: bool,
+    /// New IPC namespace
+    #[arg(short = 'i', long, help_heading = "Isolation")]
+    pub ipc: bool,
+    /// New network namespace (with --network none)
+    #[arg(short = 'n', long, help_heading = "Isolation")]
+    pub net: bool,
+    /// Network of the new namespace; none is what a normal user can have
+    #[arg(long, value_name = "NAME", help_heading = "Isolation")]
+    pub network: Option<String>,
+    #[arg(long, hide = true)]
+    pub network_args: Vec<String>,
+    #[arg(long, hide = true)]
+    pub netns_path: Option<PathBuf>,
+    /// New UTS namespace
+    #[arg(long, help_heading = "Isolation")]
+    pub uts: bool,
+    /// Host name inside (brings --uts)
+    #[arg(long, value_name = "NAME", help_heading = "Isolation")]
+    pub hostname: Option<String>,
+    /// Name servers for resolv.conf, by commas
+    #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "Isolation")]
+    pub dns: Vec<String>,
+
+    /// Start with a clean environment
+    #[arg(short = 'e', long, help_heading = "Environment")]
+    pub cleanenv: bool,
+    /// Set a variable: NAME=VALUE[,NAME=VALUE]
+    #[arg(long, value_name = "LIST", help_heading = "Environment")]
+    pub env: Vec<String>,
+    /// Set variables from a file in shell syntax
+    #[arg(long, value_name = "FILE", value_delimiter = ',', help_heading = "Environment")]
+    pub env_file: Vec<PathBuf>,
+    /// Variables of the host to leave out
+    #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "Environment")]
+    pub no_env: Vec<String>,
+    /// Take values and arguments literally: no shell evaluation
+    #[arg(long, help_heading = "Environment")]
+    pub no_eval: bool,
+    /// Umask 0022 instead of the caller's
+    #[arg(long, help_heading = "Environment")]
+    pub no_umask: bool,
+    /// Working directory inside
+    #[arg(long, alias = "pwd", value_name = "PATH", help_heading = "Environment")]
+    pub cwd: Option<PathBuf>,
+    /// Run an application of the image (SCIF)
+    #[arg(long, value_name = "NAME", help_heading = "Environment")]
+    pub app: Option<String>,
+
+    /// Bind the NVIDIA driver's libraries and devices
+    #[arg(long, help_heading = "GPUs")]
+    pub nv: bool,
+    /// Bind the ROCm libraries and devices
+    #[arg(long, help_heading = "GPUs")]
+    pub rocm: bool,
+    #[arg(long, hide = true)]
+    pub no_nv: bool,
+    #[arg(long, hide = true)]
+    pub no_rocm: bool,
+    #[arg(long, hide = true)]
+    pub nvccli: bool,
+    #[arg(long, hide = true)]
+    pub intel_hpu: bool,
+    #[arg(long, hide = true)]
+    pub device: Vec<String>,
+    #[arg(long, hide = true)]
+    pub containlibs: Vec<String>,
+
+    #[arg(long, hide = true)]
+    pub apply_cgroups: Option<PathBuf>,
+    #[arg(long, hide = true)]
+    pub blkio_weight: Option<String>,
+    #[arg(long, hide = true)]
+    pub blkio_weight_device: Vec<String>,
+    #[arg(long, hide = true)]
+    pub cpu_shares: Option<String>,
+    #[arg(long, hide = true)]
+    pub cpus: Option<String>,
+    #[arg(long, hide = true)]
+    pub cpuset_cpus: Option<String>,
+    #[arg(long, hide = true)]
+    pub cpuset_mems: Option<String>,
+    #[arg(long, hide = true)]
+    pub memory: Option<String>,
+    #[arg(long, hide = true)]
+    pub memory_reservation: Option<String>,
+    #[arg(long, hide = true)]
+    pub memory_swap: Option<String>,
+    #[arg(long, hide = true)]
+    pub oom_kill_disable: bool,
+    #[arg(long, hide = true)]
+    pub pids_limit: Option<String>,
+
+    #[arg(long, hide = true)]
+    pub fusemount: Vec<String>,
+    #[arg(long, hide = true)]
+    pub security: Vec<String>,
+    #[arg(long, hide = true)]
+    pub add_caps: Option<String>,
+    #[arg(long, hide = true)]
+    pub drop_caps: Option<String>,
+    #[arg(long, hide = true)]
+    pub keep_privs: bool,
+    #[arg(long, hide = true)]
+    pub no_privs: bool,
+    #[arg(long, hide = true)]
+    pub allow_setuid: bool,
+    #[arg(long, hide = true)]
+    pub passphrase: bool,
+    #[arg(long, hide = true)]
+    pub pem_path: Option<PathBuf>,
+    #[arg(long, hide = true)]
+    pub sharens: bool,
+    #[arg(long, hide = true)]
+    pub unsquash: bool,
+    #[arg(long, hide = true)]
+    pub oci: bool,
+    #[arg(long, hide = true)]
+    pub no_oci: bool,
+    #[arg(long, hide = true)]
+    pub runscript_timeout: Option<String>,
+
+    #[arg(long, hide = true)]
+    pub disable_cache: bool,
+    #[arg(long, hide = true, alias = "nohttps")]
+    pub no_https: bool,
+    #[arg(long, hide = true)]
+    pub authfile: Option<PathBuf>,
+    #[arg(long, hide = true)]
+    pub docker_login: bool,
+    #[arg(long, hide = true)]
+    pub docker_host: Option<String>,
+    #[arg(long, hide = true)]
+    pub tmpdir: Option<PathBuf>,
+    #[arg(long, hide = true)]
+    pub ignore_subuid: bool,
+    #[arg(long, hide = true)]
+    pub ignore_fakeroot_command: bool,
+    #[arg(long, hide = true)]
+    pub ignore_userns: bool,
+
+    /// Shell to start
+    #[arg(short = 's', long, value_name = "PATH")]
+    pub shell: Option<String>,
+
+    /// The image: a SIF or squashfs file, or a directory
+    #[arg(skip)]
+    pub image: OsString,
+    /// The command, or the arguments for the image's script
+    #[arg(skip)]
+    pub rest: Vec<OsString>,
+}
+
+/// An option that a peer has and that ends here with a clear error when used.
+pub struct Refusal {
+    /// As typed.
+    pub option: &'static str,
+    /// Why not, and what to do instead.
+    pub why: &'static str,
+}
+
+impl ActionArgs {
+    /// The first option in use that is not supported: an isolation request that cannot be met must be an
+    /// error, never a warning.
+    pub fn refusal(&self) -> Option<Refusal> {
+        let limits = "resource limits are not supported by this version; use the batch system's limits";
+        let network = "a normal user can only use --network none";
+        let cases: [(bool, &str, &str); 27] = [
+            (self.apply_cgroups.is_some(), "--apply-cgroups", limits),
+            (self.blkio_weight.is_some(), "--blkio-weight", limits),
+            (!self.blkio_weight_device.is_empty(), "--blkio-weight-device", limits),
+            (self.cpu_shares.is_some(), "--cpu-shares", limits),
+            (self.cpus.is_some(), "--cpus", limits),
+            (self.cpuset_cpus.is_some(), "--cpuset-cpus", limits),
+            (self.cpuset_mems.is_some(), "--cpuset-mems", limits),
+            (self.memory.is_some(), "--memory", limits),
+            (self.memory_reservation.is_some(), "--memory-reservation", limits),
+            (self.memory_swap.is_some(), "--memory-swap", limits),
+            (self.oom_kill_disable, "--oom-kill-disable", limits),
+            (self.pids_limit.is_some(), "--pids-limit", limits),
+            (!self.network_args.is_empty(), "--network-args", network),
+            (self.netns_path.is_some(), "--netns-path", network),
+            (self.net && self.network.as_deref() != Some("none"), "--net", network),
+            (!self.net && self.network.as_deref().is_some_and(|n| n != "none"), "--network", network),
+            (!self.fusemount.is_empty(), "--fusemount", "FUSE programs in containers are not supported"),
+            (!self.security.is_empty(), "--security", "profiles and foreign ids cannot be applied without root"),
+            (self.keep_privs, "--keep-privs", "it requires root privileges"),
+            (self.allow_setuid, "--allow-setuid", "it requires root privileges"),
+            (self.passphrase, "--passphrase", "encrypted images are not supported"),
+            (self.pem_path.is_some(), "--pem-path", "encrypted images are not supported"),
+            (self.nvccli, "--nvccli", "nvidia-container-cli is not used; --nv binds the libraries directly"),
+            (self.intel_hpu, "--intel-hpu", "Gaudi devices are not supported"),
+            (!self.device.is_empty(), "--device", "CDI devices are not supported; --nv and --rocm are"),
+            (!self.containlibs.is_empty(), "--containlibs", "use --bind"),
+            (self.oci, "--oci", "there is no OCI mode; the native mode runs the same images"),
+        ];
+        cases.into_iter().find(|(used, ..)| *used).map(|(_, option, why)| Refusal { option, why })
+    }
+}

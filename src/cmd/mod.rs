@@ -1,0 +1,401 @@
+//! The command line: which command was asked for, and its options as typed.
+//!
+//! Only the command that is named gets its parser built: parsing all of them would cost more than a
+//! container does. Options end at the image; everything after it belongs to the payload, so the words
+//! are split before clap sees them.
+
+pub mod action;
+pub mod demo;
+pub mod doctor;
+pub mod environment;
+pub mod explain;
+pub mod flags;
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+
+use anyhow::{Result, bail};
+use clap::{Args, Command, FromArgMatches};
+
+use crate::host::Host;
+use crate::{exit, say};
+use flags::ActionArgs;
+
+/// The release of Apptainer whose behaviour we follow; printed when called by its name, because
+/// clients parse it (`reference/CLIENTS.md` A).
+const APPTAINER_VERSION: &str = "1.5.3";
+
+/// The name that the program was called by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Persona {
+    /// Our own.
+    Capsid,
+    /// `apptainer` or `singularity`: a drop-in.
+    Apptainer,
+}
+
+/// Options before the command.
+#[derive(Debug, Default)]
+struct Globals {
+    explain: Option<Explain>,
+}
+
+/// The form of `--explain`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Explain {
+    /// For reading.
+    Text,
+    /// For programs.
+    Json,
+}
+
+/// A wrong command line: what was wrong, and for which command. It ends with status 1.
+#[derive(Debug)]
+pub struct Usage {
+    /// Empty for the program itself.
+    pub command: String,
+    /// What was wrong.
+    pub text: String,
+}
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+/// The commands, with the line that the list of commands shows.
+const COMMANDS: &[(&str, &str)] = &[
+    ("demo", "Make a small image from this machine's own programs, run it, show each command"),
+    ("doctor", "Check what this machine offers, and what an administrator has to do"),
+    ("exec", "Run a command within a container"),
+    ("run", "Run the user-defined default command within a container"),
+    ("run-help", "Show the user-defined help for an image"),
+    ("shell", "Run a shell within a container"),
+    ("test", "Run the user-defined tests within a container"),
+    ("version", "Show the version"),
+];
+
+/// Commands of the peers that this version does not have, with the reason.
+const MISSING: &[&str] = &[
+    "build", "cache", "capability", "checkpoint", "config", "delete", "inspect", "instance", "key", "keyserver", "oci",
+    "overlay", "plugin", "pull", "push", "registry", "remote", "search", "sif", "sign", "verify",
+];
+
+/// Runs the command line.
+///
+/// # Errors
+/// [`Usage`] for a wrong command line; anything else is fatal.
+pub fn main(args: &[OsString]) -> Result<u8> {
+    let called = args.first().map_or("capsid", |a| a.to_str().unwrap_or("capsid").rsplit('/').next().unwrap_or("capsid"));
+    let persona = match called {
+        "apptainer" | "singularity" | "run-singularity" => Persona::Apptainer,
+        _ => Persona::Capsid,
+    };
+    let words = args.get(1..).unwrap_or_default();
+    if called == "run-singularity" {
+        return action::run("run", parse_action("run", words, &Host::read()?)?, None, persona);
+    }
+    let (globals, words) = match global_options(words, persona)? {
+        Global::Go(globals, words) => (globals, words),
+        Global::Done(status) => return Ok(status),
+    };
+    let Some(verb) = words.first() else {
+        print_usage(persona);
+        return Ok(exit::USAGE);
+    };
+    let rest = &words[1..];
+    match verb.to_str().unwrap_or_default() {
+        name @ ("exec" | "run" | "shell" | "test" | "run-help") => {
+            let host = Host::read()?;
+            let args = parse_action(name, rest, &host)?;
+            action::run_on(name, args, globals.explain, persona, host)
+        }
+        "doctor" => doctor::run(&parse::<doctor::DoctorArgs>("doctor", rest)?),
+        "demo" => demo::run(&parse::<demo::DemoArgs>("demo", rest)?),
+        "version" => {
+            println!("{}", version(persona));
+            Ok(exit::OK)
+        }
+        "help" => {
+            print_help(rest.first().and_then(|w| w.to_str()), persona)?;
+            Ok(exit::OK)
+        }
+        name if MISSING.contains(&name) => bail!("the command {name:?} is not supported by this version of capsid"),
+        name => {
+            print_usage(persona);
+            Err(Usage { command: String::new(), text: format!("unknown command {name:?} for {:?}", program(persona)) }.into())
+        }
+    }
+}
+
+enum Global {
+    Go(Globals, Vec<OsString>),
+    Done(u8),
+}
+
+fn global_options(words: &[OsString], persona: Persona) -> Result<Global> {
+    let mut globals = Globals::default();
+    level_from_environment()?;
+    let mut i = 0;
+    while let Some(word) = words.get(i).and_then(|w| w.to_str()).filter(|w| w.starts_with('-') && w.len() > 1) {
+        match word {
+            "--debug" => say::set_level(say::DEBUG),
+            "--verbose" => say::set_level(say::VERBOSE),
+            "--quiet" => say::set_level(say::WARNING),
+            "--silent" => say::set_level(say::ERROR),
+            "--nocolor" => say::disable_colour(),
+            "--explain" | "--explain=text" => globals.explain = Some(Explain::Text),
+            "--explain=json" => globals.explain = Some(Explain::Json),
+            "--version" => {
+                println!("{} version {}", program(persona), version(persona));
+                return Ok(Global::Done(exit::OK));
+            }
+            "--help" | "-h" => {
+                print_help(words.get(i + 1).and_then(|w| w.to_str()), persona)?;
+                return Ok(Global::Done(exit::OK));
+            }
+            "-c" | "--config" => bail!("--config is not supported: there is no configuration file"),
+            _ if !word.starts_with("--") && word[1..].chars().all(|c| "dvqs".contains(c)) => {
+                for c in word[1..].chars() {
+                    say::set_level(match c {
+                        'd' => say::DEBUG,
+                        'v' => say::VERBOSE,
+                        'q' => say::WARNING,
+                        _ => say::ERROR,
+                    });
+                }
+            }
+            _ => return Err(Usage { command: String::new(), text: format!("unknown flag: {word}") }.into()),
+        }
+        i += 1;
+    }
+    Ok(Global::Go(globals, words[i..].to_vec()))
+}
+
+/// `APPTAINER_DEBUG`, `_VERBOSE`, `_QUIET`, `_SILENT`, `_NOCOLOR` and `_MESSAGELEVEL`.
+fn level_from_environment() -> Result<()> {
+    let value = |key: &str| {
+        ["APPTAINER_", "SINGULARITY_"].iter().find_map(|p| std::env::var_os(format!("{p}{key}")).filter(|v| !v.is_empty()))
+    };
+    let level = value("MESSAGELEVEL").and_then(|v| v.to_str().and_then(|v| v.parse::<i8>().ok()));
+    if let Some(level) = level {
+        say::set_level(level);
+    }
+    for (key, level) in [("SILENT", say::ERROR), ("QUIET", say::WARNING), ("VERBOSE", say::VERBOSE), ("DEBUG", say::DEBUG)] {
+        if let Some(v) = value(key)
+            && environment::parse_bool(&key.to_lowercase(), &v)?
+        {
+            say::set_level(level);
+        }
+    }
+    if let Some(v) = value("NOCOLOR")
+        && environment::parse_bool("nocolor", &v)?
+    {
+        say::disable_colour();
+    }
+    Ok(())
+}
+
+/// Parses the words of an action command, with the environment's options in front.
+fn parse_action(name: &str, words: &[OsString], host: &Host) -> Result<ActionArgs> {
+    let command = command::<ActionArgs>(name);
+    let (options, image, rest) = split_at_image(&command, words);
+    let matches = matches(command.clone(), name, options.clone())?;
+    let typed = |id: &str| matches.value_source(id) == Some(clap::parser::ValueSource::CommandLine);
+    let mut all = environment::words(&command, &host.env, &typed)?;
+    let mut args = if all.is_empty() {
+        ActionArgs::from_arg_matches(&matches)?
+    } else {
+        all.extend(options);
+        ActionArgs::from_arg_matches(&self::matches(command, name, all)?)?
+    };
+    let needed = if name == "exec" { 2 } else { 1 };
+    let given = usize::from(image.is_some()) + rest.len();
+    if given < needed {
+        print_action_usage(name);
+        let text = format!("requires at least {needed} arg(s), only received {given}");
+        return Err(Usage { command: name.into(), text }.into());
+    }
+    args.image = image.unwrap_or_default();
+    args.rest = rest;
+    Ok(args)
+}
+
+/// Options, image, and what belongs to the payload. `--flag=true` and `--flag=false` of switches, which
+/// Go programs accept, are settled here.
+fn split_at_image(command: &Command, words: &[OsString]) -> (Vec<OsString>, Option<OsString>, Vec<OsString>) {
+    let mut options = Vec::new();
+    let mut i = 0;
+    let long = |name: &str| {
+        command.get_arguments().find(|a| a.get_long() == Some(name) || a.get_all_aliases().is_some_and(|all| all.contains(&name)))
+    };
+    let short = |c: char| command.get_arguments().find(|a| a.get_short() == Some(c));
+    let takes_value = |a: &clap::Arg| a.get_action().takes_values();
+    while let Some(word) = words.get(i) {
+        let bytes = word.as_bytes();
+        if bytes == b"--" {
+            i += 1;
+            break;
+        }
+        if bytes.len() < 2 || bytes[0] != b'-' {
+            break;
+        }
+        i += 1;
+        let mut value_follows = false;
+        if let Some(name) = bytes.strip_prefix(b"--") {
+            let mut parts = name.splitn(2, |b| *b == b'=');
+            let arg = parts.next().and_then(|n| std::str::from_utf8(n).ok()).and_then(long);
+            match (arg, parts.next()) {
+                (Some(arg), Some(value)) if !takes_value(arg) => {
+                    match environment::parse_bool("", OsStr::from_bytes(value)) {
+                        Ok(true) => options.push(format!("--{}", arg.get_long().unwrap_or_default()).into()),
+                        Ok(false) => {}
+                        Err(_) => options.push(word.clone()), // clap explains
+                    }
+                    continue;
+                }
+                (Some(arg), None) => value_follows = takes_value(arg),
+                _ => {}
+            }
+        } else {
+            let letters: Vec<char> = String::from_utf8_lossy(&bytes[1..]).chars().collect();
+            for (n, c) in letters.iter().enumerate() {
+                if short(*c).is_some_and(takes_value) {
+                    value_follows = n + 1 == letters.len();
+                    break;
+                }
+            }
+        }
+        options.push(word.clone());
+        if value_follows && let Some(value) = words.get(i) {
+            // Joined by `=`, so that a value that begins with a dash is still one.
+            if bytes.starts_with(b"--") {
+                let mut joined = options.pop().unwrap_or_default();
+                joined.push("=");
+                joined.push(value);
+                options.push(joined);
+            } else {
+                options.push(value.clone());
+            }
+            i += 1;
+        }
+    }
+    (options, words.get(i).cloned(), words.get(i + 1..).unwrap_or_default().to_vec())
+}
+
+fn command<A: Args>(name: &str) -> Command {
+    A::augment_args(Command::new(name.to_owned()).no_binary_name(true).args_override_self(true).disable_version_flag(true))
+}
+
+fn parse<A: Args + FromArgMatches>(name: &str, words: &[OsString]) -> Result<A> {
+    Ok(A::from_arg_matches(&matches(command::<A>(name), name, words.to_vec())?)?)
+}
+
+fn matches(command: Command, name: &str, words: Vec<OsString>) -> Result<clap::ArgMatches> {
+    let usage = usage_line(name);
+    let command = command.override_usage(usage).about(COMMANDS.iter().find(|(n, _)| *n == name).map_or("", |(_, about)| *about));
+    match command.try_get_matches_from(words) {
+        Ok(matches) => Ok(matches),
+        Err(error) if error.kind() == clap::error::ErrorKind::DisplayHelp => {
+            print!("{}", error.render());
+            std::process::exit(exit::OK.into());
+        }
+        Err(error) => {
+            let text = error.render().to_string();
+            let text = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
+            let text = if error.kind() == clap::error::ErrorKind::UnknownArgument {
+                let word = error.get(clap::error::ContextKind::InvalidArg).map(ToString::to_string).unwrap_or_default();
+                let word = word.split('=').next().unwrap_or_default();
+                if word.starts_with("--") { format!("unknown flag: {word}") } else { format!("unknown shorthand flag: {word}") }
+            } else {
+                text.to_owned()
+            };
+            Err(Usage { command: name.into(), text }.into())
+        }
+    }
+}
+
+fn usage_line(name: &str) -> String {
+    match name {
+        "exec" => "capsid [global options...] exec [exec options...] <container> <command>".into(),
+        "run" => "capsid [global options...] run [run options...] <container> [args...]".into(),
+        "shell" | "test" | "run-help" => format!("capsid [global options...] {name} [{name} options...] <container>"),
+        other => format!("capsid {other} [options...]"),
+    }
+}
+
+fn print_action_usage(name: &str) {
+    println!("Usage:\n  {}\n\nRun 'capsid help {name}' for more information.", usage_line(name));
+}
+
+fn program(persona: Persona) -> &'static str {
+    match persona {
+        Persona::Capsid => "capsid",
+        Persona::Apptainer => "apptainer",
+    }
+}
+
+fn version(persona: Persona) -> &'static str {
+    match persona {
+        Persona::Capsid => env!("CARGO_PKG_VERSION"),
+        Persona::Apptainer => APPTAINER_VERSION,
+    }
+}
+
+fn print_usage(persona: Persona) {
+    println!("Usage:\n  {} [global options...] <command>\n\nAvailable Commands:", program(persona));
+    for (name, about) in COMMANDS {
+        println!("  {name:<12}{about}");
+    }
+    println!(
+        "\nGlobal options:\n  -d, --debug      show the plan and each step\n  -v, --verbose    say more\n  -q, --quiet      no INFO messages\n  \
+         -s, --silent     errors only\n      --nocolor    no colours\n      --explain[=json]  print what would be done, and do nothing\n      \
+         --version    show the version\n  -h, --help       show this help"
+    );
+}
+
+fn print_help(name: Option<&str>, persona: Persona) -> Result<()> {
+    match name {
+        Some(name @ ("exec" | "run" | "shell" | "test" | "run-help")) => drop(matches(command::<ActionArgs>(name), name, vec!["--help".into()])?),
+        Some("doctor") => drop(matches(command::<doctor::DoctorArgs>("doctor"), "doctor", vec!["--help".into()])?),
+        Some("demo") => drop(matches(command::<demo::DemoArgs>("demo"), "demo", vec!["--help".into()])?),
+        _ => print_usage(persona),
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn split(words: &[&str]) -> (Vec<OsString>, Option<OsString>, Vec<OsString>) {
+        let words: Vec<OsString> = words.iter().map(Into::into).collect();
+        split_at_image(&command::<ActionArgs>("exec"), &words)
+    }
+
+    #[test]
+    fn options_end_at_the_image() {
+        let (options, image, rest) = split(&["-B", "/a:/b", "--pid", "x.sif", "prog", "--pid", "-B"]);
+        assert_eq!(options, ["-B", "/a:/b", "--pid"]);
+        assert_eq!(image.as_deref(), Some(OsStr::new("x.sif")));
+        assert_eq!(rest, ["prog", "--pid", "-B"]);
+    }
+
+    #[test]
+    fn values_may_be_joined_or_begin_with_a_dash() {
+        let (options, image, _) = split(&["-B/a:/b", "--env", "-x=1", "-ec", "--pid=false", "--ipc=true", "x.sif"]);
+        assert_eq!(options, ["-B/a:/b", "--env=-x=1", "-ec", "--ipc"]);
+        assert_eq!(image.as_deref(), Some(OsStr::new("x.sif")));
+    }
+
+    #[test]
+    fn two_dashes_end_the_options() {
+        let (options, image, rest) = split(&["--", "x.sif", "--", "a"]);
+        assert!(options.is_empty());
+        assert_eq!(image.as_deref(), Some(OsStr::new("x.sif")));
+        assert_eq!(rest, ["--", "a"]);
+    }
+}

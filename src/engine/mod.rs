@@ -1,0 +1,124 @@
+//! Carries a [`Plan`] out: the only writer of process and kernel state. It decides nothing that the plan decides.
+//!
+//! The order is not taste:
+//! 1. Everything that can be found out without a namespace is checked first, so that a bad request starts nothing.
+//! 2. A file image's user namespace is joined, never made here: all containers of one image share it.
+//! 3. The mount namespace is a copy of the *caller's* mounts, so a job's private /tmp is what the container sees.
+//! 4. A pid namespace comes with the child's birth (`clone(2)`): whoever unshared it could start no thread any more.
+//! 5. procfs is mounted while the host's /proc is still visible: the kernel demands that.
+//! 6. `no_new_privs` and the filter come last before `execve`; nothing after them needs help.
+
+pub mod dev;
+pub mod environment;
+pub mod init;
+pub mod process;
+pub mod rootfs;
+pub mod runtime;
+pub mod server;
+pub mod sys;
+pub mod userns;
+pub mod wait;
+pub mod wire;
+
+use std::convert::Infallible;
+use std::ffi::OsStr;
+
+use anyhow::{Context, Result};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::signal::SigSet;
+
+use crate::image::Root;
+use crate::plan::{Init, Namespaces, Plan};
+use crate::say;
+use process::Next;
+use sys::Fork;
+
+/// Runs the plan: this process becomes the program, or waits for it. `Ok` is the status to end with.
+///
+/// # Errors
+/// When the container cannot be made or the program not be started.
+pub fn run(plan: &Plan, xdg: Option<&OsStr>) -> Result<u8> {
+    rootfs::check_sources(plan)?;
+    let points = rootfs::points(plan);
+    let stage = enter_user_namespace(plan, &points, xdg)?;
+    if !plan.namespaces.pid {
+        create_namespaces(plan)?;
+        return match inside(plan, stage, &points, xdg)? {
+            Next::End(status) => Ok(status),
+            Next::Run(program) => never(process::exec(&program)),
+        };
+    }
+    let mask = wait::block()?;
+    match sys::fork_into_pid_namespace()? {
+        Fork::Parent(child) => {
+            drop(stage);
+            Ok(wait::end_like(wait::until_exit(child, false)?))
+        }
+        Fork::Child => first_process(plan, stage, &points, xdg, &mask),
+    }
+}
+
+/// Process 1 of a new pid namespace.
+fn first_process(plan: &Plan, stage: Option<server::Stage>, points: &[wire::Point], xdg: Option<&OsStr>, mask: &SigSet) -> Result<u8> {
+    sys::die_with_parent();
+    create_namespaces(plan)?;
+    match inside(plan, stage, points, xdg)? {
+        Next::End(status) => Ok(status),
+        Next::Run(program) => match plan.process.init {
+            Init::Appinit => never(init::run(&program, mask)),
+            Init::Payload => {
+                mask.thread_set_mask().context("cannot restore the signal mask")?;
+                never(process::exec(&program))
+            }
+        },
+    }
+}
+
+fn never(result: Result<Infallible>) -> Result<u8> {
+    match result? {}
+}
+
+/// A file image's server gives the namespace and the root; a directory needs no server.
+fn enter_user_namespace(plan: &Plan, points: &[wire::Point], xdg: Option<&OsStr>) -> Result<Option<server::Stage>> {
+    if matches!(plan.root, Root::Directory(_)) {
+        userns::create(&plan.ids, CloneFlags::empty())?;
+        return Ok(None);
+    }
+    say::debug(format_args!("image server for {:?}", plan.root));
+    let stage = server::enter(&plan.root, &plan.ids, points, xdg)?;
+    setns(&stage.userns, CloneFlags::CLONE_NEWUSER).context("cannot join the image server's user namespace (setns)")?;
+    Ok(Some(stage))
+}
+
+fn create_namespaces(plan: &Plan) -> Result<()> {
+    let Namespaces { ipc, net, uts, .. } = plan.namespaces;
+    let mut flags = CloneFlags::CLONE_NEWNS;
+    flags.set(CloneFlags::CLONE_NEWIPC, ipc);
+    flags.set(CloneFlags::CLONE_NEWNET, net);
+    flags.set(CloneFlags::CLONE_NEWUTS, uts);
+    unshare(flags).context("cannot create namespaces (is a limit like user.max_mnt_namespaces reached?)")?;
+    if net {
+        sys::loopback_up()?;
+    }
+    if let Some(name) = &plan.hostname {
+        nix::unistd::sethostname(name).with_context(|| format!("cannot set the host name {name:?}"))?;
+    }
+    Ok(())
+}
+
+/// Builds the file tree, enters it, and finds the program.
+fn inside(plan: &Plan, stage: Option<server::Stage>, points: &[wire::Point], xdg: Option<&OsStr>) -> Result<Next> {
+    let mut tree = rootfs::Tree::stack(plan, stage, points, xdg)?;
+    for mount in &plan.mounts {
+        tree.apply(mount)?;
+    }
+    rootfs::pivot(&tree.root)?;
+    drop(tree);
+    process::enter_directory(&plan.process)?;
+    let next = process::resolve(plan)?;
+    if matches!(next, Next::Run(_)) {
+        process::restrict(&plan.ids, &plan.process, plan.process.close_descriptors)?;
+    }
+    Ok(next)
+}
+

@@ -1,0 +1,162 @@
+//! The last steps: leave everything that the container must not have, and become the program.
+
+use std::convert::Infallible;
+use std::ffi::{CString, OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use rustix::fs::Mode;
+
+use super::environment::{self, Dispatch, Finished};
+use super::sys;
+use crate::plan::{IdMap, Plan, Process};
+use crate::say;
+
+/// What `execve(2)` gets.
+pub struct Program {
+    path: PathBuf,
+    argv: Vec<OsString>,
+    env: Vec<(OsString, OsString)>,
+}
+
+/// What comes of looking at the image's scripts.
+pub enum Next {
+    /// A program to become.
+    Run(Program),
+    /// Nothing to run: this status.
+    End(u8),
+}
+
+/// Enters the working directory: the one wanted, else home, else `/`, saying so.
+///
+/// # Errors
+/// When `--cwd` named it and it cannot be entered, or when it lies outside the container.
+pub fn enter_directory(process: &Process) -> Result<()> {
+    if let Err(error) = rustix::process::chdir(&process.cwd) {
+        if process.cwd_required {
+            bail!("failed to set working directory: chdir {}: {}", process.cwd.display(), plain(error));
+        }
+        let instead = [process.home.as_path(), Path::new("/")].into_iter().find(|dir| rustix::process::chdir(*dir).is_ok());
+        let instead = instead.ok_or_else(|| anyhow!("cannot enter any directory of the container"))?;
+        say::warn(format_args!(
+            "Error changing the container working directory. Using '{}' instead: chdir {}: {}",
+            instead.display(),
+            process.cwd.display(),
+            plain(error)
+        ));
+    }
+    // A directory outside the root shows itself by this prefix (getcwd(2)).
+    let inside = rustix::process::getcwd(Vec::new()).is_ok_and(|cwd| cwd.as_bytes().starts_with(b"/"));
+    if !inside {
+        bail!("the working directory {} is not inside the container", process.cwd.display());
+    }
+    Ok(())
+}
+
+/// The kernel's word for an error, as C programs and Go print it.
+fn plain(error: rustix::io::Errno) -> String {
+    let text = std::io::Error::from_raw_os_error(error.raw_os_error()).to_string();
+    let text = text.split(" (os error").next().unwrap_or_default();
+    let mut chars = text.chars();
+    chars.next().map_or_else(String::new, |first| first.to_lowercase().chain(chars).collect())
+}
+
+/// Gives up privileges and sets what a process inherits.
+///
+/// # Errors
+/// When the kernel refuses: then the program must not run.
+pub fn restrict(ids: &IdMap, process: &Process, private_keys: bool) -> Result<()> {
+    if private_keys {
+        sys::new_session_keyring();
+    }
+    if !ids.is_root() {
+        sys::drop_bounding_set();
+    }
+    drop(rustix::thread::set_no_new_privs(true));
+    if !rustix::thread::no_new_privs().unwrap_or(false) {
+        bail!("cannot set no_new_privs");
+    }
+    sys::forbid_terminal_injection()?;
+    sys::guard_descriptors(process.close_descriptors);
+    rustix::process::umask(Mode::from_raw_mode(process.umask));
+    Ok(())
+}
+
+/// Finds out what to run: the image's scripts settle the environment, the verb and the image the program.
+///
+/// # Errors
+/// When there is nothing to run, in the peers' words.
+pub fn resolve(plan: &Plan) -> Result<Next> {
+    let process = &plan.process;
+    let argv = match environment::dispatch(process.verb.name(), process.app.as_deref(), process.shell.as_deref(), &process.args) {
+        Dispatch::Exec(argv) => argv,
+        Dispatch::Message { level, text, status } => {
+            match level {
+                environment::Level::Info => say::info(format_args!("{text}")),
+                environment::Level::Error => say::error(format_args!("{text}")),
+                environment::Level::Fatal => bail!("{text}"),
+                environment::Level::Plain => println!("{text}"),
+            }
+            return Ok(Next::End(status));
+        }
+    };
+    match environment::finish(&plan.environment)? {
+        Finished::Ready(env) => program(argv, env).map(Next::Run),
+        Finished::Shell { script, vars } => {
+            let mut words: Vec<OsString> = vec!["/bin/sh".into(), "-c".into(), script.into(), "capsid".into()];
+            words.extend(argv);
+            Ok(Next::Run(Program { path: "/bin/sh".into(), argv: words, env: vars }))
+        }
+    }
+}
+
+fn program(argv: Vec<OsString>, env: Vec<(OsString, OsString)>) -> Result<Program> {
+    let name = argv.first().ok_or_else(|| anyhow!("no command to run"))?;
+    let path = env.iter().find(|(k, _)| k == "PATH").map_or(OsStr::new(""), |(_, v)| v.as_os_str());
+    let path = environment::find_program(name, path, Path::new("."))?;
+    Ok(Program { path, argv, env })
+}
+
+/// Becomes the program.
+///
+/// # Errors
+/// Only when that failed.
+pub fn exec(program: &Program) -> Result<Infallible> {
+    let text = |s: &OsStr| CString::new(s.as_bytes()).context("a word holds a NUL byte");
+    let env: Vec<CString> = program
+        .env
+        .iter()
+        .map(|(k, v)| {
+            let mut line = k.clone();
+            line.push("=");
+            line.push(v);
+            text(&line)
+        })
+        .collect::<Result<_>>()?;
+    let path = text(program.path.as_os_str())?;
+    let argv: Vec<CString> = program.argv.iter().map(|a| text(a)).collect::<Result<_>>()?;
+    let shown = program.path.display();
+    match nix::unistd::execve(&path, &argv, &env) {
+        // A script without an interpreter line is the shell's.
+        Err(nix::Error::ENOEXEC) if is_text(&program.path) => {
+            let mut words = vec![c"/bin/sh".to_owned(), path];
+            words.extend(argv.into_iter().skip(1));
+            nix::unistd::execve(c"/bin/sh", &words, &env).with_context(|| format!("exec {shown} failed: cannot run /bin/sh for it"))
+        }
+        Err(nix::Error::ENOEXEC) => bail!("exec {shown} failed: not a program for this machine (exec format error)"),
+        Err(nix::Error::ENOENT) => bail!("exec {shown} failed: a shared library is likely missing in the image"),
+        Err(nix::Error::E2BIG) => bail!("exec {shown} failed: arguments and environment are too long"),
+        Err(nix::Error::EACCES) => bail!("exec {shown} failed: permission denied"),
+        Err(error) => bail!("exec {shown} failed: {error}"),
+        Ok(never) => match never {},
+    }
+}
+
+/// Neither ELF nor another binary: the first line holds no NUL byte.
+fn is_text(path: &Path) -> bool {
+    let mut head = [0; 128];
+    let Ok(mut file) = std::fs::File::open(path) else { return false };
+    let Ok(len) = std::io::Read::read(&mut file, &mut head) else { return false };
+    !head[..len].contains(&0)
+}

@@ -1,0 +1,503 @@
+//! The container's file tree: the root, layers over it, mount points, mounts, and `pivot_root(2)`.
+//!
+//! Everything is done by descriptor: sources are opened in the caller's view, targets are resolved as if the new root
+//! were `/` (`openat2(2)`, `RESOLVE_IN_ROOT`), so no symbolic link of an image leads a mount outside.
+
+use std::ffi::{CString, OsStr};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Component, Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use rustix::fs::{CWD, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
+
+use super::sys::{self, attr};
+use super::wire::Point;
+use super::{dev, server};
+use crate::image::Root;
+use crate::plan::{IdMap, Layer, Missing, Mount, Plan, Source, identity};
+use crate::say;
+
+/// The tree under construction.
+pub struct Tree {
+    /// What becomes `/`.
+    pub root: OwnedFd,
+    /// A small file system in memory for everything that is private to this container. It lies under the root, and
+    /// goes with the host's tree; what was copied from it stays.
+    session: OwnedFd,
+    /// Device number of the session: only there we may create mount points.
+    session_dev: u64,
+    /// How many private directories and files there are.
+    count: usize,
+    /// Mount points that did not exist in the image.
+    made: Vec<PathBuf>,
+    /// For image binds.
+    ids: IdMap,
+    xdg: Option<std::ffi::OsString>,
+}
+
+/// The mount points that the image must show: those that no earlier mount covers.
+pub fn points(plan: &Plan) -> Vec<Point> {
+    let mut points: Vec<Point> = Vec::new();
+    if plan.writable_root {
+        return points;
+    }
+    for (i, mount) in plan.mounts.iter().enumerate() {
+        let covered = plan.mounts[..i].iter().any(|m| m.target != mount.target && mount.target.starts_with(&m.target) && is_directory(&m.source));
+        // Account files are only changed where the image has them.
+        if covered || matches!(mount.source, Source::Passwd(_) | Source::Group(_)) || points.iter().any(|p| p.path == mount.target) {
+            continue;
+        }
+        points.push(Point { path: mount.target.clone(), directory: is_directory(&mount.source) });
+    }
+    points
+}
+
+fn is_directory(source: &Source) -> bool {
+    match source {
+        Source::Bind(path) => !rustix::fs::stat(path).is_ok_and(|s| !rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir()),
+        Source::Text(_) | Source::Passwd(_) | Source::Group(_) => false,
+        Source::Image(_, path) => path == Path::new("/") || path.extension().is_none(),
+        _ => true,
+    }
+}
+
+/// What the caller asked for and the host does not have: found before anything is started.
+///
+/// # Errors
+/// Naming the mount.
+pub fn check_sources(plan: &Plan) -> Result<()> {
+    for mount in plan.mounts.iter().filter(|m| m.missing == Missing::Fail) {
+        if let Source::Bind(path) = &mount.source
+            && let Err(error) = rustix::fs::stat(path)
+        {
+            let cause = if error == Errno::NOENT { "doesn't exist".into() } else { error.to_string() };
+            bail!("cannot bind {} on {} ({}): mount source {} {cause}", path.display(), mount.target.display(), mount.why, path.display());
+        }
+    }
+    for layer in &plan.layers {
+        let (Layer::ReadOnlyDirectory(path) | Layer::Directory(path)) = layer else { continue };
+        rustix::fs::stat(path).with_context(|| format!("while loading overlay images: failed to open overlay image {}", path.display()))?;
+    }
+    Ok(())
+}
+
+impl Tree {
+    /// Stacks root and layers. `root` is the detached image, when a server gave one.
+    ///
+    /// # Errors
+    /// As the mounts.
+    pub fn stack(plan: &Plan, stage: Option<server::Stage>, points: &[Point], xdg: Option<&OsStr>) -> Result<Tree> {
+        mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC).context("cannot make the mounts private")?;
+        let (root, made) = match (stage, &plan.root) {
+            (Some(stage), _) => {
+                let made = points.iter().zip(&stage.made).filter(|(_, made)| **made).map(|(p, _)| p.path.clone()).collect();
+                (stage.tree, made)
+            }
+            (None, Root::Directory(path)) => (sys::clone_tree(CWD, path)?, Vec::new()),
+            (None, _) => bail!("an image file needs an image server"),
+        };
+        let session = sys::new_filesystem("tmpfs", &[("mode", Some(c"0755"))])?;
+        sys::attach_over_root(session.as_fd())?;
+        let session_dev = sys::identity(session.as_fd())?.0;
+        let mut tree = Tree { root, session, session_dev, count: 0, made, ids: plan.ids, xdg: xdg.map(OsStr::to_owned) };
+        let sandbox = matches!(plan.root, Root::Directory(_));
+        if sandbox {
+            let read_only = if plan.writable_root { 0 } else { attr::RDONLY };
+            sys::set_mount_attributes(tree.root.as_fd(), attr::NOSUID | attr::NODEV | read_only)?;
+        }
+        let absent = if sandbox && !plan.writable_root { tree.absent(points)? } else { Vec::new() };
+        if !plan.layers.is_empty() || !absent.is_empty() {
+            tree.overlay(plan, &absent)?;
+        }
+        // Last, so that nothing is mounted over it: `/home/..` would lead there.
+        sys::attach_over_root(tree.root.as_fd())?;
+        Ok(tree)
+    }
+
+    /// The points that a directory image lacks, with the place that each path leads to.
+    fn absent(&mut self, points: &[Point]) -> Result<Vec<Point>> {
+        let mut absent = Vec::new();
+        for point in points {
+            match sys::open_in_root(self.root.as_fd(), &point.path, OFlags::PATH) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    absent.push(Point { path: resolve_in(&self.root, &point.path)?, directory: point.directory });
+                    self.made.push(point.path.clone());
+                }
+                Err(_) => {} // told when the mount is made
+            }
+        }
+        Ok(absent)
+    }
+
+    /// Lays an overlayfs over the root: the layers, and below all of them the mount points that are absent.
+    fn overlay(&mut self, plan: &Plan, absent: &[Point]) -> Result<()> {
+        let mut held: Vec<OwnedFd> = Vec::new();
+        // Topmost first, as overlayfs wants them.
+        let mut lower: Vec<String> = Vec::new();
+        let hold = |held: &mut Vec<OwnedFd>, fd: OwnedFd| {
+            let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+            held.push(fd);
+            path
+        };
+        let mut writable = None;
+        for layer in plan.layers.iter().rev() {
+            match layer {
+                Layer::Tmpfs(size) => {
+                    let fd = throw_away(*size)?;
+                    self.park(&fd)?;
+                    let path = hold(&mut held, fd);
+                    writable = Some((format!("{path}/upper"), format!("{path}/work"), PathBuf::from("memory")));
+                }
+                Layer::Directory(dir) => {
+                    let fd = upper_and_work(dir)?;
+                    let path = hold(&mut held, fd);
+                    writable = Some((format!("{path}/upper"), format!("{path}/work"), dir.clone()));
+                }
+                Layer::ReadOnlyDirectory(dir) => {
+                    let upper = dir.join("upper");
+                    lower.push(hold(&mut held, sys::open_path(if upper.is_dir() { &upper } else { dir })?));
+                }
+                Layer::Image(root) => {
+                    let fd = image_tree(root, &self.ids, self.xdg.as_deref())?;
+                    self.park(&fd)?;
+                    let path = hold(&mut held, fd);
+                    let upper = PathBuf::from(format!("{path}/upper"));
+                    // A squashfs layer may hold its tree in `upper`, as a directory of layers does.
+                    lower.push(if upper.is_dir() { upper.to_string_lossy().into_owned() } else { path });
+                }
+            }
+        }
+        self.park(&self.root.try_clone()?)?;
+        lower.push(format!("/proc/self/fd/{}", self.root.as_raw_fd()));
+        if !absent.is_empty() {
+            let (fd, _) = self.private_directory(0o755)?;
+            for point in absent {
+                make_point(&fd, &point.path, point.directory)?;
+            }
+            lower.push(hold(&mut held, fd));
+        }
+        self.root = mount_overlay(&lower, writable.as_ref())?;
+        Ok(())
+    }
+
+    /// Makes one mount. `Ok(false)` when it was left out.
+    ///
+    /// # Errors
+    /// When the mount must be there and cannot be made.
+    pub fn apply(&mut self, mount: &Mount) -> Result<()> {
+        match self.try_apply(mount) {
+            Ok(()) => Ok(()),
+            Err(error) => {
+                let what = format!("cannot mount {} on {} ({})", describe(&mount.source), mount.target.display(), mount.why);
+                match mount.missing {
+                    Missing::Fail => Err(error.context(what)),
+                    Missing::Warn => {
+                        say::warn(format_args!("Skipping mount {} [{}]: {error:#}", mount.target.display(), mount.why));
+                        Ok(())
+                    }
+                    Missing::Skip | Missing::Keep => {
+                        say::verbose(format_args!("{what}: {error:#}"));
+                        Ok(())
+                    }
+                }
+            }
+        }
+    }
+
+    fn try_apply(&mut self, mount: &Mount) -> Result<()> {
+        if mount.missing == Missing::Keep && !self.made.contains(&mount.target) && self.target(mount, false).is_ok() {
+            return Ok(()); // the image's own directory stands
+        }
+        let Some(tree) = self.source(mount)? else { return Ok(()) };
+        let directory = rustix::fs::fstat(&tree).is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir());
+        let target = self.target(mount, directory)?;
+        sys::attach(tree.as_fd(), target.as_fd()).map_err(|error| match error.raw_os_error() {
+            Some(libc::ENOTDIR) if directory => anyhow!("not a directory: the image has a file there"),
+            Some(libc::ENOTDIR) => anyhow!("not a directory: the image has a directory there, and the source is a file"),
+            _ => error.into(),
+        })?;
+        if let Source::Dev { mqueue } = mount.source {
+            dev::populate(self, mqueue)?;
+        }
+        Ok(())
+    }
+
+    /// Opens the place of a mount, creating it where that is ours to do.
+    fn target(&mut self, mount: &Mount, directory: bool) -> Result<OwnedFd> {
+        match sys::open_in_root(self.root.as_fd(), &mount.target, OFlags::PATH) {
+            Ok(fd) => Ok(fd),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.create_in_session(&mount.target, directory)?;
+                sys::open_in_root(self.root.as_fd(), &mount.target, OFlags::PATH).map_err(Into::into)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Creates a mount point below a directory that is private to this container.
+    fn create_in_session(&self, path: &Path, directory: bool) -> Result<()> {
+        let missing = || anyhow!("{} doesn't exist in container", path.display());
+        let parent = path.parent().ok_or_else(missing)?;
+        let name = path.file_name().ok_or_else(missing)?;
+        let fd = match sys::open_in_root(self.root.as_fd(), parent, OFlags::PATH | OFlags::DIRECTORY) {
+            Ok(fd) => fd,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                self.create_in_session(parent, true)?;
+                sys::open_in_root(self.root.as_fd(), parent, OFlags::PATH | OFlags::DIRECTORY)?
+            }
+            Err(error) => return Err(error.into()),
+        };
+        if sys::identity(fd.as_fd())?.0 != self.session_dev {
+            return Err(missing());
+        }
+        create_at(&fd, name, directory).with_context(|| format!("cannot create {}", path.display()))
+    }
+
+    /// The detached mount that goes onto the target; `None` when there is nothing to mount.
+    fn source(&mut self, mount: &Mount) -> Result<Option<OwnedFd>> {
+        let below_dev = |path: &Path| path.starts_with("/dev");
+        let (tree, attributes) = match &mount.source {
+            Source::Bind(path) => (sys::clone_tree(CWD, path)?, if below_dev(path) { attr::NOSUID } else { attr::NOSUID | attr::NODEV }),
+            Source::Directory(path, mode) => {
+                create_all(path, *mode)?;
+                (sys::clone_tree(CWD, path)?, attr::NOSUID | attr::NODEV)
+            }
+            Source::Private(mode) => (self.private_directory(*mode)?.1, 0),
+            Source::Dev { .. } => (self.private_directory(0o755)?.1, 0),
+            Source::Proc => (sys::new_filesystem("proc", &[])?, 0),
+            Source::Text(text) => (self.private_file(text.as_bytes())?, 0),
+            Source::Passwd(account) => match self.image_text("/etc/passwd")? {
+                Some(text) => (self.private_file(identity::passwd_text(&text, account).as_bytes())?, 0),
+                None => {
+                    say::warn(format_args!("passwd file doesn't exist in container, not updating"));
+                    return Ok(None);
+                }
+            },
+            Source::Group(account) => match self.image_text("/etc/group")? {
+                Some(text) => (self.private_file(identity::group_text(&text, account).as_bytes())?, 0),
+                None => {
+                    say::warn(format_args!("group file doesn't exist in container, not updating"));
+                    return Ok(None);
+                }
+            },
+            Source::Image(root, path) => {
+                let tree = image_tree(root, &self.ids, self.xdg.as_deref())?;
+                if path == Path::new("/") {
+                    (tree, 0)
+                } else {
+                    self.park(&tree)?;
+                    let part = sys::open_in_root(tree.as_fd(), path, OFlags::PATH)
+                        .with_context(|| format!("image-src {} is not in the image", path.display()))?;
+                    (sys::clone_tree(part.as_fd(), Path::new(""))?, 0)
+                }
+            }
+        };
+        let attributes = attributes | if mount.writable { 0 } else { attr::RDONLY };
+        if attributes != 0 {
+            sys::set_mount_attributes(tree.as_fd(), attributes)?;
+        }
+        Ok(Some(tree))
+    }
+
+    /// A small text file of the image: regular, at most 1 MiB, and `None` when it is not there.
+    fn image_text(&self, path: &str) -> Result<Option<String>> {
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let fd = match sys::open_in_root(self.root.as_fd(), Path::new(path), flags) {
+            Ok(fd) => fd,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).with_context(|| format!("cannot read {path} of the image")),
+        };
+        let stat = rustix::fs::fstat(&fd)?;
+        if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() || stat.st_size > 1 << 20 {
+            bail!("{path} of the image is not a regular file of at most 1 MiB");
+        }
+        let mut bytes = Vec::with_capacity(usize::try_from(stat.st_size)? + 1);
+        io::Read::read_to_end(&mut io::Read::take(std::fs::File::from(fd), 1 << 20), &mut bytes).with_context(|| format!("cannot read {path} of the image"))?;
+        Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
+    }
+
+    /// A private directory: opened in the session, and as a detached mount.
+    pub fn private_directory(&mut self, mode: u32) -> Result<(OwnedFd, OwnedFd)> {
+        let name = self.next_name();
+        let session = &self.session;
+        rustix::fs::mkdirat(session, &name, Mode::RWXU).context("cannot create a private directory")?;
+        let fd = rustix::fs::openat(session, &name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        rustix::fs::fchmod(&fd, Mode::from_raw_mode(mode))?;
+        let tree = sys::clone_tree(fd.as_fd(), Path::new(""))?;
+        Ok((fd, tree))
+    }
+
+    fn private_file(&mut self, content: &[u8]) -> Result<OwnedFd> {
+        let name = self.next_name();
+        let session = &self.session;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(session, &name, flags, Mode::from_raw_mode(0o644)).context("cannot create a private file")?;
+        rustix::fs::fchmod(&fd, Mode::from_raw_mode(0o644))?;
+        io::Write::write_all(&mut std::fs::File::from(fd), content).context("cannot write a private file")?;
+        sys::clone_tree(session.as_fd(), Path::new(&name))
+    }
+
+    fn next_name(&mut self) -> String {
+        self.count += 1;
+        self.count.to_string()
+    }
+
+    /// Attaches a detached mount out of sight: overlayfs takes, and parts can be copied from, attached mounts only.
+    fn park(&mut self, tree: &OwnedFd) -> Result<()> {
+        let name = self.next_name();
+        rustix::fs::mkdirat(&self.session, &name, Mode::RWXU).context("cannot create a private directory")?;
+        let place = rustix::fs::openat(&self.session, &name, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+        sys::attach(tree.as_fd(), place.as_fd()).context("cannot attach a layer")
+    }
+}
+
+/// Makes `root`, which is mounted over `/`, the root of this process, and drops the host's tree.
+///
+/// # Errors
+/// As `pivot_root(2)`.
+pub fn pivot(root: &OwnedFd) -> Result<()> {
+    rustix::process::fchdir(root).context("cannot enter the new root")?;
+    // The old root lands on top of the new one and is taken off at once: no directory for it is needed.
+    rustix::process::pivot_root(".", ".").context("cannot make the image the root (pivot_root)")?;
+    unmount(".", UnmountFlags::DETACH).context("cannot detach the host's files")?;
+    rustix::process::chdir("/").context("cannot enter /")
+}
+
+fn describe(source: &Source) -> String {
+    match source {
+        Source::Bind(path) | Source::Directory(path, _) => path.display().to_string(),
+        Source::Private(_) => "a private directory".into(),
+        Source::Proc => "proc".into(),
+        Source::Dev { .. } => "a private /dev".into(),
+        Source::Text(_) | Source::Passwd(_) | Source::Group(_) => "a generated file".into(),
+        Source::Image(Root::Squashfs { file, .. } | Root::Ext { file, .. } | Root::Directory(file), _) => file.display().to_string(),
+    }
+}
+
+fn create_at(parent: &OwnedFd, name: &OsStr, directory: bool) -> io::Result<()> {
+    if directory {
+        return Ok(rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(0o755))?);
+    }
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    Ok(rustix::fs::openat(parent, name, flags, Mode::from_raw_mode(0o644)).map(drop)?)
+}
+
+/// Creates a directory of the host with its parents (`--workdir`), and sets its mode when it is new.
+fn create_all(path: &Path, mode: u32) -> Result<()> {
+    if path.is_dir() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(path).with_context(|| format!("cannot create {} (--workdir)", path.display()))?;
+    rustix::fs::chmod(path, Mode::from_raw_mode(mode)).with_context(|| format!("cannot set the mode of {}", path.display()))
+}
+
+/// An empty tree in memory with `upper` and `work`.
+fn throw_away(size_bytes: Option<u64>) -> Result<OwnedFd> {
+    let size = size_bytes.map(|b| CString::new(b.to_string())).transpose()?;
+    let mut options = vec![("mode", Some(c"0755"))];
+    if let Some(size) = &size {
+        options.push(("size", Some(size)));
+    }
+    let fd = sys::new_filesystem("tmpfs", &options)?;
+    for name in ["upper", "work"] {
+        rustix::fs::mkdirat(&fd, name, Mode::from_raw_mode(0o755)).context("cannot create the writable layer")?;
+    }
+    Ok(fd)
+}
+
+/// `upper` and `work` in the caller's directory, created when missing.
+fn upper_and_work(dir: &Path) -> Result<OwnedFd> {
+    for name in ["upper", "work"] {
+        match rustix::fs::mkdir(dir.join(name), Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(error) => return Err(error).with_context(|| format!("cannot create {name} in the overlay {}", dir.display())),
+        }
+    }
+    sys::open_path(dir)
+}
+
+fn mount_overlay(lower: &[String], writable: Option<&(String, String, PathBuf)>) -> Result<OwnedFd> {
+    let text = |s: &str| CString::new(s).context("a path holds a NUL byte");
+    let lower = text(&lower.join(":"))?;
+    let mut options = vec![("source", Some(c"capsid")), ("lowerdir", Some(lower.as_c_str()))];
+    let (upper, work);
+    if let Some((upper_path, work_path, _)) = writable {
+        (upper, work) = (text(upper_path)?, text(work_path)?);
+        options.push(("upperdir", Some(&upper)));
+        options.push(("workdir", Some(&work)));
+    }
+    // Marks in user.* attributes: trusted.* ones are not for user namespaces.
+    options.push(("userxattr", None));
+    sys::new_filesystem("overlay", &options).with_context(|| match writable {
+        Some((.., dir)) if dir != Path::new("memory") => format!(
+            "cannot use {} as a writable overlay; its file system must support extended attributes and whiteouts (not NFS, Lustre or \
+             FUSE): use --writable-tmpfs, or a directory on a local disk",
+            dir.display()
+        ),
+        _ => "cannot lay a layer over the image; the kernel must allow overlayfs in user namespaces (Linux 5.11)".into(),
+    })
+}
+
+/// A further image, as a detached mount.
+fn image_tree(root: &Root, ids: &IdMap, xdg: Option<&OsStr>) -> Result<OwnedFd> {
+    match root {
+        Root::Directory(path) => sys::clone_tree(CWD, path),
+        _ => Ok(server::enter(root, ids, &[], xdg)?.tree),
+    }
+}
+
+/// Creates a mount point and the directories above it in an empty tree of ours.
+fn make_point(tree: &OwnedFd, path: &Path, directory: bool) -> Result<()> {
+    let what = || format!("cannot create the mount point {}", path.display());
+    let mut at = rustix::io::dup(tree)?;
+    let mut names = path.components().filter_map(|c| match c {
+        Component::Normal(name) => Some(name),
+        _ => None,
+    });
+    let mut next = names.next();
+    while let Some(name) = next {
+        next = names.next();
+        match create_at(&at, name, directory || next.is_some()) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error).with_context(what),
+            _ => {}
+        }
+        if next.is_some() {
+            at = rustix::fs::openat(&at, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty()).with_context(what)?;
+        }
+    }
+    Ok(())
+}
+
+/// Where `path` leads inside `root`, with links followed as `chroot(2)` would, the last parts of which need not exist.
+fn resolve_in(root: &OwnedFd, path: &Path) -> Result<PathBuf> {
+    let mut todo: Vec<PathBuf> = path.components().rev().map(|c| PathBuf::from(c.as_os_str())).collect();
+    let mut done = PathBuf::from("/");
+    let mut links = 0;
+    while let Some(part) = todo.pop() {
+        match part.as_os_str().as_bytes() {
+            b"/" => done = PathBuf::from("/"),
+            b"." => {}
+            b".." => {
+                done.pop();
+            }
+            _ => {
+                done.push(&part);
+                let Ok(fd) = sys::open_in_root(root.as_fd(), &done, OFlags::PATH | OFlags::NOFOLLOW) else { continue };
+                let Ok(link) = rustix::fs::readlinkat(&fd, "", Vec::new()) else { continue };
+                links += 1;
+                if links > 40 {
+                    bail!("too many symbolic links in {}", path.display());
+                }
+                done.pop();
+                let link = PathBuf::from(OsStr::from_bytes(link.to_bytes()));
+                todo.extend(link.components().rev().map(|c| PathBuf::from(c.as_os_str())));
+            }
+        }
+    }
+    Ok(done)
+}

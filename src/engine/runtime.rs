@@ -1,0 +1,97 @@
+//! The runtime directory of a user on this node: where the sockets of the image servers are.
+//!
+//! `$XDG_RUNTIME_DIR/capsid`, else `/run/user/UID/capsid` (batch jobs often lack the variable), else
+//! `/tmp/capsid-UID`. It must be ours, of mode 0700 and on a file system of this node; a directory that is not so is
+//! refused and not repaired, and without one every run simply has an image server of its own.
+
+use std::ffi::OsStr;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
+
+/// The directory, open.
+#[derive(Debug)]
+pub struct Directory {
+    fd: OwnedFd,
+    /// For messages.
+    pub path: PathBuf,
+}
+
+/// Opens the directory, making it when it is not there. `None` when no place is fit.
+pub fn open(uid: u32, xdg: Option<&OsStr>) -> Option<Directory> {
+    let xdg = xdg.map(PathBuf::from).filter(|p| p.is_absolute());
+    let homes = xdg.into_iter().chain([PathBuf::from(format!("/run/user/{uid}"))]);
+    for home in homes {
+        // The parent must be ours alone, or somebody else could swap what is below it.
+        if is_private(&home, uid)
+            && let Some(found) = open_below(&home.join("capsid"), uid)
+        {
+            return Some(found);
+        }
+    }
+    open_below(Path::new(&format!("/tmp/capsid-{uid}")), uid)
+}
+
+fn is_private(path: &Path, uid: u32) -> bool {
+    rustix::fs::stat(path).is_ok_and(|s| s.st_uid == uid && s.st_mode & 0o022 == 0)
+}
+
+fn open_below(path: &Path, uid: u32) -> Option<Directory> {
+    match rustix::fs::mkdir(path, Mode::RWXU) {
+        Ok(()) => drop(rustix::fs::chmod(path, Mode::RWXU)),
+        Err(rustix::io::Errno::EXIST) => {}
+        Err(_) => return None,
+    }
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = rustix::fs::open(path, flags, Mode::empty()).ok()?;
+    let stat = rustix::fs::fstat(&fd).ok()?;
+    let local = rustix::fs::fstatfs(&fd).is_ok_and(|s| is_local(s.f_type as u64));
+    (stat.st_uid == uid && stat.st_mode & 0o777 == 0o700 && local).then(|| Directory { fd, path: path.to_owned() })
+}
+
+/// Not one of the file systems that other nodes see too (magic numbers of `statfs(2)` and of Lustre, GPFS,
+/// BeeGFS, Panasas).
+fn is_local(magic: u64) -> bool {
+    const SHARED: [u64; 10] =
+        [0x6969, 0xff53_4d42, 0x517b, 0xfe53_4d42, 0x5346_414f, 0x00c3_6400, 0x0bd0_0bd0, 0x4750_4653, 0x1983_0326, 0xaad7_aaea];
+    !SHARED.contains(&(magic & 0xffff_ffff))
+}
+
+/// Exclusive use of the directory, until dropped.
+pub struct Lock<'a>(&'a Directory);
+
+impl Drop for Lock<'_> {
+    fn drop(&mut self) {
+        drop(rustix::fs::flock(&self.0.fd, FlockOperation::Unlock));
+    }
+}
+
+impl Directory {
+    /// Waits for the lock. It is held for a few system calls only.
+    pub fn lock(&self) -> Option<Lock<'_>> {
+        rustix::fs::flock(&self.fd, FlockOperation::LockExclusive).ok().map(|()| Lock(self))
+    }
+
+    /// A path to `name` that fits a socket address however deep the directory is, and that cannot be swapped.
+    pub fn entry(&self, name: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/self/fd/{}/{name}", self.fd.as_raw_fd()))
+    }
+
+    /// Removes an entry.
+    pub fn remove(&self, name: &str) {
+        drop(rustix::fs::unlinkat(self.fd.as_fd(), name, AtFlags::empty()));
+    }
+
+    /// A descriptor of its own, for a process that outlives this one. The lock belongs to the open file, so
+    /// the copy is opened anew.
+    pub fn reopen(&self) -> Option<Directory> {
+        let fd = rustix::fs::openat(&self.fd, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+        Some(Directory { fd, path: self.path.clone() })
+    }
+
+    /// The descriptor.
+    pub fn fd(&self) -> &OwnedFd {
+        &self.fd
+    }
+}

@@ -1,0 +1,546 @@
+//! The image server: a detached process that owns a user namespace in which an image is mounted through FUSE.
+//!
+//! One server per image (device, inode, size, time, offset), id map, user and cgroup scope. Every container of that
+//! scope joins its user namespace, brings its own mounts, and gets from it a detached copy of the image's mount. So all
+//! ranks of a job share one page cache, and may use cross-memory attach between each other.
+//!
+//! Two processes: a *keeper* holds `/dev/fuse` and waits, a *worker* serves. A worker that is killed is replaced, and
+//! asks the kernel to send pending requests again (node ids carry no state): containers notice nothing.
+//!
+//! Life: users are counted by pidfd. A few seconds after the last one the worker stops listening and detaches its own
+//! mount; the kernel ends the FUSE connection when the last mount of it is gone, wherever it is, and only then the
+//! server ends. It never unmounts under a live process, whatever that process is a child of. Nothing of it stays: the
+//! socket is removed, its directory is in memory, its mounts are in a namespace of its own, which holds none of the
+//! host's.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use capsid_fuse::{Archive, Options, Owner, Server, ViewEntry, ViewKind};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::CloneFlags;
+use nix::sys::signal::Signal;
+use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, listen, socket, socketpair};
+use nix::sys::wait::{WaitStatus, waitpid};
+
+use super::runtime::Directory;
+use super::sys::{self, Fork};
+use super::wire::{self, Point};
+use super::{runtime, userns};
+use crate::image::Root;
+use crate::plan::IdMap;
+use crate::say;
+
+/// How long a server without users goes on listening: long enough for the next command of a script.
+const IDLE: Duration = Duration::from_secs(3);
+
+/// How long a client waits for an answer before it does without the shared server.
+const ANSWER_S: i64 = 10;
+
+/// A worker that dies this often within [`RESTART_WINDOW`] is not replaced any more.
+const RESTARTS: usize = 3;
+const RESTART_WINDOW: Duration = Duration::from_secs(10);
+
+/// Where the image is mounted in the server's own, otherwise empty file tree.
+const MOUNT_POINT: &str = "/m";
+/// The mount points asked for so far, for a worker that takes over.
+const VIEWS: &str = "/views";
+
+/// What a container gets of a server.
+pub struct Stage {
+    /// The user namespace to join.
+    pub userns: OwnedFd,
+    /// A detached mount of the image with all mount points.
+    pub tree: OwnedFd,
+    /// For each mount point asked for: it was not in the image.
+    pub made: Vec<bool>,
+}
+
+/// Finds the server of an image, or starts it, and gets a root with these mount points.
+///
+/// # Errors
+/// When the image cannot be mounted: no user namespaces, no /dev/fuse, a damaged image.
+pub fn enter(root: &Root, ids: &IdMap, points: &[Point], xdg: Option<&std::ffi::OsStr>) -> Result<Stage> {
+    let request = wire::encode_points(points)?;
+    let image = Image::open(root)?;
+    let uid = rustix::process::getuid().as_raw();
+    let Some(directory) = runtime::open(uid, xdg) else {
+        say::verbose(format_args!("no runtime directory: this container gets an image server of its own"));
+        return start(&image, ids, None, &request);
+    };
+    let name = image.socket_name(ids)?;
+    // A server may end between our connect and its answer; then the next round starts one.
+    for _ in 0..10 {
+        if let Some(server) = connect_to(&directory, &name) {
+            match ask(&server, &request) {
+                Ok(answer) => return answer,
+                Err(Silence::Gone) => continue,
+                Err(Silence::Stuck) => {
+                    say::warn(format_args!("the image server of {} does not answer: using another one", image.path.display()));
+                    return start(&image, ids, None, &request);
+                }
+            }
+        }
+        if let Some(listener) = claim(&directory, &name)? {
+            let place = Place { directory: directory.reopen(), name: name.clone(), listener };
+            return start(&image, ids, Some(place), &request);
+        }
+    }
+    bail!("image servers of {} keep ending: see whether something kills them", image.path.display())
+}
+
+/// An open image file and what identifies it.
+struct Image<'a> {
+    file: File,
+    path: &'a Path,
+    root: &'a Root,
+    offset: u64,
+    len: u64,
+}
+
+impl<'a> Image<'a> {
+    fn open(root: &'a Root) -> Result<Image<'a>> {
+        let (path, offset, len) = match root {
+            Root::Squashfs { file, offset_bytes, len_bytes } | Root::Ext { file, offset_bytes, len_bytes } => (file, *offset_bytes, *len_bytes),
+            Root::Directory(path) => bail!("{} is a directory and needs no image server", path.display()),
+        };
+        let file = File::open(path).with_context(|| format!("cannot open image {}", path.display()))?;
+        Ok(Image { file, path, root, offset, len })
+    }
+
+    /// Equal for the callers that share a server, and different for all others.
+    fn socket_name(&self, ids: &IdMap) -> Result<String> {
+        use std::hash::{DefaultHasher, Hash, Hasher};
+        let stat = rustix::fs::fstat(&self.file).context("cannot read the image's attributes")?;
+        let userns = rustix::fs::stat("/proc/self/ns/user").map(|s| s.st_ino).unwrap_or_default();
+        let gid = rustix::process::getgid().as_raw();
+        let mut hash = DefaultHasher::new();
+        (wire::VERSION, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime, stat.st_mtime_nsec).hash(&mut hash);
+        (self.offset, self.len, gid, userns, format!("{ids:?}"), cgroup_scope()).hash(&mut hash);
+        Ok(format!("image-{:016x}", hash.finish()))
+    }
+}
+
+/// The cgroups that this process is in, cut at a Slurm step: a batch system kills by cgroup, and a server must not be
+/// killed under a container that lives elsewhere; but the tasks of one step share a server.
+fn cgroup_scope() -> String {
+    let text = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    text.lines().map(|line| step_scope(line.splitn(3, ':').nth(2).unwrap_or_default())).collect::<Vec<_>>().join("\n")
+}
+
+fn step_scope(path: &str) -> &str {
+    let Some(step) = path.find("/step_") else { return path };
+    path[step + 1..].find('/').map_or(path, |end| &path[..step + 1 + end])
+}
+
+fn connect_to(directory: &Directory, name: &str) -> Option<OwnedFd> {
+    let fd = packet_socket().ok()?;
+    let address = UnixAddr::new(&directory.entry(name)).ok()?;
+    connect(fd.as_raw_fd(), &address).ok()?;
+    // Only a socket of our own user is listened to, whoever made the file.
+    wire::is_own_peer(&fd).then_some(fd)
+}
+
+fn packet_socket() -> nix::Result<OwnedFd> {
+    socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)
+}
+
+/// Binds the server's socket, unless somebody else has by now. From here on others connect and wait for us.
+fn claim(directory: &Directory, name: &str) -> Result<Option<OwnedFd>> {
+    let _lock = directory.lock();
+    if connect_to(directory, name).is_some() {
+        return Ok(None);
+    }
+    directory.remove(name);
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).context("cannot create a socket")?;
+    let address = UnixAddr::new(&directory.entry(name)).context("the socket's address")?;
+    let what = || format!("cannot create a socket in {}", directory.path.display());
+    bind(fd.as_raw_fd(), &address).with_context(what)?;
+    listen(&fd, Backlog::new(4095).unwrap_or(Backlog::MAXCONN)).with_context(what)?;
+    Ok(Some(fd))
+}
+
+enum Silence {
+    /// The server ended.
+    Gone,
+    /// It is there, and says nothing.
+    Stuck,
+}
+
+/// Asks for a root. The inner error is the server's own, for the person.
+fn ask(server: &OwnedFd, request: &[u8]) -> Result<Result<Stage>, Silence> {
+    let timeout = nix::sys::time::TimeVal::new(ANSWER_S, 0);
+    drop(nix::sys::socket::setsockopt(server, nix::sys::socket::sockopt::ReceiveTimeout, &timeout));
+    let own = rustix::process::pidfd_open(rustix::process::getpid(), rustix::process::PidfdFlags::empty()).ok();
+    let own: Vec<RawFd> = own.iter().map(AsRawFd::as_raw_fd).collect();
+    // A server that sees no pidfd (before Linux 5.3) does not count us, and still never unmounts under us.
+    if wire::send(server.as_fd(), &with_header(request), &own).is_err() {
+        return Err(Silence::Gone);
+    }
+    loop {
+        return match wire::receive(server.as_fd()) {
+            Ok((bytes, fds)) => match (bytes.split_first(), <[OwnedFd; 2]>::try_from(fds)) {
+                (Some((0, made)), Ok([userns, tree])) => Ok(Ok(Stage { userns, tree, made: made.iter().map(|b| *b != 0).collect() })),
+                (Some((1, text)), _) => Ok(Err(anyhow!("{}", String::from_utf8_lossy(text)))),
+                _ => Err(Silence::Gone),
+            },
+            Err(nix::Error::EINTR) => continue,
+            Err(nix::Error::EAGAIN) => Err(Silence::Stuck),
+            Err(_) => Err(Silence::Gone),
+        };
+    }
+}
+
+/// A packet is never empty: no bytes mean the end of the conversation.
+fn with_header(request: &[u8]) -> Vec<u8> {
+    let mut packet = Vec::with_capacity(request.len() + 1);
+    packet.push(0);
+    packet.extend(request);
+    packet
+}
+
+/// Where a server can be found by others.
+struct Place {
+    directory: Option<Directory>,
+    name: String,
+    listener: OwnedFd,
+}
+
+/// Starts a server and is its first client.
+fn start(image: &Image, ids: &IdMap, place: Option<Place>, request: &[u8]) -> Result<Stage> {
+    let (ours, first) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).context("cannot create a socket")?;
+    match sys::fork()? {
+        Fork::Parent(child) => {
+            drop((first, place));
+            // The child only forks again, so that the server is nobody's child.
+            while waitpid(child, None) == Err(nix::Error::EINTR) {}
+            match ask(&ours, request) {
+                Ok(answer) => answer,
+                Err(_) => bail!("the image server of {} ended before it began to serve", image.path.display()),
+            }
+        }
+        Fork::Child => {
+            drop(ours);
+            if matches!(sys::fork(), Ok(Fork::Child)) {
+                keep(image, ids, place, first);
+            }
+            sys::exit_now(0)
+        }
+    }
+}
+
+/// The keeper: makes namespaces and mount, starts workers. Does not return.
+fn keep(image: &Image, ids: &IdMap, place: Option<Place>, first: OwnedFd) {
+    drop(rustix::process::setsid());
+    let ready = prepare(image, ids, place.as_ref(), &first);
+    let prepared = match ready {
+        Ok(prepared) => prepared,
+        Err(error) => return refuse(&first, place.as_ref(), &error),
+    };
+    let mut deaths: Vec<Instant> = Vec::new();
+    let mut first = Some(first);
+    loop {
+        match sys::fork() {
+            Ok(Fork::Child) => {
+                work(image, ids, &prepared, place.as_ref(), first.take(), deaths.is_empty());
+                sys::exit_now(0)
+            }
+            Ok(Fork::Parent(worker)) => {
+                first = None;
+                let status = loop {
+                    match waitpid(worker, None) {
+                        Err(nix::Error::EINTR) => {}
+                        other => break other,
+                    }
+                };
+                if !matches!(status, Ok(WaitStatus::Signaled(..))) {
+                    return; // it has left by itself
+                }
+                deaths.push(Instant::now());
+                deaths.retain(|at| at.elapsed() < RESTART_WINDOW);
+                if deaths.len() > RESTARTS {
+                    return leave(place.as_ref());
+                }
+            }
+            Err(_) => return leave(place.as_ref()),
+        }
+    }
+}
+
+/// Tells the first client why there is no server. Others that wait by now find the socket closed and try themselves.
+fn refuse(first: &OwnedFd, place: Option<&Place>, error: &anyhow::Error) {
+    leave(place);
+    let mut answer = vec![1];
+    answer.extend(format!("{error:#}").bytes().take(8000));
+    drop(wire::receive(first.as_fd()));
+    drop(wire::send(first.as_fd(), &answer, &[]));
+}
+
+/// Takes the server's name away. Only while the listener is alive: as long as it answers, nobody else can have bound
+/// the name.
+fn leave(place: Option<&Place>) {
+    if let Some(place) = place
+        && let Some(directory) = &place.directory
+    {
+        let _lock = directory.lock();
+        directory.remove(&place.name);
+        // Also ends the waiting of clients that found the name just before.
+        drop(nix::sys::socket::shutdown(place.listener.as_raw_fd(), nix::sys::socket::Shutdown::Both));
+    }
+}
+
+struct Prepared {
+    /// One descriptor of the FUSE connection for each thread that may serve.
+    devices: Vec<OwnedFd>,
+    userns: OwnedFd,
+}
+
+/// Namespaces, an empty file tree, and the image mounted in it.
+fn prepare(image: &Image, ids: &IdMap, place: Option<&Place>, first: &OwnedFd) -> Result<Prepared> {
+    sys::ignore_signals(&[Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGPIPE, Signal::SIGUSR1, Signal::SIGUSR2]);
+    drop(nix::sys::signal::SigSet::empty().thread_set_mask());
+    sys::detach_standard_descriptors();
+    let mut keep = vec![image.file.as_raw_fd(), first.as_raw_fd()];
+    if let Some(place) = place {
+        keep.push(place.listener.as_raw_fd());
+        keep.extend(place.directory.as_ref().map(|d| d.fd().as_raw_fd()));
+    }
+    keep.sort_unstable();
+    sys::close_all_but(&keep);
+    sys::set_title(&format!("capsid-image {}", image.path.display()));
+    // The image is looked at before anything is mounted, so that a bad one costs nothing.
+    drop(open_tree(image, ids)?);
+    userns::create(ids, CloneFlags::CLONE_NEWNS)?;
+    rustix::mount::mount_change("/", rustix::mount::MountPropagationFlags::DOWNSTREAM | rustix::mount::MountPropagationFlags::REC)
+        .context("cannot make the mounts private")?;
+    let userns = userns::current()?;
+    let (uid, gid) = match ids {
+        IdMap::Own { uid, gid } => (*uid, *gid),
+        _ => (0, 0),
+    };
+    let others = ids.has_others();
+    let mount = capsid_fuse::mount::fuse(&capsid_fuse::mount::MountOptions {
+        uid,
+        gid,
+        allow_other: others,
+        default_permissions: others,
+        source: image.path.to_string_lossy().into_owned(),
+    })?;
+    enter_empty_tree(&mount.tree)?;
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(8);
+    let mut devices = vec![mount.device];
+    while devices.len() < threads {
+        match capsid_fuse::clone_device(devices[0].as_fd()) {
+            Ok(device) => devices.push(device),
+            Err(_) => break, // before Linux 4.2; one descriptor serves all the same
+        }
+    }
+    Ok(Prepared { devices, userns })
+}
+
+/// Leaves the host's mounts: the server must not keep a file system busy that an administrator wants to unmount.
+fn enter_empty_tree(image: &OwnedFd) -> Result<()> {
+    let tree = sys::new_filesystem("tmpfs", &[("mode", Some(c"0700")), ("size", Some(c"4m"))])?;
+    sys::attach_over_root(tree.as_fd())?;
+    rustix::fs::mkdirat(&tree, &MOUNT_POINT[1..], rustix::fs::Mode::RWXU).context("cannot create the mount point")?;
+    let point = sys::open_in_root(tree.as_fd(), Path::new(MOUNT_POINT), rustix::fs::OFlags::PATH).context("cannot open the mount point")?;
+    sys::attach(image.as_fd(), point.as_fd()).context("cannot mount the image")?;
+    super::rootfs::pivot(&tree)
+}
+
+fn options(ids: &IdMap) -> Options {
+    let owner = match ids {
+        IdMap::Own { uid, gid } => Owner::Fixed { uid: *uid, gid: *gid },
+        IdMap::Root { .. } => Owner::Fixed { uid: 0, gid: 0 },
+        IdMap::All | IdMap::Ranges { .. } => Owner::Image,
+    };
+    Options { owner, stage: true, max_threads: 0, cache_bytes: 0 }
+}
+
+fn open_tree(image: &Image, ids: &IdMap) -> Result<Server> {
+    let file = image.file.try_clone().context("cannot duplicate a descriptor")?;
+    let what = || format!("cannot read image {}", image.path.display());
+    match image.root {
+        Root::Ext { .. } => Server::ext(file, image.offset, Some(image.len), "upper", options(ids)).with_context(what),
+        _ => Ok(Server::squashfs(Archive::open(file, image.offset, Some(image.len)).with_context(what)?, options(ids))),
+    }
+}
+
+/// The worker: serves the image from threads, and clients from this one, until nobody is left.
+fn work(image: &Image, ids: &IdMap, prepared: &Prepared, place: Option<&Place>, first: Option<OwnedFd>, fresh: bool) {
+    let server = match open_tree(image, ids) {
+        Ok(server) => Arc::new(server),
+        Err(error) => {
+            if let Some(first) = &first {
+                refuse(first, place, &error);
+            }
+            return;
+        }
+    };
+    let devices: Vec<OwnedFd> = prepared.devices.iter().filter_map(|d| d.try_clone().ok()).collect();
+    if !fresh {
+        restore_views(&server);
+        Server::resume(prepared.devices[0].as_fd());
+    }
+    let serving = {
+        let server = Arc::clone(&server);
+        std::thread::Builder::new().name("serve".into()).spawn(move || drop(server.serve_on(devices)))
+    };
+    let Ok(serving) = serving else { return };
+    let mut desk = Desk { server, prepared, users: Vec::new(), last: Instant::now() };
+    if let Some(first) = first {
+        desk.answer(&first);
+    }
+    desk.run(place, &serving);
+    // The mount goes when the last container's copy goes, and the serving thread ends with it.
+    drop(rustix::mount::unmount(MOUNT_POINT, rustix::mount::UnmountFlags::DETACH));
+    desk.server.shrink();
+    drop(serving.join());
+    sys::exit_now(0)
+}
+
+fn restore_views(server: &Server) {
+    let Ok(text) = std::fs::read(VIEWS) else { return };
+    let mut rest = text.as_slice();
+    while let Some((len, tail)) = rest.split_first_chunk::<4>() {
+        let Some((record, tail)) = tail.split_at_checked(u32::from_le_bytes(*len) as usize) else { return };
+        if let Some(points) = wire::decode_points(record) {
+            drop(server.add_view(&entries(&points)));
+        }
+        rest = tail;
+    }
+}
+
+fn entries(points: &[Point]) -> Vec<ViewEntry> {
+    points
+        .iter()
+        .map(|p| ViewEntry {
+            path: p.path.as_os_str().as_bytes().to_vec(),
+            kind: if p.directory { ViewKind::Directory } else { ViewKind::File },
+        })
+        .collect()
+}
+
+/// Where clients are received.
+struct Desk<'a> {
+    server: Arc<Server>,
+    prepared: &'a Prepared,
+    users: Vec<OwnedFd>,
+    last: Instant,
+}
+
+impl Desk<'_> {
+    /// Answers clients until there have been no users for a while, and then leaves the name.
+    fn run(&mut self, mut place: Option<&Place>, serving: &std::thread::JoinHandle<()>) {
+        loop {
+            let patience = if place.is_some() { IDLE } else { Duration::ZERO };
+            let idle = if self.users.is_empty() { patience.saturating_sub(self.last.elapsed()) } else { Duration::from_secs(3600) };
+            if idle.is_zero() || serving.is_finished() {
+                // Who knocked before the name was gone is still let in.
+                leave(place);
+                match place.take() {
+                    Some(place) => while self.receive(place) {},
+                    None => return,
+                }
+                continue;
+            }
+            let mut set: Vec<PollFd> = self.users.iter().map(|u| PollFd::new(u.as_fd(), PollFlags::POLLIN)).collect();
+            set.extend(place.map(|p| PollFd::new(p.listener.as_fd(), PollFlags::POLLIN)));
+            let timeout = PollTimeout::try_from(idle.as_millis().max(1)).unwrap_or(PollTimeout::MAX);
+            if !matches!(poll(&mut set, timeout), Ok(n) if n > 0) {
+                continue;
+            }
+            let mut ready: Vec<bool> = set.iter().map(|p| p.any().unwrap_or(false)).collect();
+            let knock = place.is_some() && ready.pop() == Some(true);
+            let mut ready = ready.into_iter();
+            self.users.retain(|_| !ready.next().unwrap_or(false));
+            if self.users.is_empty() {
+                self.last = Instant::now();
+            }
+            if knock && let Some(place) = place {
+                self.receive(place);
+            }
+        }
+    }
+
+    /// Lets one waiting client in; false when there is none.
+    fn receive(&mut self, place: &Place) -> bool {
+        let Ok(client) = accept4(place.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) else { return false };
+        let client = sys::own(client);
+        if wire::is_own_peer(&client) {
+            self.answer(&client);
+        }
+        true
+    }
+
+    fn answer(&mut self, client: &OwnedFd) {
+        // A client sends at once; one that does not must not keep the others waiting.
+        let timeout = nix::sys::time::TimeVal::new(2, 0);
+        drop(nix::sys::socket::setsockopt(client, nix::sys::socket::sockopt::ReceiveTimeout, &timeout));
+        let Ok((packet, fds)) = wire::receive(client.as_fd()) else { return };
+        let Some(points) = packet.split_first().and_then(|(_, body)| wire::decode_points(body)) else { return };
+        let sent = match self.root_with(&points, &packet[1..]) {
+            Ok((tree, made)) => {
+                let mut answer = vec![0];
+                answer.extend(made.into_iter().map(u8::from));
+                wire::send(client.as_fd(), &answer, &[self.prepared.userns.as_raw_fd(), tree.as_raw_fd()])
+            }
+            Err(error) => {
+                let mut answer = vec![1];
+                answer.extend(format!("{error:#}").bytes().take(8000));
+                wire::send(client.as_fd(), &answer, &[])
+            }
+        };
+        if sent.is_ok() {
+            self.users.extend(fds.into_iter().next());
+        }
+        self.last = Instant::now();
+    }
+
+    /// A detached copy of the image's mount in which all mount points exist, and which of them are new.
+    fn root_with(&self, points: &[Point], raw: &[u8]) -> Result<(OwnedFd, Vec<bool>)> {
+        let missing = |p: &Point| !self.server.exists(p.path.as_os_str().as_bytes()).unwrap_or(false);
+        let made: Vec<bool> = points.iter().map(missing).collect();
+        let view = self.server.add_view(&entries(points)).context("cannot make the mount points")?;
+        remember(raw)?;
+        let path = format!("{MOUNT_POINT}/{}", view.0);
+        let tree = sys::clone_tree(rustix::fs::CWD, Path::new(&path))?;
+        Ok((tree, made))
+    }
+}
+
+/// Notes a request for a worker that may have to take over; each distinct one once.
+fn remember(raw: &[u8]) -> Result<()> {
+    let mut record = u32::try_from(raw.len()).context("a request")?.to_le_bytes().to_vec();
+    record.extend(raw);
+    let what = "cannot note the mount points";
+    let mut file = File::options().create(true).read(true).append(true).open(VIEWS).context(what)?;
+    let mut known = Vec::new();
+    file.read_to_end(&mut known).context(what)?;
+    let mut rest = known.as_slice();
+    while let Some((len, tail)) = rest.split_first_chunk::<4>() {
+        let len = u32::from_le_bytes(*len) as usize;
+        if tail.get(..len) == Some(raw) {
+            return Ok(());
+        }
+        rest = tail.get(len..).unwrap_or_default();
+    }
+    file.write_all(&record).context(what)
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn tasks_of_a_slurm_step_share_a_scope() {
+        assert_eq!(super::step_scope("/slurm/uid_1/job_7/step_0/task_3"), "/slurm/uid_1/job_7/step_0");
+        assert_eq!(super::step_scope("/slurm/uid_1/job_7/step_0"), "/slurm/uid_1/job_7/step_0");
+        assert_eq!(super::step_scope("/user.slice/session-2.scope"), "/user.slice/session-2.scope");
+    }
+}

@@ -1,0 +1,374 @@
+//! System calls that `nix` and `rustix` do not offer safely; the only file of the program with `unsafe`.
+//!
+//! Wrappers take borrowed descriptors and paths, return owned descriptors, and set close-on-exec. Each
+//! failure names its arguments.
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, CString, OsString};
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStringExt;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use nix::unistd::{ForkResult, Pid};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags};
+use rustix::mount::{MoveMountFlags, OpenTreeFlags};
+
+/// Which side of a fork we are.
+pub enum Fork {
+    /// The caller, with the child's id.
+    Parent(Pid),
+    /// The new process.
+    Child,
+}
+
+/// `fork(2)` of a process with one thread.
+///
+/// # Errors
+/// `EAGAIN` at a process limit.
+pub fn fork() -> Result<Fork> {
+    // SAFETY: the process has one thread here (threads start only in the image server's worker, after its
+    // last fork), so no lock can be held for ever in the child.
+    match unsafe { nix::unistd::fork() }.context("cannot create a process (fork)")? {
+        ForkResult::Parent { child } => Ok(Fork::Parent(child)),
+        ForkResult::Child => Ok(Fork::Child),
+    }
+}
+
+/// `fork` whose child is process 1 of a new pid namespace (`clone(2)`, `pid_namespaces(7)`).
+///
+/// # Errors
+/// `ENOSPC` or `EPERM` where pid namespaces are limited.
+pub fn fork_into_pid_namespace() -> Result<Fork> {
+    let flags = libc::CLONE_NEWPID | libc::SIGCHLD;
+    // SAFETY: as for fork: one thread, no stack is passed, so the child goes on with a copy of this one.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, flags as libc::c_ulong, 0, 0, 0, 0) };
+    match pid {
+        0 => Ok(Fork::Child),
+        pid if pid > 0 => Ok(Fork::Parent(Pid::from_raw(i32::try_from(pid).context("a process id")?))),
+        _ => Err(io::Error::last_os_error()).context("cannot create a process in a new pid namespace (clone)"),
+    }
+}
+
+#[repr(C)]
+struct MountAttr {
+    attr_set: u64,
+    attr_clr: u64,
+    propagation: u64,
+    userns_fd: u64,
+}
+
+/// Attributes of a mount, as `mount_setattr(2)` has them.
+pub mod attr {
+    /// Read-only.
+    pub const RDONLY: u64 = 1;
+    /// Set-user-id bits have no effect.
+    pub const NOSUID: u64 = 2;
+    /// Device nodes cannot be opened.
+    pub const NODEV: u64 = 4;
+}
+
+/// Sets attributes on a mount and all below it. Flags that are already set stay, so a locked flag is no
+/// trouble.
+///
+/// # Errors
+/// As `mount_setattr(2)`; `ENOSYS` before Linux 5.12 is handled by a remount of the top mount.
+pub fn set_mount_attributes(tree: BorrowedFd, set: u64) -> Result<()> {
+    let attr = MountAttr { attr_set: set, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
+    // SAFETY: the path is a valid empty C string, and attr a live structure of the size that is passed.
+    let done = unsafe {
+        libc::syscall(libc::SYS_mount_setattr, tree.as_raw_fd(), c"".as_ptr(), flags, &raw const attr, size_of::<MountAttr>())
+    };
+    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()).context("cannot set mount attributes (mount_setattr)") }
+}
+
+/// A detached copy of the mount at `path` with everything below it.
+///
+/// # Errors
+/// As `open_tree(2)`.
+pub fn clone_tree(at: BorrowedFd, path: &Path) -> Result<OwnedFd> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_RECURSIVE
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    rustix::mount::open_tree(at, path, flags).with_context(|| format!("cannot open {} for a bind mount", path.display()))
+}
+
+/// Attaches a detached mount at the place that `target` has open.
+///
+/// # Errors
+/// As `move_mount(2)`; `ENOTDIR` for a file on a directory or the other way round.
+pub fn attach(tree: BorrowedFd, target: BorrowedFd) -> io::Result<()> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
+    Ok(rustix::mount::move_mount(tree, "", target, "", flags)?)
+}
+
+/// Attaches a detached mount over `/`: the process still sees the old root, and the descriptor the new one.
+///
+/// # Errors
+/// As `move_mount(2)`.
+pub fn attach_over_root(tree: BorrowedFd) -> Result<()> {
+    rustix::mount::move_mount(tree, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).context("cannot attach a mount over / (move_mount)")
+}
+
+/// Opens `path` for reference only, resolved as if `root` were `/`: no symbolic link leads out.
+///
+/// # Errors
+/// As `openat2(2)`.
+pub fn open_in_root(root: BorrowedFd, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
+    let path = path.strip_prefix("/").unwrap_or(path);
+    let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+    loop {
+        match rustix::fs::openat2(root, path, flags | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT) {
+            // A rename elsewhere on the machine while `..` was resolved.
+            Err(rustix::io::Errno::AGAIN) => {}
+            other => return Ok(other?),
+        }
+    }
+}
+
+/// A new file system, configured and ready as a detached mount.
+///
+/// # Errors
+/// As `fsopen(2)` and friends, naming the type.
+pub fn new_filesystem(kind: &str, options: &[(&str, Option<&CStr>)]) -> Result<OwnedFd> {
+    use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen};
+    let what = || format!("cannot mount {kind}");
+    let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC).with_context(what)?;
+    for (key, value) in options {
+        match value {
+            Some(value) => fsconfig_set_string(context.as_fd(), *key, *value),
+            None => fsconfig_set_flag(context.as_fd(), *key),
+        }
+        .with_context(|| format!("cannot mount {kind}: option {key}"))?;
+    }
+    fsconfig_create(context.as_fd()).with_context(what)?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
+    let attributes = if kind == "devpts" { MountAttrFlags::MOUNT_ATTR_NOSUID } else { attributes };
+    fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes).with_context(what)
+}
+
+use std::os::fd::AsFd as _;
+
+/// A file descriptor number that this process was given: in `main`, or in a control message just received.
+pub fn own(fd: RawFd) -> OwnedFd {
+    // SAFETY: callers pass numbers that the kernel has just handed to this process and that nothing else owns.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// The words of the command line, from `main`'s own parameters.
+pub fn arguments(argc: i32, argv: *const *const libc::c_char) -> Vec<OsString> {
+    (0..usize::try_from(argc).unwrap_or(0))
+        // SAFETY: argv holds argc pointers to C strings for the life of the process (execve(2)).
+        .map(|i| OsString::from_vec(unsafe { CStr::from_ptr(*argv.add(i)) }.to_bytes().to_vec()))
+        .collect()
+}
+
+/// Overwrites the command line that `ps` shows: a server must not look like the program of the user that
+/// happened to start it, or `pkill -f` of that program would hit the server. Best effort.
+pub fn set_title(title: &str) {
+    // The area lies between fields 48 and 49 of /proc/self/stat (proc(5)): arg_start, arg_end.
+    let Ok(stat) = std::fs::read_to_string("/proc/self/stat") else { return };
+    let fields: Vec<&str> = stat.rsplit_once(')').map(|(_, rest)| rest.split_ascii_whitespace().collect()).unwrap_or_default();
+    let number = |field: usize| fields.get(field - 3).and_then(|f| f.parse::<usize>().ok());
+    let (Some(start), Some(end)) = (number(48), number(49)) else { return };
+    if start == 0 || end <= start || end - start > 4 << 20 {
+        return;
+    }
+    let len = end - start;
+    let text = &title.as_bytes()[..title.len().min(len - 1)];
+    // SAFETY: the kernel put the arguments there, the area is writable stack of this process, and nobody reads
+    // it any more: the words were copied at the start.
+    unsafe {
+        let area = std::ptr::with_exposed_provenance_mut::<u8>(start);
+        std::ptr::write_bytes(area, 0, len);
+        std::ptr::copy_nonoverlapping(text.as_ptr(), area, text.len());
+    }
+    let name = CString::new(title.split(' ').next().unwrap_or("capsid")).unwrap_or_default();
+    drop(rustix::thread::set_name(&name));
+}
+
+/// Closes every descriptor from 3 on that is not in `keep` (sorted).
+pub fn close_all_but(keep: &[RawFd]) {
+    let close = |from: u32, to: u32| {
+        if from <= to {
+            // SAFETY: the process owns its descriptor table, and nothing uses the closed ones afterwards: this
+            // is called once, in a new process, which names what it still needs in `keep`.
+            unsafe { libc::syscall(libc::SYS_close_range, from, to, 0) };
+        }
+    };
+    let mut from = 3u32;
+    for fd in keep.iter().filter_map(|fd| u32::try_from(*fd).ok()).filter(|fd| *fd >= 3) {
+        close(from, fd.saturating_sub(1));
+        from = fd + 1;
+    }
+    close(from, u32::MAX);
+}
+
+/// Marks every descriptor that the caller left open close-on-exec (`all`), or only the directories: a
+/// directory of the host must never become a way out of the container.
+pub fn guard_descriptors(all: bool) {
+    let Ok(entries) = std::fs::read_dir("/proc/self/fd") else { return };
+    let open: Vec<RawFd> = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).filter(|fd| *fd > 2).collect();
+    for fd in open {
+        // SAFETY: the number was just listed as open; if it was the listing's own it is closed by now and the
+        // call fails with EBADF, which is ignored.
+        let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+        let directory = || rustix::fs::fstat(fd).is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir());
+        if all || directory() {
+            drop(rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC));
+        }
+    }
+}
+
+/// Makes descriptors 0, 1 and 2 exist, so that nothing that we open lands on them.
+pub fn open_standard_descriptors() {
+    for fd in 0..3 {
+        // SAFETY: fcntl(F_GETFD) on a number has no effect beyond its answer.
+        if unsafe { libc::fcntl(fd, libc::F_GETFD) } < 0 {
+            // SAFETY: a valid C string; the lowest free number is `fd`, as all below are open.
+            unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR) };
+        }
+    }
+}
+
+/// Points 0, 1 and 2 at `/dev/null`.
+pub fn detach_standard_descriptors() {
+    // SAFETY: a valid C string; dup2 onto the standard descriptors of this process, then close of our own.
+    unsafe {
+        let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR | libc::O_CLOEXEC);
+        if null >= 0 {
+            for fd in 0..3 {
+                libc::dup2(null, fd);
+            }
+            if null > 2 {
+                libc::close(null);
+            }
+        }
+    }
+}
+
+/// Drops the whole capability bounding set (`capabilities(7)`): nothing executed later gains any.
+pub fn drop_bounding_set() {
+    for capability in 0..64 {
+        // SAFETY: prctl with integers only. Beyond the last known capability it fails with EINVAL.
+        if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0 {
+            break;
+        }
+    }
+}
+
+/// The child dies by `SIGKILL` when the thread that forked it ends (`PR_SET_PDEATHSIG`).
+pub fn die_with_parent() {
+    drop(rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)));
+}
+
+/// A signal disposition of this process.
+pub fn ignore_signals(signals: &[nix::sys::signal::Signal]) {
+    for signal in signals {
+        // SAFETY: SIG_IGN runs no code of ours.
+        drop(unsafe { nix::sys::signal::signal(*signal, nix::sys::signal::SigHandler::SigIgn) });
+    }
+}
+
+/// Gives a signal its default disposition, for ending ourselves by it.
+pub fn default_signal(signal: nix::sys::signal::Signal) {
+    // SAFETY: SIG_DFL runs no code of ours.
+    drop(unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigDfl) });
+}
+
+/// Brings the loopback interface of the current network namespace up (`netdevice(7)`).
+///
+/// # Errors
+/// As the ioctl.
+pub fn loopback_up() -> Result<()> {
+    let socket = rustix::net::socket_with(
+        rustix::net::AddressFamily::INET,
+        rustix::net::SocketType::DGRAM,
+        rustix::net::SocketFlags::CLOEXEC,
+        None,
+    )
+    .context("cannot open a socket for the loopback interface")?;
+    // SAFETY: ifreq is plain data, for which all zeroes are a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo\0") {
+        *to = from.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: the ioctl reads one ifreq, which lives through the call.
+    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) } != 0 {
+        return Err(io::Error::last_os_error()).context("cannot bring up the loopback interface");
+    }
+    Ok(())
+}
+
+/// Forbids the two ioctls that type into the caller's terminal, `TIOCSTI` and `TIOCLINUX`: a program in a
+/// container shares the terminal with the shell outside. The number is compared in 32 bits, as the kernel
+/// takes it. Speculation mitigations that seccomp brings before Linux 5.16 are declined: they slow the
+/// payload and guard nothing here.
+///
+/// # Errors
+/// When the kernel has seccomp and refuses the filter.
+pub fn forbid_terminal_injection() -> Result<()> {
+    use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_K, BPF_LD, BPF_RET, BPF_W};
+    const NR: u32 = 0;
+    const REQUEST: u32 = 24; // low half of args[1] in struct seccomp_data, little-endian
+    const TIOCLINUX: u32 = 0x541C;
+    let ioctl = libc::SYS_ioctl as u32;
+    // The number of ioctl in the 32-bit table of x86; on other machines the same as `ioctl`.
+    let ioctl32 = if cfg!(target_arch = "x86_64") { 54 } else { ioctl };
+    let op = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: code as u16, jt, jf, k };
+    let filter = [
+        op(BPF_LD | BPF_W | BPF_ABS, 0, 0, NR),
+        op(BPF_JMP | BPF_JEQ | BPF_K, 1, 0, ioctl),
+        op(BPF_JMP | BPF_JEQ | BPF_K, 0, 3, ioctl32),
+        op(BPF_LD | BPF_W | BPF_ABS, 0, 0, REQUEST),
+        op(BPF_JMP | BPF_JEQ | BPF_K, 2, 0, libc::TIOCSTI as u32),
+        op(BPF_JMP | BPF_JEQ | BPF_K, 1, 0, TIOCLINUX),
+        op(BPF_RET | BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+        op(BPF_RET | BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
+    ];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
+    // SAFETY: the program and the filter it points to live through the call; the kernel copies them.
+    let done = unsafe {
+        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW, &raw const program)
+    };
+    if done == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        // A kernel without seccomp offers nobody this protection.
+        Some(libc::ENOSYS | libc::EINVAL) => Ok(()),
+        _ => Err(error).context("cannot install the filter against terminal injection (seccomp)"),
+    }
+}
+
+/// A new anonymous session keyring, so that the caller's keys are out of reach.
+pub fn new_session_keyring() {
+    const KEYCTL_JOIN_SESSION_KEYRING: libc::c_long = 1;
+    // SAFETY: a null name asks for an anonymous keyring; no memory is passed. Kernels without keys say ENOSYS.
+    unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, std::ptr::null::<libc::c_char>()) };
+}
+
+/// Ends the process at once, running nothing of the parent's.
+pub fn exit_now(status: u8) -> ! {
+    // SAFETY: _exit never returns and runs no code of ours.
+    unsafe { libc::_exit(status.into()) }
+}
+
+/// Opens with no flags but close-on-exec, for reference only.
+///
+/// # Errors
+/// As `open(2)`, naming the path.
+pub fn open_path(path: &Path) -> Result<OwnedFd> {
+    rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).with_context(|| format!("cannot open {}", path.display()))
+}
+
+/// Device and inode of an open file.
+pub fn identity(fd: BorrowedFd) -> io::Result<(u64, u64)> {
+    let stat = rustix::fs::statat(fd, "", AtFlags::EMPTY_PATH)?;
+    Ok((stat.st_dev, stat.st_ino))
+}

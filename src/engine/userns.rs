@@ -1,0 +1,168 @@
+//! Creating a user namespace and mapping ids into it.
+//!
+//! Source: `user_namespaces(7)`, `newuidmap(1)`. newuidmap must be run by a process of the parent namespace, so
+//! the mapper is forked before `unshare` and waits for a byte.
+
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::sched::{CloneFlags, unshare};
+
+use super::sys::{self, Fork};
+use crate::plan::{IdMap, SubIds};
+
+/// Moves this process (one thread) into a new user namespace with these ids, and into new namespaces of the
+/// further kinds, which then belong to it.
+///
+/// # Errors
+/// Where the machine forbids it, with the setting that does.
+pub fn create(ids: &IdMap, more: CloneFlags) -> Result<()> {
+    let mapper = match ids {
+        IdMap::Ranges { uid, gid, sub } => Some(Mapper::start(*uid, *gid, *sub)?),
+        _ => None,
+    };
+    unshare(CloneFlags::CLONE_NEWUSER | more).map_err(explain)?;
+    match (ids, mapper) {
+        (_, Some(mapper)) => return mapper.map(),
+        (IdMap::Own { uid, gid }, _) => write_maps(&format!("{uid} {uid} 1"), &format!("{gid} {gid} 1"), true),
+        (IdMap::Root { uid, gid }, _) => write_maps(&format!("0 {uid} 1"), &format!("0 {gid} 1"), true),
+        (IdMap::All | IdMap::Ranges { .. }, _) => write_maps("0 0 4294967295", "0 0 4294967295", false),
+    }
+}
+
+fn write_maps(uids: &str, gids: &str, deny_setgroups: bool) -> Result<()> {
+    let write = |file: &str, text: &str| {
+        std::fs::write(format!("/proc/self/{file}"), text).with_context(|| format!("cannot write {text:?} to /proc/self/{file}"))
+    };
+    if deny_setgroups {
+        // Asked for by the kernel before an unprivileged gid_map (CVE-2014-8989).
+        write("setgroups", "deny")?;
+    }
+    write("uid_map", uids)?;
+    write("gid_map", gids)
+}
+
+/// A refusal of user namespaces, with what refuses them and what an administrator can do.
+fn explain(error: nix::Error) -> anyhow::Error {
+    let read = |path: &str| std::fs::read_to_string(path).map(|t| t.trim().to_owned()).unwrap_or_default();
+    let hint = match error {
+        nix::Error::ENOSPC | nix::Error::EUSERS => format!(
+            "the limit user.max_user_namespaces (now {}) or user.max_mnt_namespaces is reached: sysctl -w user.max_user_namespaces=65536",
+            read("/proc/sys/user/max_user_namespaces")
+        ),
+        nix::Error::EPERM if read("/proc/sys/kernel/unprivileged_userns_clone") == "0" => {
+            "unprivileged user namespaces are off: sysctl -w kernel.unprivileged_userns_clone=1".into()
+        }
+        nix::Error::EPERM | nix::Error::EACCES if read("/proc/sys/kernel/apparmor_restrict_unprivileged_userns") == "1" => {
+            "AppArmor restricts them: sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, or a profile for capsid with `userns,`".into()
+        }
+        nix::Error::EPERM => "a security policy (seccomp, SELinux, a container around us) forbids them: see capsid doctor".into(),
+        nix::Error::ENOSYS | nix::Error::EINVAL => "this kernel has none (CONFIG_USER_NS)".into(),
+        _ => "see capsid doctor".into(),
+    };
+    anyhow!("cannot create a user namespace: {error}; {hint}")
+}
+
+/// The process that runs newuidmap and newgidmap from outside.
+struct Mapper {
+    pid: nix::unistd::Pid,
+    start: std::io::PipeWriter,
+    answer: std::io::PipeReader,
+}
+
+impl Mapper {
+    fn start(uid: u32, gid: u32, sub: SubIds) -> Result<Mapper> {
+        let (mut go, start) = std::io::pipe().context("cannot create a pipe")?;
+        let (answer, mut reply) = std::io::pipe().context("cannot create a pipe")?;
+        let target = rustix::process::getpid().as_raw_nonzero().get();
+        match sys::fork()? {
+            Fork::Parent(pid) => Ok(Mapper { pid, start, answer }),
+            Fork::Child => {
+                drop((start, answer));
+                // A closed pipe means that the parent failed: go away.
+                if go.read_exact(&mut [0]).is_ok() {
+                    let done = run_helper("newuidmap", target, uid, sub.uids).and_then(|()| run_helper("newgidmap", target, gid, sub.gids));
+                    if let Err(error) = done {
+                        drop(reply.write_all(format!("{error:#}").as_bytes()));
+                    }
+                }
+                sys::exit_now(0)
+            }
+        }
+    }
+
+    fn map(mut self) -> Result<()> {
+        self.start.write_all(&[1]).context("the id mapper is gone")?;
+        let mut error = String::new();
+        self.answer.read_to_string(&mut error).context("cannot hear from the id mapper")?;
+        drop(nix::sys::wait::waitpid(self.pid, None));
+        if !error.is_empty() {
+            bail!("{error}");
+        }
+        Ok(())
+    }
+}
+
+/// Where the helpers are looked for: never through the caller's PATH.
+const HELPER_DIRECTORIES: [&str; 4] = ["/usr/bin", "/bin", "/usr/sbin", "/usr/local/bin"];
+
+/// The absolute path of a setuid helper.
+pub fn helper(name: &str) -> Option<String> {
+    HELPER_DIRECTORIES.iter().map(|d| format!("{d}/{name}")).find(|p| std::path::Path::new(p).exists())
+}
+
+fn run_helper(name: &str, pid: i32, own: u32, (start, count): (u32, u32)) -> Result<()> {
+    let Some(program) = helper(name) else { bail!("{name} is not installed: apt-get install uidmap (or shadow-utils)") };
+    let words = [pid.to_string(), "0".into(), own.to_string(), "1".into(), "1".into(), start.to_string(), count.to_string()];
+    let out = Command::new(&program)
+        .args(&words)
+        .env_clear()
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot run {program}"))?;
+    if !out.status.success() {
+        let said = String::from_utf8_lossy(&out.stderr);
+        bail!("{program} {} failed: {}", words.join(" "), said.trim());
+    }
+    Ok(())
+}
+
+/// The user namespace of this process.
+///
+/// # Errors
+/// When /proc is not mounted.
+pub fn current() -> Result<OwnedFd> {
+    Ok(std::fs::File::open("/proc/self/ns/user").context("cannot open /proc/self/ns/user")?.into())
+}
+
+/// Subordinate ids of a user, from the files or, where the site keeps them elsewhere, from `getsubids`.
+pub fn subordinate_ids(name: &str, uid: u32) -> Option<SubIds> {
+    helper("newuidmap")?;
+    helper("newgidmap")?;
+    let range = |file: &str, group: bool| {
+        let text = std::fs::read_to_string(file).unwrap_or_default();
+        crate::plan::identity::sub_range(&text, name, uid).or_else(|| ask_getsubids(name, uid, group))
+    };
+    Some(SubIds { uids: range("/etc/subuid", false)?, gids: range("/etc/subgid", true)? })
+}
+
+/// `getsubids` prints lines like `0: ada 100000 65536`.
+fn ask_getsubids(name: &str, uid: u32, group: bool) -> Option<(u32, u32)> {
+    let program = helper("getsubids")?;
+    let mut command = Command::new(program);
+    if group {
+        command.arg("-g");
+    }
+    let out = command.arg(name).env_clear().stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
+    let lines = String::from_utf8_lossy(&out.stdout).into_owned();
+    let as_file: String = lines
+        .lines()
+        .filter_map(|line| {
+            let fields: Vec<&str> = line.split_ascii_whitespace().collect();
+            (fields.len() == 4).then(|| format!("{}:{}:{}\n", fields[1], fields[2], fields[3]))
+        })
+        .collect();
+    crate::plan::identity::sub_range(&as_file, name, uid)
+}

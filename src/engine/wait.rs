@@ -1,0 +1,102 @@
+//! The parent that waits, where a pid namespace needs one: signals go in, the status comes out.
+
+use anyhow::{Context, Result};
+use nix::sys::signal::{SigSet, Signal, kill, raise};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
+use super::sys;
+use crate::exit;
+
+/// Signals that are handed on. The terminal's stop signals are not among them: they stop us and the program alike.
+const FORWARDED: [Signal; 14] = [
+    Signal::SIGHUP,
+    Signal::SIGINT,
+    Signal::SIGQUIT,
+    Signal::SIGTERM,
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+    Signal::SIGALRM,
+    Signal::SIGVTALRM,
+    Signal::SIGPROF,
+    Signal::SIGWINCH,
+    Signal::SIGURG,
+    Signal::SIGIO,
+    Signal::SIGPWR,
+    Signal::SIGXCPU,
+];
+
+/// The signals to block before the fork, so that none is lost; and the mask to give back to the program.
+pub fn block() -> Result<SigSet> {
+    let mut set = SigSet::empty();
+    for signal in FORWARDED {
+        set.add(signal);
+    }
+    set.add(Signal::SIGCHLD);
+    set.thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_BLOCK).context("cannot block signals")
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// With a status.
+    Exited(u8),
+    /// By a signal.
+    Signalled(Signal),
+}
+
+/// Waits for `child`, handing on every signal that somebody sent us. What the terminal sends reaches the whole
+/// foreground group without our help. `reap` also collects other children (process 1 has everybody's).
+///
+/// # Errors
+/// As `signalfd(2)`.
+pub fn until_exit(child: Pid, reap: bool) -> Result<End> {
+    let mut set = SigSet::empty();
+    for signal in FORWARDED {
+        set.add(signal);
+    }
+    set.add(Signal::SIGCHLD);
+    let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC).context("cannot watch signals")?;
+    loop {
+        let any = if reap { Pid::from_raw(-1) } else { child };
+        loop {
+            match waitpid(any, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::Exited(pid, status)) if pid == child => return Ok(End::Exited(status.to_le_bytes()[0])),
+                Ok(WaitStatus::Signaled(pid, signal, _)) if pid == child => return Ok(End::Signalled(signal)),
+                Ok(WaitStatus::StillAlive) | Err(_) => break,
+                Ok(_) => {}
+            }
+        }
+        let Ok(Some(info)) = signals.read_signal() else { continue };
+        let number = i32::try_from(info.ssi_signo).unwrap_or(0);
+        // SI_KERNEL: typed at the terminal, or its end; the group has it already.
+        let from_terminal = info.ssi_code == libc::SI_KERNEL;
+        if number != libc::SIGCHLD
+            && !from_terminal
+            && let Ok(signal) = Signal::try_from(number)
+        {
+            drop(kill(child, signal));
+        }
+    }
+}
+
+/// Ends this process as the program ended: a signal is raised again, so that a shell says `Killed`.
+pub fn end_like(end: End) -> u8 {
+    match end {
+        End::Exited(status) => status,
+        End::Signalled(signal) => {
+            if !matches!(signal, Signal::SIGKILL | Signal::SIGSTOP) {
+                sys::default_signal(signal);
+            }
+            // No second core file for one crash.
+            drop(nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0));
+            let mut set = SigSet::empty();
+            set.add(signal);
+            drop(raise(signal));
+            drop(set.thread_unblock());
+            exit::signalled(signal as i32)
+        }
+    }
+}
+

@@ -1,0 +1,115 @@
+//! What a client and an image server say to each other: one request and one answer over a `SOCK_SEQPACKET`
+//! Unix socket, so that a message arrives whole or not at all.
+//!
+//! Request: for each mount point wanted, kind (0 directory, 1 file), length (u16, little-endian), path; with the
+//! client's pidfd. Answer: a status byte; when 0, one byte a mount point (1 = it was not in the image and has been
+//! made) and the descriptors of the user namespace and of the detached root; when 1, the text of an error.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+
+use super::sys;
+
+/// Part of the socket's name: programs of different versions do not talk to each other.
+pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), ".1");
+
+/// Largest message, bytes. The kernel's default limit for one packet is 208 KiB.
+const MAX: usize = 192 << 10;
+
+/// A mount point that must exist in the container's root.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Point {
+    /// Absolute, inside.
+    pub path: PathBuf,
+    /// A directory, else an empty file.
+    pub directory: bool,
+}
+
+/// Encodes the mount points.
+///
+/// # Errors
+/// When there are too many for one message.
+pub fn encode_points(points: &[Point]) -> Result<Vec<u8>> {
+    let mut out = Vec::with_capacity(512);
+    for point in points {
+        let path = point.path.as_os_str().as_bytes();
+        out.push(u8::from(!point.directory));
+        out.extend(u16::try_from(path.len()).context("a mount point's path is too long")?.to_le_bytes());
+        out.extend(path);
+    }
+    if out.len() > MAX {
+        bail!("too many mount points ({}): their paths do not fit into one request of {MAX} bytes", points.len());
+    }
+    Ok(out)
+}
+
+/// The inverse; `None` for bytes that no client of ours sends.
+pub fn decode_points(mut bytes: &[u8]) -> Option<Vec<Point>> {
+    let mut points = Vec::new();
+    while let Some((kind, rest)) = bytes.split_first() {
+        let (len, rest) = rest.split_first_chunk::<2>()?;
+        let (path, rest) = rest.split_at_checked(u16::from_le_bytes(*len).into())?;
+        points.push(Point { path: Path::new(std::ffi::OsStr::from_bytes(path)).to_owned(), directory: *kind == 0 });
+        bytes = rest;
+    }
+    Some(points)
+}
+
+/// Sends one packet with descriptors.
+///
+/// # Errors
+/// As `sendmsg(2)`.
+pub fn send(socket: BorrowedFd, bytes: &[u8], fds: &[RawFd]) -> nix::Result<()> {
+    let rights = [ControlMessage::ScmRights(fds)];
+    let control: &[ControlMessage] = if fds.is_empty() { &[] } else { &rights };
+    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None).map(drop)
+}
+
+/// Receives one packet with up to two descriptors; no bytes at all is the end of the conversation.
+///
+/// # Errors
+/// As `recvmsg(2)`.
+pub fn receive(socket: BorrowedFd) -> nix::Result<(Vec<u8>, Vec<OwnedFd>)> {
+    let mut bytes = vec![0; MAX];
+    let mut space = nix::cmsg_space!([RawFd; 2]);
+    let (len, fds) = {
+        let mut parts = [IoSliceMut::new(&mut bytes)];
+        let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
+        let mut fds = Vec::new();
+        for control in message.cmsgs()? {
+            if let ControlMessageOwned::ScmRights(received) = control {
+                fds.extend(received.into_iter().map(sys::own));
+            }
+        }
+        (message.bytes, fds)
+    };
+    bytes.truncate(len);
+    Ok((bytes, fds))
+}
+
+/// Whether the process at the other end belongs to our user.
+pub fn is_own_peer(socket: &OwnedFd) -> bool {
+    nix::sys::socket::getsockopt(&socket.as_fd(), nix::sys::socket::sockopt::PeerCredentials)
+        .is_ok_and(|peer| peer.uid() == rustix::process::getuid().as_raw())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn points_come_back() {
+        let points = vec![
+            Point { path: "/home/ada".into(), directory: true },
+            Point { path: std::ffi::OsStr::from_bytes(b"/etc/\xff").into(), directory: false },
+        ];
+        let bytes = encode_points(&points).expect("fits");
+        assert_eq!(decode_points(&bytes), Some(points));
+        assert_eq!(decode_points(&bytes[..bytes.len() - 1]), None);
+    }
+}

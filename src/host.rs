@@ -1,0 +1,192 @@
+//! What this machine and this caller are: read once, at the start of a command.
+//!
+//! After [`Host::read`] nobody asks for ids, environment or working directory again, so two parts of
+//! the program cannot disagree, and a planning test is a struct literal.
+
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+
+/// The caller and the machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Host {
+    /// Real user id.
+    pub uid: u32,
+    /// Real group id.
+    pub gid: u32,
+    /// The caller's line of the user database.
+    pub user: User,
+    /// The working directory, as the kernel names it or as `$PWD` does when that is the same place.
+    pub cwd: PathBuf,
+    /// The environment, in order.
+    pub env: Vec<(OsString, OsString)>,
+    /// Permission bits that new files lack (`umask(2)`).
+    pub umask: u32,
+    /// Go name of the processor architecture, as SIF writes it (`amd64`, `arm64`).
+    pub arch: &'static str,
+}
+
+/// One line of `passwd(5)`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct User {
+    /// Login name.
+    pub name: String,
+    /// Real name and the like.
+    pub gecos: String,
+    /// Home directory.
+    pub home: PathBuf,
+    /// Login shell.
+    pub shell: String,
+}
+
+impl Host {
+    /// Reads it all.
+    ///
+    /// # Errors
+    /// When the working directory is gone.
+    pub fn read() -> Result<Host> {
+        let uid = rustix::process::getuid().as_raw();
+        let gid = rustix::process::getgid().as_raw();
+        let env: Vec<_> = std::env::vars_os().collect();
+        let cwd = working_directory(&env)?;
+        let umask = rustix::process::umask(rustix::fs::Mode::empty());
+        rustix::process::umask(umask);
+        Ok(Host { uid, gid, user: user(uid, &env), cwd, umask: umask.bits(), env, arch: go_arch(std::env::consts::ARCH) })
+    }
+
+    /// A variable of the caller's environment.
+    pub fn var(&self, name: &str) -> Option<&OsStr> {
+        self.env.iter().find(|(k, _)| k == name).map(|(_, v)| v.as_os_str())
+    }
+
+    /// Names of the caller's groups with their ids, for the container's `/etc/group`. Only read when
+    /// asked for: a site's group database may be remote.
+    pub fn groups(&self) -> Vec<(String, u32)> {
+        let mut ids: Vec<u32> = rustix::process::getgroups().unwrap_or_default().iter().map(|g| g.as_raw()).collect();
+        ids.retain(|g| *g != self.gid);
+        ids.insert(0, self.gid);
+        let file = std::fs::read("/etc/group").unwrap_or_default();
+        ids.into_iter().filter_map(|id| group_name(&file, id).map(|name| (name, id))).collect()
+    }
+}
+
+/// `$PWD` when it leads to the working directory (it keeps the symbolic links that the person typed),
+/// else what the kernel says.
+fn working_directory(env: &[(OsString, OsString)]) -> Result<PathBuf> {
+    let pwd = env.iter().find(|(k, _)| k == "PWD").map(|(_, v)| PathBuf::from(v)).filter(|p| p.is_absolute());
+    if let Some(pwd) = pwd
+        && let (Ok(a), Ok(b)) = (rustix::fs::stat(&pwd), rustix::fs::stat("."))
+        && (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
+        && !pwd.components().any(|c| matches!(c, std::path::Component::ParentDir))
+    {
+        return Ok(pwd);
+    }
+    std::env::current_dir().context("cannot tell the working directory (was it removed?)")
+}
+
+/// The caller's line, from the files; from `getent` when the site keeps its users elsewhere (a static
+/// program cannot load NSS modules); from the environment when nobody knows.
+fn user(uid: u32, env: &[(OsString, OsString)]) -> User {
+    let file = std::fs::read("/etc/passwd").unwrap_or_default();
+    if let Some(user) = passwd_line(&file, uid) {
+        return user;
+    }
+    if let Some(answer) = getent("passwd", uid)
+        && let Some(user) = passwd_line(&answer, uid)
+    {
+        return user;
+    }
+    let var = |name: &str| env.iter().find(|(k, _)| k == name).map(|(_, v)| v.to_string_lossy().into_owned());
+    User {
+        name: var("USER").or_else(|| var("LOGNAME")).unwrap_or_else(|| format!("user{uid}")),
+        gecos: String::new(),
+        home: var("HOME").filter(|h| h.starts_with('/')).map_or_else(|| PathBuf::from("/"), PathBuf::from),
+        shell: var("SHELL").unwrap_or_else(|| "/bin/sh".into()),
+    }
+}
+
+fn passwd_line(file: &[u8], uid: u32) -> Option<User> {
+    let wanted = uid.to_string();
+    let fields = file.split(|b| *b == b'\n').find_map(|line| {
+        let fields: Vec<&[u8]> = line.split(|b| *b == b':').collect();
+        (fields.len() >= 7 && fields[2] == wanted.as_bytes()).then_some(fields)
+    })?;
+    let text = |i: usize| String::from_utf8_lossy(fields[i]).into_owned();
+    let home = PathBuf::from(OsString::from_vec(fields[5].to_vec()));
+    Some(User {
+        name: text(0),
+        gecos: text(4),
+        home: if home.is_absolute() { home } else { "/".into() },
+        shell: if fields[6].is_empty() { "/bin/sh".into() } else { text(6) },
+    })
+}
+
+fn group_name(file: &[u8], gid: u32) -> Option<String> {
+    let wanted = gid.to_string();
+    let find = |file: &[u8]| {
+        file.split(|b| *b == b'\n').find_map(|line| {
+            let mut fields = line.split(|b| *b == b':');
+            let name = fields.next()?;
+            (fields.nth(1)? == wanted.as_bytes()).then(|| String::from_utf8_lossy(name).into_owned())
+        })
+    };
+    find(file).or_else(|| getent("group", gid).and_then(|answer| find(&answer)))
+}
+
+fn getent(database: &str, id: u32) -> Option<Vec<u8>> {
+    let program = ["/usr/bin/getent", "/bin/getent"].into_iter().find(|p| Path::new(p).exists())?;
+    let out = std::process::Command::new(program).args([database, &id.to_string()]).output().ok()?;
+    out.status.success().then_some(out.stdout)
+}
+
+/// Rust's name of an architecture as Go and SIF write it.
+pub fn go_arch(rust: &str) -> &'static str {
+    match rust {
+        "x86" => "386",
+        "x86_64" => "amd64",
+        "arm" => "arm",
+        "aarch64" => "arm64",
+        "powerpc64" if cfg!(target_endian = "little") => "ppc64le",
+        "powerpc64" => "ppc64",
+        "s390x" => "s390x",
+        "riscv64" => "riscv64",
+        "loongarch64" => "loong64",
+        _ => "unknown",
+    }
+}
+
+/// `path` without `.`, `..` and doubled slashes, by its text alone; absolute stays absolute.
+pub fn normalise(path: &Path) -> PathBuf {
+    let mut out = PathBuf::new();
+    for part in path.components() {
+        match part {
+            std::path::Component::ParentDir => {
+                out.pop();
+            }
+            std::path::Component::CurDir => {}
+            other => out.push(other),
+        }
+    }
+    if out.as_os_str().as_bytes().is_empty() { PathBuf::from("/") } else { out }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn passwd_line_is_found_by_id() {
+        let file = b"root:x:0:0:root:/root:/bin/bash\nada:x:1000:1000:Ada L:/home/ada:\n";
+        let user = passwd_line(file, 1000).expect("there");
+        assert_eq!((user.name.as_str(), user.home.as_path(), user.shell.as_str()), ("ada", Path::new("/home/ada"), "/bin/sh"));
+        assert!(passwd_line(file, 7).is_none());
+    }
+
+    #[test]
+    fn normalise_drops_dots() {
+        assert_eq!(normalise(Path::new("/a/./b/../c//d/")), Path::new("/a/c/d"));
+        assert_eq!(normalise(Path::new("/../..")), Path::new("/"));
+    }
+}

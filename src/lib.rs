@@ -1,0 +1,25 @@
+//! Capsid runs Singularity and Apptainer images as a normal user, without a setuid program and without helpers.
+//!
+//! The program has one spine, and data moves along it in one direction:
+//!
+//! ```text
+//!  argv            facts             decisions           effects
+//!  cmd::Args  ──►  host::Host   ──►  plan::Plan     ──►  engine::run  ──►  execve
+//!                  image::Facts      (a pure value)      (one place)
+//! ```
+//!
+//! [`cmd`] holds what was typed, [`host`] and [`image`] what was found out, [`plan`] what will happen, and [`engine`]
+//! makes it happen. Everything else prepares an image for such a run.
+
+pub mod build;
+pub mod cmd;
+pub mod engine;
+pub mod exit;
+pub mod gpu;
+pub mod host;
+pub mod image;
+pub mod metadir;
+pub mod plan;
+pub mod say;
+pub mod shell;
+pub mod sif;

@@ -1,0 +1,34 @@
+//! The `capsid` program: parse, run, print the error chain, end with the right status.
+//!
+//! `main` is C's, not Rust's: Rust's own would set `SIGPIPE` to ignored before we can see what the caller wanted, and
+//! the payload would inherit that.
+#![no_main]
+#![allow(unsafe_code)] // for `no_mangle`: the name `main` is what the C library calls
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use capsid::engine::sys;
+use capsid::{cmd, exit, say};
+
+/// Called by the C library.
+#[unsafe(no_mangle)]
+pub extern "C" fn main(argc: i32, argv: *const *const libc::c_char) -> i32 {
+    sys::open_standard_descriptors();
+    let args = sys::arguments(argc, argv);
+    let status = catch_unwind(AssertUnwindSafe(|| match cmd::main(&args) {
+        Ok(status) => status,
+        Err(error) => report(&error),
+    }));
+    status.unwrap_or(exit::FATAL).into()
+}
+
+fn report(error: &anyhow::Error) -> u8 {
+    if let Some(usage) = error.downcast_ref::<cmd::Usage>() {
+        let whose = if usage.command.is_empty() { "Error:".to_owned() } else { format!("Error for command {:?}:", usage.command) };
+        eprintln!("{whose} {}", say::printable(&usage.text));
+        return exit::USAGE;
+    }
+    // One line, whatever the cause holds.
+    say::fatal(format_args!("{}", format!("{error:#}").replace('\n', " ")));
+    exit::FATAL
+}

@@ -1,0 +1,196 @@
+//! Who the container's processes are: the id map, and the lines that `passwd(5)` and `group(5)` get.
+//!
+//! Source: `user_namespaces(7)`, `newuidmap(1)`, `subuid(5)`.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use crate::host::Host;
+
+/// Subordinate ids of a user: first id and count, for users and for groups.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct SubIds {
+    /// `/etc/subuid`.
+    pub uids: (u32, u32),
+    /// `/etc/subgid`.
+    pub gids: (u32, u32),
+}
+
+/// The map of the container's user namespace. `uid` and `gid` are the caller's own outside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub enum IdMap {
+    /// The caller is itself, and nobody else exists.
+    Own {
+        /// User.
+        uid: u32,
+        /// Group.
+        gid: u32,
+    },
+    /// The caller is the machine's root, and everybody exists.
+    All,
+    /// The caller is root, and nobody else exists.
+    Root {
+        /// User.
+        uid: u32,
+        /// Group.
+        gid: u32,
+    },
+    /// The caller is root; ids from 1 are subordinate ids.
+    Ranges {
+        /// User.
+        uid: u32,
+        /// Group.
+        gid: u32,
+        /// What ids from 1 on are outside.
+        sub: SubIds,
+    },
+}
+
+impl IdMap {
+    /// Whether the process is root inside.
+    pub fn is_root(&self) -> bool {
+        !matches!(self, IdMap::Own { .. })
+    }
+
+    /// Whether ids other than the caller's exist inside, so that owners in the image mean something.
+    pub fn has_others(&self) -> bool {
+        matches!(self, IdMap::All | IdMap::Ranges { .. })
+    }
+}
+
+/// Chooses the map. `fakeroot` is `Some` when asked for, holding the subordinate ids if there are any.
+pub fn choose(host: &Host, fakeroot: Option<&Option<SubIds>>) -> IdMap {
+    let (uid, gid) = (host.uid, host.gid);
+    match fakeroot {
+        _ if uid == 0 => IdMap::All,
+        None => IdMap::Own { uid, gid },
+        Some(None) => IdMap::Root { uid, gid },
+        Some(Some(sub)) => IdMap::Ranges { uid, gid, sub: *sub },
+    }
+}
+
+/// The largest range for `name` or `uid` in the text of `/etc/subuid` or `/etc/subgid`: first id, count.
+/// Ranges that overflow or reach below 1000 are not usable.
+pub fn sub_range(text: &str, name: &str, uid: u32) -> Option<(u32, u32)> {
+    let id = uid.to_string();
+    text.lines()
+        .filter_map(|line| {
+            let mut fields = line.trim().split(':');
+            let owner = fields.next()?;
+            let start: u32 = fields.next()?.parse().ok()?;
+            let count: u32 = fields.next()?.parse().ok()?;
+            ((owner == name || owner == id) && start >= 1000 && count > 0 && start.checked_add(count).is_some()).then_some((start, count))
+        })
+        .max_by_key(|(_, count)| *count)
+}
+
+/// What the account files inside say of the caller.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Account {
+    /// Login name.
+    pub name: String,
+    /// Id inside.
+    pub uid: u32,
+    /// Group id inside.
+    pub gid: u32,
+    /// Real name.
+    pub gecos: String,
+    /// Home inside.
+    pub home: PathBuf,
+    /// Login shell.
+    pub shell: String,
+    /// The caller's groups: name and id.
+    pub groups: Vec<(String, u32)>,
+}
+
+/// The image's passwd with the caller in it: an existing line of the same id gets the caller's name, real
+/// name and home (root keeps its name); else a line is added.
+pub fn passwd_text(image: &str, account: &Account) -> String {
+    let mut out = String::with_capacity(image.len() + 100);
+    let mut found = false;
+    for line in image.lines() {
+        let fields: Vec<&str> = line.split(':').collect();
+        let same = fields.len() >= 7 && fields[2].parse() == Ok(account.uid);
+        if !same || found {
+            out.push_str(line);
+        } else if account.uid == 0 {
+            found = true;
+            out.push_str(&format!("{}:{}:0:{}:{}:{}:{}", fields[0], fields[1], fields[3], fields[4], account.home.display(), fields[6]));
+        } else {
+            found = true;
+            let (a, f) = (account, &fields);
+            out.push_str(&format!("{}:{}:{}:{}:{}:{}:{}", a.name, f[1], a.uid, a.gid, a.gecos, a.home.display(), f[6]));
+        }
+        out.push('\n');
+    }
+    if !found {
+        let a = account;
+        out.push_str(&format!("{}:x:{}:{}:{}:{}:{}\n", a.name, a.uid, a.gid, a.gecos, a.home.display(), a.shell));
+    }
+    out
+}
+
+/// The image's group file with the caller's groups added.
+pub fn group_text(image: &str, account: &Account) -> String {
+    let mut out = image.to_owned();
+    if !out.is_empty() && !out.ends_with('\n') {
+        out.push('\n');
+    }
+    let has = |gid: u32| image.lines().any(|l| l.split(':').nth(2).is_some_and(|g| g.parse() == Ok(gid)));
+    for (name, gid) in &account.groups {
+        if !has(*gid) {
+            out.push_str(&format!("{name}:x:{gid}:{}\n", account.name));
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ada() -> Account {
+        Account {
+            name: "ada".into(),
+            uid: 1000,
+            gid: 100,
+            gecos: "Ada".into(),
+            home: "/home/ada".into(),
+            shell: "/bin/bash".into(),
+            groups: vec![("users".into(), 100), ("lab".into(), 5000)],
+        }
+    }
+
+    #[test]
+    fn caller_is_added_to_passwd() {
+        assert_eq!(
+            passwd_text("root:x:0:0:root:/root:/bin/sh", &ada()),
+            "root:x:0:0:root:/root:/bin/sh\nada:x:1000:100:Ada:/home/ada:/bin/bash\n"
+        );
+    }
+
+    #[test]
+    fn line_of_the_same_id_is_taken_over_but_keeps_its_shell() {
+        let text = passwd_text("node:x:1000:1000::/home/node:/bin/ash\n", &ada());
+        assert_eq!(text, "ada:x:1000:100:Ada:/home/ada:/bin/ash\n");
+    }
+
+    #[test]
+    fn root_keeps_its_name_and_gets_the_home() {
+        let account = Account { uid: 0, home: "/root".into(), ..ada() };
+        assert_eq!(passwd_text("root:x:0:0:super:/:/bin/sh\n", &account), "root:x:0:0:super:/root:/bin/sh\n");
+    }
+
+    #[test]
+    fn only_unknown_groups_are_added() {
+        assert_eq!(group_text("root:x:0:\nusers:x:100:", &ada()), "root:x:0:\nusers:x:100:\nlab:x:5000:ada\n");
+    }
+
+    #[test]
+    fn sub_range_takes_the_largest_sound_range_of_the_user() {
+        let text = "bob:100000:65536\nada:200000:10\n1000:300000:65536\nada:4294967295:65536\nada:5:70000\n";
+        assert_eq!(sub_range(text, "ada", 1000), Some((300_000, 65536)));
+        assert_eq!(sub_range(text, "eve", 7), None);
+    }
+}

@@ -1,0 +1,276 @@
+//! Which mounts a container gets, in order: the defaults, home, scratch, the working directory, generated
+//! files, and last what the caller asked for.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+
+use super::identity::Account;
+use super::{IdMap, Layer, Missing, Mount, Request, Source, Why, is_below};
+use crate::host::Host;
+use crate::image::{Facts, Root};
+
+/// What the decisions are made from.
+pub struct Context<'a> {
+    /// The request.
+    pub request: &'a Request,
+    /// The host.
+    pub host: &'a Host,
+    /// The id map.
+    pub ids: &'a IdMap,
+    /// Home.
+    pub home: &'a Home,
+    /// The caller's groups.
+    pub groups: &'a [(String, u32)],
+    /// `--writable`: mount points cannot be made.
+    pub writable_root: bool,
+}
+
+/// The home directory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Home {
+    /// On the host; `None` for an empty one in memory.
+    pub source: Option<PathBuf>,
+    /// Inside.
+    pub target: PathBuf,
+}
+
+/// Where home comes from and where it goes.
+pub fn home(request: &Request, host: &Host, ids: &IdMap) -> Home {
+    if let Some((source, target)) = &request.home {
+        return Home { source: Some(source.clone()), target: target.clone() };
+    }
+    let target = if ids.is_root() { PathBuf::from("/root") } else { host.user.home.clone() };
+    let source = match (request.contain, &request.workdir) {
+        (true, Some(workdir)) => Some(workdir.join("home")),
+        (true, None) => None,
+        (false, _) => Some(host.user.home.clone()),
+    };
+    Home { source, target }
+}
+
+/// The layers over the root, and whether the root itself is written.
+///
+/// # Errors
+/// When writable layers contradict each other, or a SIF without a writable part is to be written.
+pub fn layers(request: &Request, facts: &Facts, root: &Root) -> Result<(Vec<Layer>, bool)> {
+    let asked = request.layers.iter().filter(|l| l.is_writable()).count();
+    if request.writable {
+        if asked > 0 {
+            bail!("--writable cannot be combined with a writable --overlay or --writable-tmpfs: use one of them");
+        }
+        return match root {
+            Root::Directory(_) => Ok((Vec::new(), true)),
+            _ if !facts.overlays.is_empty() => bail!(
+                "the overlay partition in {} cannot be written: writing ext3 needs fuse2fs, which is not supported by this version; \
+                 use --overlay DIRECTORY",
+                facts.path.display()
+            ),
+            _ => bail!("no SIF writable overlay partition found in {}: use --writable-tmpfs or --overlay DIRECTORY", facts.path.display()),
+        };
+    }
+    if asked > 1 {
+        bail!("only one writable layer is possible: add :ro to the other --overlay, or leave out --writable-tmpfs");
+    }
+    let mut layers: Vec<Layer> = facts.overlays.iter().cloned().map(Layer::Image).collect();
+    let (writable, read_only): (Vec<_>, Vec<_>) = request.layers.iter().cloned().partition(Layer::is_writable);
+    layers.extend(read_only);
+    layers.extend(writable);
+    Ok((layers, false))
+}
+
+/// All mounts, in the order in which they are applied.
+pub fn all(context: &Context, warnings: &mut Vec<String>) -> Vec<Mount> {
+    let mut mounts = system(context);
+    mounts.extend(host_files(context));
+    mounts.extend(home_mount(context));
+    mounts.extend(temporary(context));
+    mounts.extend(scratch(context));
+    mounts.extend(working_directory(context, &mounts));
+    mounts.extend(generated_files(context));
+    mounts.extend(gpu(context));
+    mounts.extend(user_binds(context, &mounts, warnings));
+    if context.writable_root {
+        for mount in &mut mounts {
+            if mount.why != Why::Bind {
+                mount.missing = if mount.why == Why::Default { Missing::Warn } else { Missing::Skip };
+            }
+        }
+    }
+    mounts
+}
+
+impl Context<'_> {
+    fn has(&self, name: &str) -> bool {
+        !self.request.no_mount.iter().any(|n| n == name)
+    }
+}
+
+fn mount(source: Source, target: impl Into<PathBuf>, missing: Missing, why: Why) -> Mount {
+    Mount { source, target: target.into(), writable: true, missing, why }
+}
+
+fn system(context: &Context) -> Vec<Mount> {
+    let mut mounts = Vec::new();
+    if context.has("proc") {
+        let source = if context.request.namespaces.pid { Source::Proc } else { Source::Bind("/proc".into()) };
+        mounts.push(mount(source, "/proc", Missing::Fail, Why::Default));
+    }
+    if context.has("sys") {
+        mounts.push(Mount { writable: false, ..mount(Source::Bind("/sys".into()), "/sys", Missing::Fail, Why::Default) });
+    }
+    if context.has("dev") {
+        let whole = context.request.binds.iter().any(|b| b.target == Path::new("/dev"));
+        let source = if context.request.contain && !whole {
+            Source::Dev { mqueue: context.request.namespaces.ipc }
+        } else {
+            Source::Bind("/dev".into())
+        };
+        mounts.push(mount(source, "/dev", Missing::Fail, Why::Default));
+    }
+    mounts
+}
+
+fn host_files(context: &Context) -> Vec<Mount> {
+    let mut mounts = Vec::new();
+    if !context.has("bind-paths") {
+        return mounts;
+    }
+    if context.has("/etc/localtime") {
+        mounts.push(mount(Source::Bind("/etc/localtime".into()), "/etc/localtime", Missing::Warn, Why::Default));
+    }
+    if context.has("/etc/hosts") {
+        let source = if context.request.namespaces.net {
+            Source::Text("127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n".into())
+        } else {
+            Source::Bind("/etc/hosts".into())
+        };
+        mounts.push(mount(source, "/etc/hosts", Missing::Warn, Why::Default));
+    }
+    mounts
+}
+
+fn home_mount(context: &Context) -> Option<Mount> {
+    let home = context.home;
+    if context.request.no_home || !context.has("home") || home.target == Path::new("/") {
+        return None;
+    }
+    let (source, missing) = match &home.source {
+        Some(path) if context.request.home.is_some() => (Source::Bind(path.clone()), Missing::Fail),
+        Some(path) if context.request.contain => (Source::Directory(path.clone(), 0o700), Missing::Fail),
+        Some(path) => (Source::Bind(path.clone()), Missing::Warn),
+        None => (Source::Private(0o700), Missing::Fail),
+    };
+    Some(mount(source, &home.target, missing, Why::Home))
+}
+
+fn temporary(context: &Context) -> Vec<Mount> {
+    let mut mounts = Vec::new();
+    if !context.has("tmp") {
+        return mounts;
+    }
+    for (target, name) in [("/tmp", "tmp"), ("/var/tmp", "var_tmp")] {
+        let source = match (context.request.contain, &context.request.workdir) {
+            (true, Some(workdir)) => Source::Directory(workdir.join(name), 0o1777),
+            (true, None) => Source::Private(0o1777),
+            (false, _) => Source::Bind(target.into()),
+        };
+        mounts.push(mount(source, target, Missing::Warn, Why::Default));
+    }
+    mounts
+}
+
+fn scratch(context: &Context) -> Vec<Mount> {
+    context
+        .request
+        .scratch
+        .iter()
+        .map(|path| {
+            let target = crate::host::normalise(&Path::new("/").join(path));
+            let source = match &context.request.workdir {
+                Some(workdir) => Source::Directory(workdir.join("scratch").join(target.strip_prefix("/").unwrap_or(&target)), 0o700),
+                None => Source::Private(0o700),
+            };
+            mount(source, target, Missing::Fail, Why::Scratch)
+        })
+        .collect()
+}
+
+/// Places that the working directory is never mounted on: it would hide the image.
+const NEVER_CWD: [&str; 10] = ["/", "/etc", "/bin", "/mnt", "/usr", "/var", "/opt", "/sbin", "/lib", "/lib64"];
+
+fn working_directory(context: &Context, before: &[Mount]) -> Option<Mount> {
+    let cwd = &context.host.cwd;
+    let system = ["/sys", "/proc", "/dev"].iter().any(|top| is_below(cwd, Path::new(top)));
+    if context.request.contain || !context.has("cwd") || system || NEVER_CWD.iter().any(|p| cwd == Path::new(p)) {
+        return None;
+    }
+    // Seen already through a mount of a directory above it at its own path.
+    let seen = |m: &Mount| matches!(&m.source, Source::Bind(from) if *from == m.target) && is_below(cwd, &m.target);
+    if before.iter().any(seen) {
+        return None;
+    }
+    Some(mount(Source::Bind(cwd.clone()), cwd, Missing::Keep, Why::Cwd))
+}
+
+fn generated_files(context: &Context) -> Vec<Mount> {
+    let (request, host) = (context.request, context.host);
+    let mut mounts = Vec::new();
+    let resolv = if request.dns.is_empty() {
+        Source::Bind("/etc/resolv.conf".into())
+    } else {
+        Source::Text(request.dns.iter().map(|server| format!("nameserver {}\n", server.trim())).collect())
+    };
+    if context.has("/etc/resolv.conf") {
+        let missing = if request.dns.is_empty() { Missing::Warn } else { Missing::Fail };
+        mounts.push(mount(resolv, "/etc/resolv.conf", missing, Why::Default));
+    }
+    if let Some(name) = &request.hostname {
+        mounts.push(mount(Source::Text(format!("{name}\n")), "/etc/hostname", Missing::Warn, Why::Default));
+    }
+    // Root in a root that is written edits these files itself.
+    if context.ids.is_root() && context.writable_root {
+        return mounts;
+    }
+    let root = context.ids.is_root();
+    let account = Account {
+        name: if root { "root".into() } else { host.user.name.clone() },
+        uid: if root { 0 } else { host.uid },
+        gid: if root { 0 } else { host.gid },
+        gecos: host.user.gecos.clone(),
+        home: context.home.target.clone(),
+        shell: host.user.shell.clone(),
+        groups: if root { vec![("root".into(), 0)] } else { context.groups.to_vec() },
+    };
+    mounts.push(mount(Source::Passwd(account.clone()), "/etc/passwd", Missing::Warn, Why::Default));
+    mounts.push(mount(Source::Group(account), "/etc/group", Missing::Warn, Why::Default));
+    mounts
+}
+
+fn gpu(context: &Context) -> Vec<Mount> {
+    let bind = |(source, target): &(PathBuf, PathBuf)| {
+        let writable = is_below(target, Path::new("/dev"));
+        Mount { writable, ..mount(Source::Bind(source.clone()), target, Missing::Warn, Why::Gpu) }
+    };
+    // With the host's whole /dev the devices are there already.
+    let wanted = |(_, target): &&(PathBuf, PathBuf)| context.request.contain || !is_below(target, Path::new("/dev"));
+    context.request.gpu.iter().filter(wanted).map(bind).collect()
+}
+
+fn user_binds(context: &Context, before: &[Mount], warnings: &mut Vec<String>) -> Vec<Mount> {
+    let mut mounts: Vec<Mount> = Vec::new();
+    for bind in &context.request.binds {
+        let source = context.host.cwd.join(&bind.source);
+        let explicit_twice = mounts.iter().any(|m| m.target == bind.target);
+        if explicit_twice || before.iter().any(|m| m.target == bind.target && m.why == Why::Scratch) {
+            warnings.push(format!("destination {} is already in the mount point list", bind.target.display()));
+        }
+        let source = match &bind.image {
+            None => Source::Bind(source),
+            Some(root) => Source::Image(root.clone(), bind.image_src.clone().unwrap_or_else(|| "/".into())),
+        };
+        let made = mount(source, &bind.target, Missing::Fail, Why::Bind);
+        mounts.push(Mount { writable: !bind.read_only, ..made });
+    }
+    mounts
+}

@@ -1,0 +1,103 @@
+//! Messages to the person: levels, prefixes, colours; always on stderr.
+//!
+//! The form (`FATAL:   text`, level word padded to nine columns) is Apptainer's, because clients sort
+//! on it. Text that came from outside (file names, images) may hold control bytes: they are escaped
+//! here, once, so that no message can drive a terminal.
+
+use std::fmt::{Arguments, Write as _};
+use std::io::{IsTerminal, Write as _};
+use std::sync::atomic::{AtomicBool, AtomicI8, Ordering};
+
+/// How much is said; the numbers are Apptainer's `MESSAGELEVEL`.
+static LEVEL: AtomicI8 = AtomicI8::new(INFO);
+static COLOUR: AtomicBool = AtomicBool::new(true);
+
+/// Only what ends the program.
+pub const FATAL: i8 = -4;
+/// Errors.
+pub const ERROR: i8 = -3;
+/// Warnings.
+pub const WARNING: i8 = -2;
+/// The default.
+pub const INFO: i8 = 1;
+/// `--verbose`.
+pub const VERBOSE: i8 = 2;
+/// `--debug`.
+pub const DEBUG: i8 = 5;
+
+/// Sets the level; a message is printed when its own level is not above this.
+pub fn set_level(level: i8) {
+    LEVEL.store(level, Ordering::Relaxed);
+}
+
+/// The level in force.
+pub fn level() -> i8 {
+    LEVEL.load(Ordering::Relaxed)
+}
+
+/// `--nocolor`.
+pub fn disable_colour() {
+    COLOUR.store(false, Ordering::Relaxed);
+}
+
+/// The program ends after this one.
+pub fn fatal(text: Arguments) {
+    say(FATAL, "FATAL:", "31", text);
+}
+/// Something went wrong; the program may go on.
+pub fn error(text: Arguments) {
+    say(ERROR, "ERROR:", "31", text);
+}
+/// The person should know.
+pub fn warn(text: Arguments) {
+    say(WARNING, "WARNING:", "33", text);
+}
+/// What is being done.
+pub fn info(text: Arguments) {
+    say(INFO, "INFO:", "34", text);
+}
+/// Shown with `--verbose`.
+pub fn verbose(text: Arguments) {
+    say(VERBOSE, "VERBOSE:", "36", text);
+}
+/// Shown with `--debug`.
+pub fn debug(text: Arguments) {
+    say(DEBUG, "DEBUG:", "36", text);
+}
+
+fn say(level: i8, word: &str, colour: &str, text: Arguments) {
+    if level > self::level() {
+        return;
+    }
+    let text = printable(&text.to_string());
+    let stderr = std::io::stderr();
+    let line = if COLOUR.load(Ordering::Relaxed) && stderr.is_terminal() {
+        format!("\x1b[{colour}m{word:<9}\x1b[0m{text}\n")
+    } else {
+        format!("{word:<9}{text}\n")
+    };
+    // Nobody is left to tell when stderr is gone.
+    drop(stderr.lock().write_all(line.as_bytes()));
+}
+
+/// `text` with control characters (but not line ends and tabs) written as escapes.
+pub fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() && c != '\n' && c != '\t' {
+            // Writing to a String cannot fail.
+            drop(write!(out, "{}", c.escape_default()));
+        } else {
+            out.push(c);
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn control_bytes_are_escaped() {
+        assert_eq!(super::printable("a\x1b[31mb\n"), "a\\u{1b}[31mb\n");
+    }
+}
