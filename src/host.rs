@@ -53,33 +53,56 @@ impl Host {
         let cwd = working_directory(&env)?;
         let umask = rustix::process::umask(rustix::fs::Mode::empty());
         rustix::process::umask(umask);
-        Ok(Host { uid, gid, user: user(uid, &env), cwd, umask: umask.bits(), env, arch: go_arch(std::env::consts::ARCH) })
+        Ok(Host {
+            uid,
+            gid,
+            user: user(uid, &env),
+            cwd,
+            umask: umask.bits(),
+            env,
+            arch: go_arch(std::env::consts::ARCH),
+        })
     }
 
     /// A variable of the caller's environment.
     pub fn var(&self, name: &str) -> Option<&OsStr> {
-        self.env.iter().find(|(k, _)| k == name).map(|(_, v)| v.as_os_str())
+        self.env
+            .iter()
+            .find(|(k, _)| k == name)
+            .map(|(_, v)| v.as_os_str())
     }
 
     /// Names of the caller's groups with their ids, for the container's `/etc/group`. Only read when
     /// asked for: a site's group database may be remote.
     pub fn groups(&self) -> Vec<(String, u32)> {
-        let mut ids: Vec<u32> = rustix::process::getgroups().unwrap_or_default().iter().map(|g| g.as_raw()).collect();
+        let mut ids: Vec<u32> = rustix::process::getgroups()
+            .unwrap_or_default()
+            .iter()
+            .map(|g| g.as_raw())
+            .collect();
         ids.retain(|g| *g != self.gid);
         ids.insert(0, self.gid);
         let file = std::fs::read("/etc/group").unwrap_or_default();
-        ids.into_iter().filter_map(|id| group_name(&file, id).map(|name| (name, id))).collect()
+        ids.into_iter()
+            .filter_map(|id| group_name(&file, id).map(|name| (name, id)))
+            .collect()
     }
 }
 
 /// `$PWD` when it leads to the working directory (it keeps the symbolic links that the person typed),
 /// else what the kernel says.
 fn working_directory(env: &[(OsString, OsString)]) -> Result<PathBuf> {
-    let pwd = env.iter().find(|(k, _)| k == "PWD").map(|(_, v)| PathBuf::from(v)).filter(|p| p.is_absolute());
+    let pwd = env
+        .iter()
+        .find(|(k, _)| k == "PWD")
+        .map(|(_, v)| PathBuf::from(v))
+        .filter(|p| p.is_absolute());
     if let Some(pwd) = pwd
         && let (Ok(a), Ok(b)) = (rustix::fs::stat(&pwd), rustix::fs::stat("."))
         && (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino)
-        && !pwd.components().any(|c| matches!(c, std::path::Component::ParentDir))
+        && !pwd
+            .components()
+            .any(|c| matches!(c, std::path::Component::ParentDir))
     {
         return Ok(pwd);
     }
@@ -98,11 +121,19 @@ fn user(uid: u32, env: &[(OsString, OsString)]) -> User {
     {
         return user;
     }
-    let var = |name: &str| env.iter().find(|(k, _)| k == name).map(|(_, v)| v.to_string_lossy().into_owned());
+    let var = |name: &str| {
+        env.iter()
+            .find(|(k, _)| k == name)
+            .map(|(_, v)| v.to_string_lossy().into_owned())
+    };
     User {
-        name: var("USER").or_else(|| var("LOGNAME")).unwrap_or_else(|| format!("user{uid}")),
+        name: var("USER")
+            .or_else(|| var("LOGNAME"))
+            .unwrap_or_else(|| format!("user{uid}")),
         gecos: String::new(),
-        home: var("HOME").filter(|h| h.starts_with('/')).map_or_else(|| PathBuf::from("/"), PathBuf::from),
+        home: var("HOME")
+            .filter(|h| h.starts_with('/'))
+            .map_or_else(|| PathBuf::from("/"), PathBuf::from),
         shell: var("SHELL").unwrap_or_else(|| "/bin/sh".into()),
     }
 }
@@ -119,7 +150,11 @@ fn passwd_line(file: &[u8], uid: u32) -> Option<User> {
         name: text(0),
         gecos: text(4),
         home: if home.is_absolute() { home } else { "/".into() },
-        shell: if fields[6].is_empty() { "/bin/sh".into() } else { text(6) },
+        shell: if fields[6].is_empty() {
+            "/bin/sh".into()
+        } else {
+            text(6)
+        },
     })
 }
 
@@ -129,15 +164,21 @@ fn group_name(file: &[u8], gid: u32) -> Option<String> {
         file.split(|b| *b == b'\n').find_map(|line| {
             let mut fields = line.split(|b| *b == b':');
             let name = fields.next()?;
-            (fields.nth(1)? == wanted.as_bytes()).then(|| String::from_utf8_lossy(name).into_owned())
+            (fields.nth(1)? == wanted.as_bytes())
+                .then(|| String::from_utf8_lossy(name).into_owned())
         })
     };
     find(file).or_else(|| getent("group", gid).and_then(|answer| find(&answer)))
 }
 
 fn getent(database: &str, id: u32) -> Option<Vec<u8>> {
-    let program = ["/usr/bin/getent", "/bin/getent"].into_iter().find(|p| Path::new(p).exists())?;
-    let out = std::process::Command::new(program).args([database, &id.to_string()]).output().ok()?;
+    let program = ["/usr/bin/getent", "/bin/getent"]
+        .into_iter()
+        .find(|p| Path::new(p).exists())?;
+    let out = std::process::Command::new(program)
+        .args([database, &id.to_string()])
+        .output()
+        .ok()?;
     out.status.success().then_some(out.stdout)
 }
 
@@ -169,7 +210,11 @@ pub fn normalise(path: &Path) -> PathBuf {
             other => out.push(other),
         }
     }
-    if out.as_os_str().as_bytes().is_empty() { PathBuf::from("/") } else { out }
+    if out.as_os_str().as_bytes().is_empty() {
+        PathBuf::from("/")
+    } else {
+        out
+    }
 }
 
 #[cfg(test)]
@@ -180,7 +225,10 @@ mod tests {
     fn passwd_line_is_found_by_id() {
         let file = b"root:x:0:0:root:/root:/bin/bash\nada:x:1000:1000:Ada L:/home/ada:\n";
         let user = passwd_line(file, 1000).expect("there");
-        assert_eq!((user.name.as_str(), user.home.as_path(), user.shell.as_str()), ("ada", Path::new("/home/ada"), "/bin/sh"));
+        assert_eq!(
+            (user.name.as_str(), user.home.as_path(), user.shell.as_str()),
+            ("ada", Path::new("/home/ada"), "/bin/sh")
+        );
         assert!(passwd_line(file, 7).is_none());
     }
 

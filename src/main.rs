@@ -24,7 +24,11 @@ pub extern "C" fn main(argc: i32, argv: *const *const libc::c_char) -> i32 {
 
 fn report(error: &anyhow::Error) -> u8 {
     if let Some(usage) = error.downcast_ref::<cmd::Usage>() {
-        let whose = if usage.command.is_empty() { "Error:".to_owned() } else { format!("Error for command {:?}:", usage.command) };
+        let whose = if usage.command.is_empty() {
+            "Error:".to_owned()
+        } else {
+            format!("Error for command {:?}:", usage.command)
+        };
         eprintln!("{whose} {}", say::printable(&usage.text));
         return exit::USAGE;
     }

@@ -77,7 +77,7 @@ fn say(level: i8, word: &str, colour: &str, text: Arguments) {
         format!("{word:<9}{text}\n")
     };
     // Nobody is left to tell when stderr is gone.
-    drop(stderr.lock().write_all(line.as_bytes()));
+    let _ = stderr.lock().write_all(line.as_bytes());
 }
 
 /// `text` with control characters (but not line ends and tabs) written as escapes.
@@ -86,7 +86,7 @@ pub fn printable(text: &str) -> String {
     for c in text.chars() {
         if c.is_control() && c != '\n' && c != '\t' {
             // Writing to a String cannot fail.
-            drop(write!(out, "{}", c.escape_default()));
+            let _ = write!(out, "{}", c.escape_default());
         } else {
             out.push(c);
         }

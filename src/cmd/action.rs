@@ -24,7 +24,13 @@ pub fn run(name: &str, args: ActionArgs, explain: Option<Explain>, persona: Pers
 ///
 /// # Errors
 /// As [`run`].
-pub fn run_on(name: &str, args: ActionArgs, explain: Option<Explain>, _persona: Persona, host: Host) -> Result<u8> {
+pub fn run_on(
+    name: &str,
+    args: ActionArgs,
+    explain: Option<Explain>,
+    _persona: Persona,
+    host: Host,
+) -> Result<u8> {
     if let Some(refusal) = args.refusal() {
         bail!("{} is not supported: {}", refusal.option, refusal.why);
     }
@@ -61,13 +67,20 @@ pub fn run_on(name: &str, args: ActionArgs, explain: Option<Explain>, _persona: 
 fn image_path(image: &OsString, host: &Host) -> Result<PathBuf> {
     let path = host.cwd.join(image);
     let text = image.to_string_lossy();
-    if let Some((scheme, _)) = text.split_once("://").or_else(|| text.split_once(':').filter(|(s, _)| is_transport(s)))
+    if let Some((scheme, _)) = text
+        .split_once("://")
+        .or_else(|| text.split_once(':').filter(|(s, _)| is_transport(s)))
         && std::fs::symlink_metadata(&path).is_err()
     {
         match scheme {
-            "instance" => bail!("no instance found with name {:?}: instances are not supported by this version", &text[11..]),
+            "instance" => bail!(
+                "no instance found with name {:?}: instances are not supported by this version",
+                &text[11..]
+            ),
             scheme if is_transport(scheme) => {
-                bail!("cannot fetch {text}: pulling images is not supported by this version; give an image file or a directory")
+                bail!(
+                    "cannot fetch {text}: pulling images is not supported by this version; give an image file or a directory"
+                )
             }
             other => bail!("Unsupported transport type: {other}"),
         }
@@ -76,8 +89,19 @@ fn image_path(image: &OsString, host: &Host) -> Result<PathBuf> {
 }
 
 fn is_transport(scheme: &str) -> bool {
-    const KNOWN: [&str; 11] =
-        ["docker", "docker-daemon", "docker-archive", "oci", "oci-archive", "library", "oras", "shub", "http", "https", "instance"];
+    const KNOWN: [&str; 11] = [
+        "docker",
+        "docker-daemon",
+        "docker-archive",
+        "oci",
+        "oci-archive",
+        "library",
+        "oras",
+        "shub",
+        "http",
+        "https",
+        "instance",
+    ];
     KNOWN.contains(&scheme)
 }
 
@@ -108,11 +132,19 @@ fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Request> {
     let uts = args.uts || args.hostname.is_some();
     let pid = (args.pid || all) && !args.no_pid;
     let fakeroot = args.fakeroot.then(|| {
-        if args.ignore_subuid { None } else { engine::userns::subordinate_ids(&host.user.name, host.uid) }
+        if args.ignore_subuid {
+            None
+        } else {
+            engine::userns::subordinate_ids(&host.user.name, host.uid)
+        }
     });
     Ok(Request {
         verb,
-        args: if verb == Verb::Shell { Vec::new() } else { args.rest.clone() },
+        args: if verb == Verb::Shell {
+            Vec::new()
+        } else {
+            args.rest.clone()
+        },
         app: args.app.clone().filter(|a| !a.is_empty()),
         shell: args.shell.clone(),
         binds: binds(args, host)?,
@@ -125,9 +157,18 @@ fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Request> {
         writable: args.writable,
         contain: args.contain || all,
         close_descriptors: all,
-        namespaces: Namespaces { pid, ipc: args.ipc || all, net: args.net, uts },
+        namespaces: Namespaces {
+            pid,
+            ipc: args.ipc || all,
+            net: args.net,
+            uts,
+        },
         fakeroot,
-        init: if args.no_init || args.compat { Init::Payload } else { Init::Appinit },
+        init: if args.no_init || args.compat {
+            Init::Payload
+        } else {
+            Init::Appinit
+        },
         hostname: args.hostname.clone(),
         dns: args.dns.clone(),
         cwd: args.cwd.clone(),
@@ -151,16 +192,22 @@ fn binds(args: &ActionArgs, host: &Host) -> Result<Vec<Bind>> {
     for text in &args.mount {
         binds.push(bind::parse_mount(text).context("While setting bind mount configuration")?);
     }
-    for bind in binds.iter_mut().filter(|b| b.image_src.is_some() || b.id.is_some()) {
+    for bind in binds
+        .iter_mut()
+        .filter(|b| b.image_src.is_some() || b.id.is_some())
+    {
         let path = host.cwd.join(&bind.source);
-        let file = image::open(&path).with_context(|| format!("cannot bind the image {}", path.display()))?;
+        let file = image::open(&path)
+            .with_context(|| format!("cannot bind the image {}", path.display()))?;
         bind.image = Some(file.data(bind.id)?);
     }
     Ok(binds)
 }
 
 fn home(args: &ActionArgs) -> Result<Option<(PathBuf, PathBuf)>> {
-    let Some(text) = &args.home else { return Ok(None) };
+    let Some(text) = &args.home else {
+        return Ok(None);
+    };
     let (source, target) = text.split_once(':').unwrap_or((text, text));
     for path in [source, target] {
         if !path.starts_with('/') {
@@ -171,9 +218,24 @@ fn home(args: &ActionArgs) -> Result<Option<(PathBuf, PathBuf)>> {
 }
 
 fn no_mount(names: &[String]) -> Vec<String> {
-    const KNOWN: [&str; 9] = ["proc", "sys", "dev", "devpts", "home", "tmp", "hostfs", "cwd", "bind-paths"];
-    for name in names.iter().filter(|n| !n.is_empty() && !n.starts_with('/') && !KNOWN.contains(&n.as_str())) {
-        say::warn(format_args!("Ignoring unknown mount type '{name}' (--no-mount)"));
+    const KNOWN: [&str; 9] = [
+        "proc",
+        "sys",
+        "dev",
+        "devpts",
+        "home",
+        "tmp",
+        "hostfs",
+        "cwd",
+        "bind-paths",
+    ];
+    for name in names
+        .iter()
+        .filter(|n| !n.is_empty() && !n.starts_with('/') && !KNOWN.contains(&n.as_str()))
+    {
+        say::warn(format_args!(
+            "Ignoring unknown mount type '{name}' (--no-mount)"
+        ));
     }
     names.to_vec()
 }
@@ -188,15 +250,27 @@ fn layers(args: &ActionArgs, host: &Host) -> Result<Vec<Layer>> {
         };
         let path = normalise(&host.cwd.join(text));
         if !path.exists() {
-            bail!("while loading overlay images: failed to open overlay image {}: no such file or directory", path.display());
+            bail!(
+                "while loading overlay images: failed to open overlay image {}: no such file or directory",
+                path.display()
+            );
         }
         if path.is_dir() {
-            layers.push(if read_only { Layer::ReadOnlyDirectory(path) } else { Layer::Directory(path) });
+            layers.push(if read_only {
+                Layer::ReadOnlyDirectory(path)
+            } else {
+                Layer::Directory(path)
+            });
             continue;
         }
-        let file = image::open(&path).with_context(|| format!("while loading overlay image {}", path.display()))?;
+        let file = image::open(&path)
+            .with_context(|| format!("while loading overlay image {}", path.display()))?;
         let facts = file.facts()?;
-        let roots = if facts.overlays.is_empty() { vec![file.root()] } else { facts.overlays };
+        let roots = if facts.overlays.is_empty() {
+            vec![file.root()]
+        } else {
+            facts.overlays
+        };
         if !read_only && roots.iter().any(|r| matches!(r, Root::Ext { .. })) {
             bail!(
                 "the overlay image {} cannot be written by this version: add :ro to read it, or use a directory as the overlay",
@@ -204,12 +278,17 @@ fn layers(args: &ActionArgs, host: &Host) -> Result<Vec<Layer>> {
             );
         }
         if !read_only {
-            bail!("the overlay image {} cannot be written: squashfs is read-only; add :ro", path.display());
+            bail!(
+                "the overlay image {} cannot be written: squashfs is read-only; add :ro",
+                path.display()
+            );
         }
         layers.extend(roots.into_iter().map(Layer::Image));
     }
     if args.writable_tmpfs || args.compat {
-        layers.push(Layer::Tmpfs(args.writable_tmpfs_size.as_deref().map(size).transpose()?));
+        layers.push(Layer::Tmpfs(
+            args.writable_tmpfs_size.as_deref().map(size).transpose()?,
+        ));
     } else if args.writable_tmpfs_size.is_some() {
         bail!("--writable-tmpfs-size needs --writable-tmpfs");
     }
@@ -220,7 +299,11 @@ fn layers(args: &ActionArgs, host: &Host) -> Result<Vec<Layer>> {
 fn size(text: &str) -> Result<u64> {
     let wrong = || format!("{text:?} is not a size: use a number with K, M, G or T");
     let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = match text[digits.len()..].to_ascii_uppercase().trim_end_matches('B').trim_end_matches('I') {
+    let unit = match text[digits.len()..]
+        .to_ascii_uppercase()
+        .trim_end_matches('B')
+        .trim_end_matches('I')
+    {
         "" => 0,
         "K" => 10,
         "M" => 20,
@@ -229,7 +312,10 @@ fn size(text: &str) -> Result<u64> {
         _ => bail!(wrong()),
     };
     let number: u64 = digits.parse().with_context(wrong)?;
-    number.checked_mul(1 << unit).filter(|n| *n > 0).with_context(wrong)
+    number
+        .checked_mul(1 << unit)
+        .filter(|n| *n > 0)
+        .with_context(wrong)
 }
 
 /// `--env`: one `K=V` may hold commas; several in one option are CSV fields.
@@ -242,8 +328,14 @@ fn env(options: &[String]) -> Result<Vec<(String, OsString)>> {
         };
         for field in fields {
             let Some((key, value)) = field.split_once('=') else {
-                let text = format!("invalid argument {option:?} for \"--env\" flag: {field} must be formatted as key=value");
-                return Err(Usage { command: "exec".into(), text }.into());
+                let text = format!(
+                    "invalid argument {option:?} for \"--env\" flag: {field} must be formatted as key=value"
+                );
+                return Err(Usage {
+                    command: "exec".into(),
+                    text,
+                }
+                .into());
             };
             env.push((key.to_owned(), value.into()));
         }
@@ -257,7 +349,12 @@ fn env_files(paths: &[PathBuf], host: &Host) -> Result<Vec<(PathBuf, Vec<u8>)>> 
     let mut files = Vec::new();
     for path in paths {
         let path = host.cwd.join(path);
-        let what = || format!("cannot read the environment file {} (--env-file)", path.display());
+        let what = || {
+            format!(
+                "cannot read the environment file {} (--env-file)",
+                path.display()
+            )
+        };
         let meta = std::fs::metadata(&path).with_context(what)?;
         if meta.len() > MAX || !meta.is_file() && meta.len() > 0 {
             bail!("{}: not a file of at most 16 MiB", what());
@@ -283,10 +380,22 @@ mod tests {
 
     #[test]
     fn env_of_one_equals_sign_keeps_its_commas() {
-        let get = |o: &str| env(&[o.into()]).map(|e| e.into_iter().map(|(k, v)| format!("{k}={}", v.display())).collect::<Vec<_>>());
+        let get = |o: &str| {
+            env(&[o.into()]).map(|e| {
+                e.into_iter()
+                    .map(|(k, v)| format!("{k}={}", v.display()))
+                    .collect::<Vec<_>>()
+            })
+        };
         assert_eq!(get("A=1,2").ok(), Some(vec!["A=1,2".to_owned()]));
-        assert_eq!(get("A=1,B=2").ok(), Some(vec!["A=1".to_owned(), "B=2".to_owned()]));
-        assert_eq!(get("\"A=1,2\",B=3").ok(), Some(vec!["A=1,2".to_owned(), "B=3".to_owned()]));
+        assert_eq!(
+            get("A=1,B=2").ok(),
+            Some(vec!["A=1".to_owned(), "B=2".to_owned()])
+        );
+        assert_eq!(
+            get("\"A=1,2\",B=3").ok(),
+            Some(vec!["A=1,2".to_owned(), "B=3".to_owned()])
+        );
         assert!(get("A").is_err());
     }
 }

@@ -45,7 +45,11 @@ const JOINED: [&str; 2] = ["bind", "mount"];
 ///
 /// # Errors
 /// A boolean that is none.
-pub fn words(command: &clap::Command, env: &[(OsString, OsString)], typed: &dyn Fn(&str) -> bool) -> Result<Vec<OsString>> {
+pub fn words(
+    command: &clap::Command,
+    env: &[(OsString, OsString)],
+    typed: &dyn Fn(&str) -> bool,
+) -> Result<Vec<OsString>> {
     let mut words = Vec::new();
     if !env.iter().any(|(k, _)| has_prefix(k)) {
         return Ok(words);
@@ -58,9 +62,14 @@ pub fn words(command: &clap::Command, env: &[(OsString, OsString)], typed: &dyn 
         }
         let own = [long.to_uppercase().replace('-', "_")];
         let own: Vec<&str> = own.iter().map(String::as_str).collect();
-        let keys = KEYS.iter().find(|(name, _)| *name == id).map_or(own.as_slice(), |(_, keys)| *keys);
+        let keys = KEYS
+            .iter()
+            .find(|(name, _)| *name == id)
+            .map_or(own.as_slice(), |(_, keys)| *keys);
         for key in keys {
-            let Some(value) = lookup(env, key) else { continue };
+            let Some(value) = lookup(env, key) else {
+                continue;
+            };
             match arg.get_action() {
                 ArgAction::SetTrue => {
                     if parse_bool(long, value)? {
@@ -69,7 +78,11 @@ pub fn words(command: &clap::Command, env: &[(OsString, OsString)], typed: &dyn 
                 }
                 // One record a line: a record is itself written with commas.
                 _ if id == "mount" => {
-                    for record in value.as_bytes().split(|b| *b == b'\n').filter(|r| !r.is_empty()) {
+                    for record in value
+                        .as_bytes()
+                        .split(|b| *b == b'\n')
+                        .filter(|r| !r.is_empty())
+                    {
                         words.push(option(long, OsStr::from_bytes(record)));
                     }
                 }
@@ -87,18 +100,24 @@ pub fn words(command: &clap::Command, env: &[(OsString, OsString)], typed: &dyn 
 pub fn lookup<'a>(env: &'a [(OsString, OsString)], key: &str) -> Option<&'a OsStr> {
     let value = |prefix: &str| {
         let name = format!("{prefix}{key}");
-        env.iter().find(|(k, v)| k.as_os_str() == name.as_str() && !v.is_empty()).map(|(_, v)| v.as_os_str())
+        env.iter()
+            .find(|(k, v)| k.as_os_str() == name.as_str() && !v.is_empty())
+            .map(|(_, v)| v.as_os_str())
     };
     match (value("APPTAINER_"), value("SINGULARITY_")) {
         (Some(new), Some(old)) => {
             if new != old {
-                say::warn(format_args!("SINGULARITY_{key} and APPTAINER_{key} have different values, using the latter"));
+                say::warn(format_args!(
+                    "SINGULARITY_{key} and APPTAINER_{key} have different values, using the latter"
+                ));
             }
             Some(new)
         }
         (Some(new), None) => Some(new),
         (None, Some(old)) => {
-            say::info(format_args!("Environment variable SINGULARITY_{key} is set, but APPTAINER_{key} is preferred"));
+            say::info(format_args!(
+                "Environment variable SINGULARITY_{key} is set, but APPTAINER_{key} is preferred"
+            ));
             Some(old)
         }
         (None, None) => None,

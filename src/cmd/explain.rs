@@ -13,7 +13,10 @@ use crate::plan::{IdMap, Layer, Plan, Source};
 pub fn print(plan: &Plan, form: Explain) -> Result<()> {
     match form {
         Explain::Text => lines(plan).iter().for_each(|line| println!("{line}")),
-        Explain::Json => println!("{}", serde_json::to_string_pretty(plan).context("the plan holds text that is not UTF-8")?),
+        Explain::Json => println!(
+            "{}",
+            serde_json::to_string_pretty(plan).context("the plan holds text that is not UTF-8")?
+        ),
     }
     Ok(())
 }
@@ -22,15 +25,35 @@ pub fn print(plan: &Plan, form: Explain) -> Result<()> {
 pub fn lines(plan: &Plan) -> Vec<String> {
     let mut lines = Vec::new();
     let names = plan.namespaces;
-    let new: Vec<&str> = [("pid", names.pid), ("ipc", names.ipc), ("net", names.net), ("uts", names.uts)]
-        .into_iter()
-        .filter_map(|(name, new)| new.then_some(name))
-        .collect();
-    lines.push(format!("{:<9}user, mount{}{}; {}", "enter", if new.is_empty() { "" } else { ", " }, new.join(", "), ids(&plan.ids)));
+    let new: Vec<&str> = [
+        ("pid", names.pid),
+        ("ipc", names.ipc),
+        ("net", names.net),
+        ("uts", names.uts),
+    ]
+    .into_iter()
+    .filter_map(|(name, new)| new.then_some(name))
+    .collect();
+    lines.push(format!(
+        "{:<9}user, mount{}{}; {}",
+        "enter",
+        if new.is_empty() { "" } else { ", " },
+        new.join(", "),
+        ids(&plan.ids)
+    ));
     if let Some(name) = &plan.hostname {
         lines.push(format!("{:<9}{name}", "hostname"));
     }
-    lines.push(format!("{:<9}{}{}", "root", root(&plan.root), if plan.writable_root { " (writable)" } else { "" }));
+    lines.push(format!(
+        "{:<9}{}{}",
+        "root",
+        root(&plan.root),
+        if plan.writable_root {
+            " (writable)"
+        } else {
+            ""
+        }
+    ));
     for layer in &plan.layers {
         let text = match layer {
             Layer::Tmpfs(Some(bytes)) => format!("memory, {bytes} bytes, writable"),
@@ -43,16 +66,38 @@ pub fn lines(plan: &Plan) -> Vec<String> {
     }
     for mount in &plan.mounts {
         let mode = if mount.writable { "rw" } else { "ro" };
-        lines.push(format!("{:<9}{} -> {}  {mode}  ({})", "mount", source(&mount.source), mount.target.display(), mount.why));
+        lines.push(format!(
+            "{:<9}{} -> {}  {mode}  ({})",
+            "mount",
+            source(&mount.source),
+            mount.target.display(),
+            mount.why
+        ));
     }
     for (name, value) in &plan.environment.vars {
-        lines.push(format!("{:<9}{}={}", "env", name.display(), value.display()));
+        lines.push(format!(
+            "{:<9}{}={}",
+            "env",
+            name.display(),
+            value.display()
+        ));
     }
     for (name, value) in &plan.environment.overrides {
-        lines.push(format!("{:<9}{}={}  (over the image's)", "env", name.display(), value.display()));
+        lines.push(format!(
+            "{:<9}{}={}  (over the image's)",
+            "env",
+            name.display(),
+            value.display()
+        ));
     }
     let args: Vec<String> = plan.process.args.iter().map(|a| format!("{a:?}")).collect();
-    lines.push(format!("{:<9}{} {} in {}", "process", plan.process.verb.name(), args.join(" "), plan.process.cwd.display()));
+    lines.push(format!(
+        "{:<9}{} {} in {}",
+        "process",
+        plan.process.verb.name(),
+        args.join(" "),
+        plan.process.cwd.display()
+    ));
     lines
 }
 
@@ -62,7 +107,10 @@ fn ids(ids: &IdMap) -> String {
         IdMap::All => "all ids as outside".into(),
         IdMap::Root { uid, gid } => format!("root is {uid}:{gid}"),
         IdMap::Ranges { uid, gid, sub } => {
-            format!("root is {uid}:{gid}, users from 1 are {} + {}, groups {} + {}", sub.uids.0, sub.uids.1, sub.gids.0, sub.gids.1)
+            format!(
+                "root is {uid}:{gid}, users from 1 are {} + {}, groups {} + {}",
+                sub.uids.0, sub.uids.1, sub.gids.0, sub.gids.1
+            )
         }
     }
 }
@@ -70,21 +118,41 @@ fn ids(ids: &IdMap) -> String {
 fn root(root: &Root) -> String {
     match root {
         Root::Directory(path) => format!("directory {}", path.display()),
-        Root::Squashfs { file, offset_bytes, len_bytes } => format!("squashfs {} at {offset_bytes}, {len_bytes} bytes", file.display()),
-        Root::Ext { file, offset_bytes, len_bytes } => format!("ext3 {} at {offset_bytes}, {len_bytes} bytes", file.display()),
+        Root::Squashfs {
+            file,
+            offset_bytes,
+            len_bytes,
+        } => format!(
+            "squashfs {} at {offset_bytes}, {len_bytes} bytes",
+            file.display()
+        ),
+        Root::Ext {
+            file,
+            offset_bytes,
+            len_bytes,
+        } => format!(
+            "ext3 {} at {offset_bytes}, {len_bytes} bytes",
+            file.display()
+        ),
     }
 }
 
 fn source(source: &Source) -> String {
     match source {
         Source::Bind(path) => format!("bind {}", path.display()),
-        Source::Directory(path, mode) => format!("bind {} (made with mode {mode:o})", path.display()),
+        Source::Directory(path, mode) => {
+            format!("bind {} (made with mode {mode:o})", path.display())
+        }
         Source::Private(mode) => format!("memory, mode {mode:o}"),
         Source::Proc => "proc".into(),
         Source::Dev { .. } => "private devices".into(),
         Source::Text(text) => format!("text of {} bytes", text.len()),
         Source::Passwd(account) => format!("the image's passwd with {}", account.name),
-        Source::Group(account) => format!("the image's group with {} of {}'s", account.groups.len(), account.name),
+        Source::Group(account) => format!(
+            "the image's group with {} of {}'s",
+            account.groups.len(),
+            account.name
+        ),
         Source::Image(image, path) => format!("{} of {}", path.display(), root(image)),
     }
 }

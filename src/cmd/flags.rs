@@ -7,6 +7,8 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 /// Options of the action commands, exactly as typed.
+// The hidden options are refused or without effect (`refusal`); they have no help to write.
+#[allow(missing_docs)]
 #[derive(clap::Args, Debug, Clone, Default)]
 pub struct ActionArgs {
     /// Bind a host path: src[:dst[:opt[,opt]]], opts ro, rw, image-src=PATH, id=N
@@ -22,16 +24,33 @@ pub struct ActionArgs {
     #[arg(long, help_heading = "Mounts")]
     pub no_home: bool,
     /// Leave out mounts: proc,sys,dev,devpts,home,tmp,hostfs,cwd,bind-paths or a destination
-    #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "Mounts")]
+    #[arg(
+        long,
+        value_name = "LIST",
+        value_delimiter = ',',
+        help_heading = "Mounts"
+    )]
     pub no_mount: Vec<String>,
     /// Directory that backs /tmp, /var/tmp and home with --contain, and scratch directories
     #[arg(short = 'W', long, value_name = "DIR", help_heading = "Mounts")]
     pub workdir: Option<PathBuf>,
     /// A private directory at this path of the container
-    #[arg(short = 'S', long, value_name = "PATH", value_delimiter = ',', help_heading = "Mounts")]
+    #[arg(
+        short = 'S',
+        long,
+        value_name = "PATH",
+        value_delimiter = ',',
+        help_heading = "Mounts"
+    )]
     pub scratch: Vec<PathBuf>,
     /// Lay a directory or an image over the root: PATH[:ro]
-    #[arg(short = 'o', long, value_name = "PATH", value_delimiter = ',', help_heading = "Mounts")]
+    #[arg(
+        short = 'o',
+        long,
+        value_name = "PATH",
+        value_delimiter = ',',
+        help_heading = "Mounts"
+    )]
     pub overlay: Vec<String>,
     /// Make the image itself writable (a directory, or an overlay partition in the SIF)
     #[arg(short = 'w', long, help_heading = "Mounts")]
@@ -90,7 +109,12 @@ pub struct ActionArgs {
     #[arg(long, value_name = "NAME", help_heading = "Isolation")]
     pub hostname: Option<String>,
     /// Name servers for resolv.conf, by commas
-    #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "Isolation")]
+    #[arg(
+        long,
+        value_name = "LIST",
+        value_delimiter = ',',
+        help_heading = "Isolation"
+    )]
     pub dns: Vec<String>,
 
     /// Start with a clean environment
@@ -100,10 +124,20 @@ pub struct ActionArgs {
     #[arg(long, value_name = "LIST", help_heading = "Environment")]
     pub env: Vec<String>,
     /// Set variables from a file in shell syntax
-    #[arg(long, value_name = "FILE", value_delimiter = ',', help_heading = "Environment")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        value_delimiter = ',',
+        help_heading = "Environment"
+    )]
     pub env_file: Vec<PathBuf>,
     /// Variables of the host to leave out
-    #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "Environment")]
+    #[arg(
+        long,
+        value_name = "LIST",
+        value_delimiter = ',',
+        help_heading = "Environment"
+    )]
     pub no_env: Vec<String>,
     /// Take values and arguments literally: no shell evaluation
     #[arg(long, help_heading = "Environment")]
@@ -234,37 +268,97 @@ impl ActionArgs {
     /// The first option in use that is not supported: an isolation request that cannot be met must be an
     /// error, never a warning.
     pub fn refusal(&self) -> Option<Refusal> {
-        let limits = "resource limits are not supported by this version; use the batch system's limits";
+        let limits =
+            "resource limits are not supported by this version; use the batch system's limits";
         let network = "a normal user can only use --network none";
         let cases: [(bool, &str, &str); 27] = [
             (self.apply_cgroups.is_some(), "--apply-cgroups", limits),
             (self.blkio_weight.is_some(), "--blkio-weight", limits),
-            (!self.blkio_weight_device.is_empty(), "--blkio-weight-device", limits),
+            (
+                !self.blkio_weight_device.is_empty(),
+                "--blkio-weight-device",
+                limits,
+            ),
             (self.cpu_shares.is_some(), "--cpu-shares", limits),
             (self.cpus.is_some(), "--cpus", limits),
             (self.cpuset_cpus.is_some(), "--cpuset-cpus", limits),
             (self.cpuset_mems.is_some(), "--cpuset-mems", limits),
             (self.memory.is_some(), "--memory", limits),
-            (self.memory_reservation.is_some(), "--memory-reservation", limits),
+            (
+                self.memory_reservation.is_some(),
+                "--memory-reservation",
+                limits,
+            ),
             (self.memory_swap.is_some(), "--memory-swap", limits),
             (self.oom_kill_disable, "--oom-kill-disable", limits),
             (self.pids_limit.is_some(), "--pids-limit", limits),
             (!self.network_args.is_empty(), "--network-args", network),
             (self.netns_path.is_some(), "--netns-path", network),
-            (self.net && self.network.as_deref() != Some("none"), "--net", network),
-            (!self.net && self.network.as_deref().is_some_and(|n| n != "none"), "--network", network),
-            (!self.fusemount.is_empty(), "--fusemount", "FUSE programs in containers are not supported"),
-            (!self.security.is_empty(), "--security", "profiles and foreign ids cannot be applied without root"),
-            (self.keep_privs, "--keep-privs", "it requires root privileges"),
-            (self.allow_setuid, "--allow-setuid", "it requires root privileges"),
-            (self.passphrase, "--passphrase", "encrypted images are not supported"),
-            (self.pem_path.is_some(), "--pem-path", "encrypted images are not supported"),
-            (self.nvccli, "--nvccli", "nvidia-container-cli is not used; --nv binds the libraries directly"),
-            (self.intel_hpu, "--intel-hpu", "Gaudi devices are not supported"),
-            (!self.device.is_empty(), "--device", "CDI devices are not supported; --nv and --rocm are"),
+            (
+                self.net && self.network.as_deref() != Some("none"),
+                "--net",
+                network,
+            ),
+            (
+                !self.net && self.network.as_deref().is_some_and(|n| n != "none"),
+                "--network",
+                network,
+            ),
+            (
+                !self.fusemount.is_empty(),
+                "--fusemount",
+                "FUSE programs in containers are not supported",
+            ),
+            (
+                !self.security.is_empty(),
+                "--security",
+                "profiles and foreign ids cannot be applied without root",
+            ),
+            (
+                self.keep_privs,
+                "--keep-privs",
+                "it requires root privileges",
+            ),
+            (
+                self.allow_setuid,
+                "--allow-setuid",
+                "it requires root privileges",
+            ),
+            (
+                self.passphrase,
+                "--passphrase",
+                "encrypted images are not supported",
+            ),
+            (
+                self.pem_path.is_some(),
+                "--pem-path",
+                "encrypted images are not supported",
+            ),
+            (
+                self.nvccli,
+                "--nvccli",
+                "nvidia-container-cli is not used; --nv binds the libraries directly",
+            ),
+            (
+                self.intel_hpu,
+                "--intel-hpu",
+                "Gaudi devices are not supported",
+            ),
+            (
+                !self.device.is_empty(),
+                "--device",
+                "CDI devices are not supported; --nv and --rocm are",
+            ),
             (!self.containlibs.is_empty(), "--containlibs", "use --bind"),
-            (self.oci, "--oci", "there is no OCI mode; the native mode runs the same images"),
+            (
+                self.oci,
+                "--oci",
+                "there is no OCI mode; the native mode runs the same images",
+            ),
         ];
-        cases.into_iter().find(|(used, ..)| *used).map(|(_, option, why)| Refusal { option, why })
+        cases
+            .into_iter()
+            .find(|(used, ..)| *used)
+            .map(|(_, option, why)| Refusal { option, why })
     }
 }

@@ -68,10 +68,19 @@ impl std::error::Error for Usage {}
 
 /// The commands, with the line that the list of commands shows.
 const COMMANDS: &[(&str, &str)] = &[
-    ("demo", "Make a small image from this machine's own programs, run it, show each command"),
-    ("doctor", "Check what this machine offers, and what an administrator has to do"),
+    (
+        "demo",
+        "Make a small image from this machine's own programs, run it, show each command",
+    ),
+    (
+        "doctor",
+        "Check what this machine offers, and what an administrator has to do",
+    ),
     ("exec", "Run a command within a container"),
-    ("run", "Run the user-defined default command within a container"),
+    (
+        "run",
+        "Run the user-defined default command within a container",
+    ),
     ("run-help", "Show the user-defined help for an image"),
     ("shell", "Run a shell within a container"),
     ("test", "Run the user-defined tests within a container"),
@@ -80,8 +89,27 @@ const COMMANDS: &[(&str, &str)] = &[
 
 /// Commands of the peers that this version does not have, with the reason.
 const MISSING: &[&str] = &[
-    "build", "cache", "capability", "checkpoint", "config", "delete", "inspect", "instance", "key", "keyserver", "oci",
-    "overlay", "plugin", "pull", "push", "registry", "remote", "search", "sif", "sign", "verify",
+    "build",
+    "cache",
+    "capability",
+    "checkpoint",
+    "config",
+    "delete",
+    "inspect",
+    "instance",
+    "key",
+    "keyserver",
+    "oci",
+    "overlay",
+    "plugin",
+    "pull",
+    "push",
+    "registry",
+    "remote",
+    "search",
+    "sif",
+    "sign",
+    "verify",
 ];
 
 /// Runs the command line.
@@ -89,14 +117,25 @@ const MISSING: &[&str] = &[
 /// # Errors
 /// [`Usage`] for a wrong command line; anything else is fatal.
 pub fn main(args: &[OsString]) -> Result<u8> {
-    let called = args.first().map_or("capsid", |a| a.to_str().unwrap_or("capsid").rsplit('/').next().unwrap_or("capsid"));
+    let called = args.first().map_or("capsid", |a| {
+        a.to_str()
+            .unwrap_or("capsid")
+            .rsplit('/')
+            .next()
+            .unwrap_or("capsid")
+    });
     let persona = match called {
         "apptainer" | "singularity" | "run-singularity" => Persona::Apptainer,
         _ => Persona::Capsid,
     };
     let words = args.get(1..).unwrap_or_default();
     if called == "run-singularity" {
-        return action::run("run", parse_action("run", words, &Host::read()?)?, None, persona);
+        return action::run(
+            "run",
+            parse_action("run", words, &Host::read()?)?,
+            None,
+            persona,
+        );
     }
     let (globals, words) = match global_options(words, persona)? {
         Global::Go(globals, words) => (globals, words),
@@ -123,10 +162,16 @@ pub fn main(args: &[OsString]) -> Result<u8> {
             print_help(rest.first().and_then(|w| w.to_str()), persona)?;
             Ok(exit::OK)
         }
-        name if MISSING.contains(&name) => bail!("the command {name:?} is not supported by this version of capsid"),
+        name if MISSING.contains(&name) => {
+            bail!("the command {name:?} is not supported by this version of capsid")
+        }
         name => {
             print_usage(persona);
-            Err(Usage { command: String::new(), text: format!("unknown command {name:?} for {:?}", program(persona)) }.into())
+            Err(Usage {
+                command: String::new(),
+                text: format!("unknown command {name:?} for {:?}", program(persona)),
+            }
+            .into())
         }
     }
 }
@@ -140,7 +185,11 @@ fn global_options(words: &[OsString], persona: Persona) -> Result<Global> {
     let mut globals = Globals::default();
     level_from_environment()?;
     let mut i = 0;
-    while let Some(word) = words.get(i).and_then(|w| w.to_str()).filter(|w| w.starts_with('-') && w.len() > 1) {
+    while let Some(word) = words
+        .get(i)
+        .and_then(|w| w.to_str())
+        .filter(|w| w.starts_with('-') && w.len() > 1)
+    {
         match word {
             "--debug" => say::set_level(say::DEBUG),
             "--verbose" => say::set_level(say::VERBOSE),
@@ -168,7 +217,13 @@ fn global_options(words: &[OsString], persona: Persona) -> Result<Global> {
                     });
                 }
             }
-            _ => return Err(Usage { command: String::new(), text: format!("unknown flag: {word}") }.into()),
+            _ => {
+                return Err(Usage {
+                    command: String::new(),
+                    text: format!("unknown flag: {word}"),
+                }
+                .into());
+            }
         }
         i += 1;
     }
@@ -178,13 +233,20 @@ fn global_options(words: &[OsString], persona: Persona) -> Result<Global> {
 /// `APPTAINER_DEBUG`, `_VERBOSE`, `_QUIET`, `_SILENT`, `_NOCOLOR` and `_MESSAGELEVEL`.
 fn level_from_environment() -> Result<()> {
     let value = |key: &str| {
-        ["APPTAINER_", "SINGULARITY_"].iter().find_map(|p| std::env::var_os(format!("{p}{key}")).filter(|v| !v.is_empty()))
+        ["APPTAINER_", "SINGULARITY_"]
+            .iter()
+            .find_map(|p| std::env::var_os(format!("{p}{key}")).filter(|v| !v.is_empty()))
     };
     let level = value("MESSAGELEVEL").and_then(|v| v.to_str().and_then(|v| v.parse::<i8>().ok()));
     if let Some(level) = level {
         say::set_level(level);
     }
-    for (key, level) in [("SILENT", say::ERROR), ("QUIET", say::WARNING), ("VERBOSE", say::VERBOSE), ("DEBUG", say::DEBUG)] {
+    for (key, level) in [
+        ("SILENT", say::ERROR),
+        ("QUIET", say::WARNING),
+        ("VERBOSE", say::VERBOSE),
+        ("DEBUG", say::DEBUG),
+    ] {
         if let Some(v) = value(key)
             && environment::parse_bool(&key.to_lowercase(), &v)?
         {
@@ -217,7 +279,11 @@ fn parse_action(name: &str, words: &[OsString], host: &Host) -> Result<ActionArg
     if given < needed {
         print_action_usage(name);
         let text = format!("requires at least {needed} arg(s), only received {given}");
-        return Err(Usage { command: name.into(), text }.into());
+        return Err(Usage {
+            command: name.into(),
+            text,
+        }
+        .into());
     }
     args.image = image.unwrap_or_default();
     args.rest = rest;
@@ -226,11 +292,16 @@ fn parse_action(name: &str, words: &[OsString], host: &Host) -> Result<ActionArg
 
 /// Options, image, and what belongs to the payload. `--flag=true` and `--flag=false` of switches, which
 /// Go programs accept, are settled here.
-fn split_at_image(command: &Command, words: &[OsString]) -> (Vec<OsString>, Option<OsString>, Vec<OsString>) {
+fn split_at_image(
+    command: &Command,
+    words: &[OsString],
+) -> (Vec<OsString>, Option<OsString>, Vec<OsString>) {
     let mut options = Vec::new();
     let mut i = 0;
     let long = |name: &str| {
-        command.get_arguments().find(|a| a.get_long() == Some(name) || a.get_all_aliases().is_some_and(|all| all.contains(&name)))
+        command.get_arguments().find(|a| {
+            a.get_long() == Some(name) || a.get_all_aliases().is_some_and(|all| all.contains(&name))
+        })
     };
     let short = |c: char| command.get_arguments().find(|a| a.get_short() == Some(c));
     let takes_value = |a: &clap::Arg| a.get_action().takes_values();
@@ -247,11 +318,16 @@ fn split_at_image(command: &Command, words: &[OsString]) -> (Vec<OsString>, Opti
         let mut value_follows = false;
         if let Some(name) = bytes.strip_prefix(b"--") {
             let mut parts = name.splitn(2, |b| *b == b'=');
-            let arg = parts.next().and_then(|n| std::str::from_utf8(n).ok()).and_then(long);
+            let arg = parts
+                .next()
+                .and_then(|n| std::str::from_utf8(n).ok())
+                .and_then(long);
             match (arg, parts.next()) {
                 (Some(arg), Some(value)) if !takes_value(arg) => {
                     match environment::parse_bool("", OsStr::from_bytes(value)) {
-                        Ok(true) => options.push(format!("--{}", arg.get_long().unwrap_or_default()).into()),
+                        Ok(true) => {
+                            options.push(format!("--{}", arg.get_long().unwrap_or_default()).into())
+                        }
                         Ok(false) => {}
                         Err(_) => options.push(word.clone()), // clap explains
                     }
@@ -283,20 +359,38 @@ fn split_at_image(command: &Command, words: &[OsString]) -> (Vec<OsString>, Opti
             i += 1;
         }
     }
-    (options, words.get(i).cloned(), words.get(i + 1..).unwrap_or_default().to_vec())
+    (
+        options,
+        words.get(i).cloned(),
+        words.get(i + 1..).unwrap_or_default().to_vec(),
+    )
 }
 
 fn command<A: Args>(name: &str) -> Command {
-    A::augment_args(Command::new(name.to_owned()).no_binary_name(true).args_override_self(true).disable_version_flag(true))
+    A::augment_args(
+        Command::new(name.to_owned())
+            .no_binary_name(true)
+            .args_override_self(true)
+            .disable_version_flag(true),
+    )
 }
 
 fn parse<A: Args + FromArgMatches>(name: &str, words: &[OsString]) -> Result<A> {
-    Ok(A::from_arg_matches(&matches(command::<A>(name), name, words.to_vec())?)?)
+    Ok(A::from_arg_matches(&matches(
+        command::<A>(name),
+        name,
+        words.to_vec(),
+    )?)?)
 }
 
 fn matches(command: Command, name: &str, words: Vec<OsString>) -> Result<clap::ArgMatches> {
     let usage = usage_line(name);
-    let command = command.override_usage(usage).about(COMMANDS.iter().find(|(n, _)| *n == name).map_or("", |(_, about)| *about));
+    let command = command.override_usage(usage).about(
+        COMMANDS
+            .iter()
+            .find(|(n, _)| *n == name)
+            .map_or("", |(_, about)| *about),
+    );
     match command.try_get_matches_from(words) {
         Ok(matches) => Ok(matches),
         Err(error) if error.kind() == clap::error::ErrorKind::DisplayHelp => {
@@ -305,15 +399,30 @@ fn matches(command: Command, name: &str, words: Vec<OsString>) -> Result<clap::A
         }
         Err(error) => {
             let text = error.render().to_string();
-            let text = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
+            let text = text
+                .lines()
+                .next()
+                .unwrap_or_default()
+                .trim_start_matches("error: ");
             let text = if error.kind() == clap::error::ErrorKind::UnknownArgument {
-                let word = error.get(clap::error::ContextKind::InvalidArg).map(ToString::to_string).unwrap_or_default();
+                let word = error
+                    .get(clap::error::ContextKind::InvalidArg)
+                    .map(ToString::to_string)
+                    .unwrap_or_default();
                 let word = word.split('=').next().unwrap_or_default();
-                if word.starts_with("--") { format!("unknown flag: {word}") } else { format!("unknown shorthand flag: {word}") }
+                if word.starts_with("--") {
+                    format!("unknown flag: {word}")
+                } else {
+                    format!("unknown shorthand flag: {word}")
+                }
             } else {
                 text.to_owned()
             };
-            Err(Usage { command: name.into(), text }.into())
+            Err(Usage {
+                command: name.into(),
+                text,
+            }
+            .into())
         }
     }
 }
@@ -322,13 +431,18 @@ fn usage_line(name: &str) -> String {
     match name {
         "exec" => "capsid [global options...] exec [exec options...] <container> <command>".into(),
         "run" => "capsid [global options...] run [run options...] <container> [args...]".into(),
-        "shell" | "test" | "run-help" => format!("capsid [global options...] {name} [{name} options...] <container>"),
+        "shell" | "test" | "run-help" => {
+            format!("capsid [global options...] {name} [{name} options...] <container>")
+        }
         other => format!("capsid {other} [options...]"),
     }
 }
 
 fn print_action_usage(name: &str) {
-    println!("Usage:\n  {}\n\nRun 'capsid help {name}' for more information.", usage_line(name));
+    println!(
+        "Usage:\n  {}\n\nRun 'capsid help {name}' for more information.",
+        usage_line(name)
+    );
 }
 
 fn program(persona: Persona) -> &'static str {
@@ -346,7 +460,10 @@ fn version(persona: Persona) -> &'static str {
 }
 
 fn print_usage(persona: Persona) {
-    println!("Usage:\n  {} [global options...] <command>\n\nAvailable Commands:", program(persona));
+    println!(
+        "Usage:\n  {} [global options...] <command>\n\nAvailable Commands:",
+        program(persona)
+    );
     for (name, about) in COMMANDS {
         println!("  {name:<12}{about}");
     }
@@ -359,9 +476,21 @@ fn print_usage(persona: Persona) {
 
 fn print_help(name: Option<&str>, persona: Persona) -> Result<()> {
     match name {
-        Some(name @ ("exec" | "run" | "shell" | "test" | "run-help")) => drop(matches(command::<ActionArgs>(name), name, vec!["--help".into()])?),
-        Some("doctor") => drop(matches(command::<doctor::DoctorArgs>("doctor"), "doctor", vec!["--help".into()])?),
-        Some("demo") => drop(matches(command::<demo::DemoArgs>("demo"), "demo", vec!["--help".into()])?),
+        Some(name @ ("exec" | "run" | "shell" | "test" | "run-help")) => drop(matches(
+            command::<ActionArgs>(name),
+            name,
+            vec!["--help".into()],
+        )?),
+        Some("doctor") => drop(matches(
+            command::<doctor::DoctorArgs>("doctor"),
+            "doctor",
+            vec!["--help".into()],
+        )?),
+        Some("demo") => drop(matches(
+            command::<demo::DemoArgs>("demo"),
+            "demo",
+            vec!["--help".into()],
+        )?),
         _ => print_usage(persona),
     }
     Ok(())
@@ -378,7 +507,8 @@ mod tests {
 
     #[test]
     fn options_end_at_the_image() {
-        let (options, image, rest) = split(&["-B", "/a:/b", "--pid", "x.sif", "prog", "--pid", "-B"]);
+        let (options, image, rest) =
+            split(&["-B", "/a:/b", "--pid", "x.sif", "prog", "--pid", "-B"]);
         assert_eq!(options, ["-B", "/a:/b", "--pid"]);
         assert_eq!(image.as_deref(), Some(OsStr::new("x.sif")));
         assert_eq!(rest, ["prog", "--pid", "-B"]);
@@ -386,7 +516,15 @@ mod tests {
 
     #[test]
     fn values_may_be_joined_or_begin_with_a_dash() {
-        let (options, image, _) = split(&["-B/a:/b", "--env", "-x=1", "-ec", "--pid=false", "--ipc=true", "x.sif"]);
+        let (options, image, _) = split(&[
+            "-B/a:/b",
+            "--env",
+            "-x=1",
+            "-ec",
+            "--pid=false",
+            "--ipc=true",
+            "x.sif",
+        ]);
         assert_eq!(options, ["-B/a:/b", "--env=-x=1", "-ec", "--ipc"]);
         assert_eq!(image.as_deref(), Some(OsStr::new("x.sif")));
     }

@@ -19,7 +19,7 @@ use crate::exit;
 pub fn run(program: &process::Program, mask: &SigSet) -> Result<Infallible> {
     match sys::fork()? {
         Fork::Child => {
-            drop(mask.thread_set_mask());
+            let _ = mask.thread_set_mask();
             process::exec(program)
         }
         Fork::Parent(child) => {

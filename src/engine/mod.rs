@@ -59,7 +59,13 @@ pub fn run(plan: &Plan, xdg: Option<&OsStr>) -> Result<u8> {
 }
 
 /// Process 1 of a new pid namespace.
-fn first_process(plan: &Plan, stage: Option<server::Stage>, points: &[wire::Point], xdg: Option<&OsStr>, mask: &SigSet) -> Result<u8> {
+fn first_process(
+    plan: &Plan,
+    stage: Option<server::Stage>,
+    points: &[wire::Point],
+    xdg: Option<&OsStr>,
+    mask: &SigSet,
+) -> Result<u8> {
     sys::die_with_parent();
     create_namespaces(plan)?;
     match inside(plan, stage, points, xdg)? {
@@ -67,7 +73,8 @@ fn first_process(plan: &Plan, stage: Option<server::Stage>, points: &[wire::Poin
         Next::Run(program) => match plan.process.init {
             Init::Appinit => never(init::run(&program, mask)),
             Init::Payload => {
-                mask.thread_set_mask().context("cannot restore the signal mask")?;
+                mask.thread_set_mask()
+                    .context("cannot restore the signal mask")?;
                 never(process::exec(&program))
             }
         },
@@ -79,14 +86,19 @@ fn never(result: Result<Infallible>) -> Result<u8> {
 }
 
 /// A file image's server gives the namespace and the root; a directory needs no server.
-fn enter_user_namespace(plan: &Plan, points: &[wire::Point], xdg: Option<&OsStr>) -> Result<Option<server::Stage>> {
+fn enter_user_namespace(
+    plan: &Plan,
+    points: &[wire::Point],
+    xdg: Option<&OsStr>,
+) -> Result<Option<server::Stage>> {
     if matches!(plan.root, Root::Directory(_)) {
         userns::create(&plan.ids, CloneFlags::empty())?;
         return Ok(None);
     }
     say::debug(format_args!("image server for {:?}", plan.root));
     let stage = server::enter(&plan.root, &plan.ids, points, xdg)?;
-    setns(&stage.userns, CloneFlags::CLONE_NEWUSER).context("cannot join the image server's user namespace (setns)")?;
+    setns(&stage.userns, CloneFlags::CLONE_NEWUSER)
+        .context("cannot join the image server's user namespace (setns)")?;
     Ok(Some(stage))
 }
 
@@ -96,18 +108,25 @@ fn create_namespaces(plan: &Plan) -> Result<()> {
     flags.set(CloneFlags::CLONE_NEWIPC, ipc);
     flags.set(CloneFlags::CLONE_NEWNET, net);
     flags.set(CloneFlags::CLONE_NEWUTS, uts);
-    unshare(flags).context("cannot create namespaces (is a limit like user.max_mnt_namespaces reached?)")?;
+    unshare(flags)
+        .context("cannot create namespaces (is a limit like user.max_mnt_namespaces reached?)")?;
     if net {
         sys::loopback_up()?;
     }
     if let Some(name) = &plan.hostname {
-        nix::unistd::sethostname(name).with_context(|| format!("cannot set the host name {name:?}"))?;
+        nix::unistd::sethostname(name)
+            .with_context(|| format!("cannot set the host name {name:?}"))?;
     }
     Ok(())
 }
 
 /// Builds the file tree, enters it, and finds the program.
-fn inside(plan: &Plan, stage: Option<server::Stage>, points: &[wire::Point], xdg: Option<&OsStr>) -> Result<Next> {
+fn inside(
+    plan: &Plan,
+    stage: Option<server::Stage>,
+    points: &[wire::Point],
+    xdg: Option<&OsStr>,
+) -> Result<Next> {
     let mut tree = rootfs::Tree::stack(plan, stage, points, xdg)?;
     for mount in &plan.mounts {
         tree.apply(mount)?;
@@ -121,4 +140,3 @@ fn inside(plan: &Plan, stage: Option<server::Stage>, points: &[wire::Point], xdg
     }
     Ok(next)
 }
-

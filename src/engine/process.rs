@@ -35,10 +35,17 @@ pub enum Next {
 pub fn enter_directory(process: &Process) -> Result<()> {
     if let Err(error) = rustix::process::chdir(&process.cwd) {
         if process.cwd_required {
-            bail!("failed to set working directory: chdir {}: {}", process.cwd.display(), plain(error));
+            bail!(
+                "failed to set working directory: chdir {}: {}",
+                process.cwd.display(),
+                plain(error)
+            );
         }
-        let instead = [process.home.as_path(), Path::new("/")].into_iter().find(|dir| rustix::process::chdir(*dir).is_ok());
-        let instead = instead.ok_or_else(|| anyhow!("cannot enter any directory of the container"))?;
+        let instead = [process.home.as_path(), Path::new("/")]
+            .into_iter()
+            .find(|dir| rustix::process::chdir(*dir).is_ok());
+        let instead =
+            instead.ok_or_else(|| anyhow!("cannot enter any directory of the container"))?;
         say::warn(format_args!(
             "Error changing the container working directory. Using '{}' instead: chdir {}: {}",
             instead.display(),
@@ -47,9 +54,13 @@ pub fn enter_directory(process: &Process) -> Result<()> {
         ));
     }
     // A directory outside the root shows itself by this prefix (getcwd(2)).
-    let inside = rustix::process::getcwd(Vec::new()).is_ok_and(|cwd| cwd.as_bytes().starts_with(b"/"));
+    let inside =
+        rustix::process::getcwd(Vec::new()).is_ok_and(|cwd| cwd.as_bytes().starts_with(b"/"));
     if !inside {
-        bail!("the working directory {} is not inside the container", process.cwd.display());
+        bail!(
+            "the working directory {} is not inside the container",
+            process.cwd.display()
+        );
     }
     Ok(())
 }
@@ -59,7 +70,9 @@ fn plain(error: rustix::io::Errno) -> String {
     let text = std::io::Error::from_raw_os_error(error.raw_os_error()).to_string();
     let text = text.split(" (os error").next().unwrap_or_default();
     let mut chars = text.chars();
-    chars.next().map_or_else(String::new, |first| first.to_lowercase().chain(chars).collect())
+    chars.next().map_or_else(String::new, |first| {
+        first.to_lowercase().chain(chars).collect()
+    })
 }
 
 /// Gives up privileges and sets what a process inherits.
@@ -73,7 +86,7 @@ pub fn restrict(ids: &IdMap, process: &Process, private_keys: bool) -> Result<()
     if !ids.is_root() {
         sys::drop_bounding_set();
     }
-    drop(rustix::thread::set_no_new_privs(true));
+    let _ = rustix::thread::set_no_new_privs(true);
     if !rustix::thread::no_new_privs().unwrap_or(false) {
         bail!("cannot set no_new_privs");
     }
@@ -89,9 +102,18 @@ pub fn restrict(ids: &IdMap, process: &Process, private_keys: bool) -> Result<()
 /// When there is nothing to run, in the peers' words.
 pub fn resolve(plan: &Plan) -> Result<Next> {
     let process = &plan.process;
-    let argv = match environment::dispatch(process.verb.name(), process.app.as_deref(), process.shell.as_deref(), &process.args) {
+    let argv = match environment::dispatch(
+        process.verb.name(),
+        process.app.as_deref(),
+        process.shell.as_deref(),
+        &process.args,
+    ) {
         Dispatch::Exec(argv) => argv,
-        Dispatch::Message { level, text, status } => {
+        Dispatch::Message {
+            level,
+            text,
+            status,
+        } => {
             match level {
                 environment::Level::Info => say::info(format_args!("{text}")),
                 environment::Level::Error => say::error(format_args!("{text}")),
@@ -104,16 +126,28 @@ pub fn resolve(plan: &Plan) -> Result<Next> {
     match environment::finish(&plan.environment)? {
         Finished::Ready(env) => program(argv, env).map(Next::Run),
         Finished::Shell { script, vars } => {
-            let mut words: Vec<OsString> = vec!["/bin/sh".into(), "-c".into(), script.into(), "capsid".into()];
+            let mut words: Vec<OsString> = vec![
+                "/bin/sh".into(),
+                "-c".into(),
+                script.into(),
+                "capsid".into(),
+            ];
             words.extend(argv);
-            Ok(Next::Run(Program { path: "/bin/sh".into(), argv: words, env: vars }))
+            Ok(Next::Run(Program {
+                path: "/bin/sh".into(),
+                argv: words,
+                env: vars,
+            }))
         }
     }
 }
 
 fn program(argv: Vec<OsString>, env: Vec<(OsString, OsString)>) -> Result<Program> {
     let name = argv.first().ok_or_else(|| anyhow!("no command to run"))?;
-    let path = env.iter().find(|(k, _)| k == "PATH").map_or(OsStr::new(""), |(_, v)| v.as_os_str());
+    let path = env
+        .iter()
+        .find(|(k, _)| k == "PATH")
+        .map_or(OsStr::new(""), |(_, v)| v.as_os_str());
     let path = environment::find_program(name, path, Path::new("."))?;
     Ok(Program { path, argv, env })
 }
@@ -135,18 +169,29 @@ pub fn exec(program: &Program) -> Result<Infallible> {
         })
         .collect::<Result<_>>()?;
     let path = text(program.path.as_os_str())?;
-    let argv: Vec<CString> = program.argv.iter().map(|a| text(a)).collect::<Result<_>>()?;
+    let argv: Vec<CString> = program
+        .argv
+        .iter()
+        .map(|a| text(a))
+        .collect::<Result<_>>()?;
     let shown = program.path.display();
     match nix::unistd::execve(&path, &argv, &env) {
         // A script without an interpreter line is the shell's.
         Err(nix::Error::ENOEXEC) if is_text(&program.path) => {
             let mut words = vec![c"/bin/sh".to_owned(), path];
             words.extend(argv.into_iter().skip(1));
-            nix::unistd::execve(c"/bin/sh", &words, &env).with_context(|| format!("exec {shown} failed: cannot run /bin/sh for it"))
+            nix::unistd::execve(c"/bin/sh", &words, &env)
+                .with_context(|| format!("exec {shown} failed: cannot run /bin/sh for it"))
         }
-        Err(nix::Error::ENOEXEC) => bail!("exec {shown} failed: not a program for this machine (exec format error)"),
-        Err(nix::Error::ENOENT) => bail!("exec {shown} failed: a shared library is likely missing in the image"),
-        Err(nix::Error::E2BIG) => bail!("exec {shown} failed: arguments and environment are too long"),
+        Err(nix::Error::ENOEXEC) => {
+            bail!("exec {shown} failed: not a program for this machine (exec format error)")
+        }
+        Err(nix::Error::ENOENT) => {
+            bail!("exec {shown} failed: a shared library is likely missing in the image")
+        }
+        Err(nix::Error::E2BIG) => {
+            bail!("exec {shown} failed: arguments and environment are too long")
+        }
         Err(nix::Error::EACCES) => bail!("exec {shown} failed: permission denied"),
         Err(error) => bail!("exec {shown} failed: {error}"),
         Ok(never) => match never {},
@@ -156,7 +201,11 @@ pub fn exec(program: &Program) -> Result<Infallible> {
 /// Neither ELF nor another binary: the first line holds no NUL byte.
 fn is_text(path: &Path) -> bool {
     let mut head = [0; 128];
-    let Ok(mut file) = std::fs::File::open(path) else { return false };
-    let Ok(len) = std::io::Read::read(&mut file, &mut head) else { return false };
+    let Ok(mut file) = std::fs::File::open(path) else {
+        return false;
+    };
+    let Ok(len) = std::io::Read::read(&mut file, &mut head) else {
+        return false;
+    };
     !head[..len].contains(&0)
 }

@@ -46,19 +46,30 @@ pub fn points(plan: &Plan) -> Vec<Point> {
         return points;
     }
     for (i, mount) in plan.mounts.iter().enumerate() {
-        let covered = plan.mounts[..i].iter().any(|m| m.target != mount.target && mount.target.starts_with(&m.target) && is_directory(&m.source));
+        let covered = plan.mounts[..i].iter().any(|m| {
+            m.target != mount.target
+                && mount.target.starts_with(&m.target)
+                && is_directory(&m.source)
+        });
         // Account files are only changed where the image has them.
-        if covered || matches!(mount.source, Source::Passwd(_) | Source::Group(_)) || points.iter().any(|p| p.path == mount.target) {
+        if covered
+            || matches!(mount.source, Source::Passwd(_) | Source::Group(_))
+            || points.iter().any(|p| p.path == mount.target)
+        {
             continue;
         }
-        points.push(Point { path: mount.target.clone(), directory: is_directory(&mount.source) });
+        points.push(Point {
+            path: mount.target.clone(),
+            directory: is_directory(&mount.source),
+        });
     }
     points
 }
 
 fn is_directory(source: &Source) -> bool {
     match source {
-        Source::Bind(path) => !rustix::fs::stat(path).is_ok_and(|s| !rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir()),
+        Source::Bind(path) => !rustix::fs::stat(path)
+            .is_ok_and(|s| !rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir()),
         Source::Text(_) | Source::Passwd(_) | Source::Group(_) => false,
         Source::Image(_, path) => path == Path::new("/") || path.extension().is_none(),
         _ => true,
@@ -74,13 +85,30 @@ pub fn check_sources(plan: &Plan) -> Result<()> {
         if let Source::Bind(path) = &mount.source
             && let Err(error) = rustix::fs::stat(path)
         {
-            let cause = if error == Errno::NOENT { "doesn't exist".into() } else { error.to_string() };
-            bail!("cannot bind {} on {} ({}): mount source {} {cause}", path.display(), mount.target.display(), mount.why, path.display());
+            let cause = if error == Errno::NOENT {
+                "doesn't exist".into()
+            } else {
+                error.to_string()
+            };
+            bail!(
+                "cannot bind {} on {} ({}): mount source {} {cause}",
+                path.display(),
+                mount.target.display(),
+                mount.why,
+                path.display()
+            );
         }
     }
     for layer in &plan.layers {
-        let (Layer::ReadOnlyDirectory(path) | Layer::Directory(path)) = layer else { continue };
-        rustix::fs::stat(path).with_context(|| format!("while loading overlay images: failed to open overlay image {}", path.display()))?;
+        let (Layer::ReadOnlyDirectory(path) | Layer::Directory(path)) = layer else {
+            continue;
+        };
+        rustix::fs::stat(path).with_context(|| {
+            format!(
+                "while loading overlay images: failed to open overlay image {}",
+                path.display()
+            )
+        })?;
     }
     Ok(())
 }
@@ -90,11 +118,25 @@ impl Tree {
     ///
     /// # Errors
     /// As the mounts.
-    pub fn stack(plan: &Plan, stage: Option<server::Stage>, points: &[Point], xdg: Option<&OsStr>) -> Result<Tree> {
-        mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC).context("cannot make the mounts private")?;
+    pub fn stack(
+        plan: &Plan,
+        stage: Option<server::Stage>,
+        points: &[Point],
+        xdg: Option<&OsStr>,
+    ) -> Result<Tree> {
+        mount_change(
+            "/",
+            MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
+        )
+        .context("cannot make the mounts private")?;
         let (root, made) = match (stage, &plan.root) {
             (Some(stage), _) => {
-                let made = points.iter().zip(&stage.made).filter(|(_, made)| **made).map(|(p, _)| p.path.clone()).collect();
+                let made = points
+                    .iter()
+                    .zip(&stage.made)
+                    .filter(|(_, made)| **made)
+                    .map(|(p, _)| p.path.clone())
+                    .collect();
                 (stage.tree, made)
             }
             (None, Root::Directory(path)) => (sys::clone_tree(CWD, path)?, Vec::new()),
@@ -103,13 +145,25 @@ impl Tree {
         let session = sys::new_filesystem("tmpfs", &[("mode", Some(c"0755"))])?;
         sys::attach_over_root(session.as_fd())?;
         let session_dev = sys::identity(session.as_fd())?.0;
-        let mut tree = Tree { root, session, session_dev, count: 0, made, ids: plan.ids, xdg: xdg.map(OsStr::to_owned) };
+        let mut tree = Tree {
+            root,
+            session,
+            session_dev,
+            count: 0,
+            made,
+            ids: plan.ids,
+            xdg: xdg.map(OsStr::to_owned),
+        };
         let sandbox = matches!(plan.root, Root::Directory(_));
         if sandbox {
             let read_only = if plan.writable_root { 0 } else { attr::RDONLY };
             sys::set_mount_attributes(tree.root.as_fd(), attr::NOSUID | attr::NODEV | read_only)?;
         }
-        let absent = if sandbox && !plan.writable_root { tree.absent(points)? } else { Vec::new() };
+        let absent = if sandbox && !plan.writable_root {
+            tree.absent(points)?
+        } else {
+            Vec::new()
+        };
         if !plan.layers.is_empty() || !absent.is_empty() {
             tree.overlay(plan, &absent)?;
         }
@@ -125,7 +179,10 @@ impl Tree {
             match sys::open_in_root(self.root.as_fd(), &point.path, OFlags::PATH) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    absent.push(Point { path: resolve_in(&self.root, &point.path)?, directory: point.directory });
+                    absent.push(Point {
+                        path: resolve_in(&self.root, &point.path)?,
+                        directory: point.directory,
+                    });
                     self.made.push(point.path.clone());
                 }
                 Err(_) => {} // told when the mount is made
@@ -151,7 +208,11 @@ impl Tree {
                     let fd = throw_away(*size)?;
                     self.park(&fd)?;
                     let path = hold(&mut held, fd);
-                    writable = Some((format!("{path}/upper"), format!("{path}/work"), PathBuf::from("memory")));
+                    writable = Some((
+                        format!("{path}/upper"),
+                        format!("{path}/work"),
+                        PathBuf::from("memory"),
+                    ));
                 }
                 Layer::Directory(dir) => {
                     let fd = upper_and_work(dir)?;
@@ -160,7 +221,10 @@ impl Tree {
                 }
                 Layer::ReadOnlyDirectory(dir) => {
                     let upper = dir.join("upper");
-                    lower.push(hold(&mut held, sys::open_path(if upper.is_dir() { &upper } else { dir })?));
+                    lower.push(hold(
+                        &mut held,
+                        sys::open_path(if upper.is_dir() { &upper } else { dir })?,
+                    ));
                 }
                 Layer::Image(root) => {
                     let fd = image_tree(root, &self.ids, self.xdg.as_deref())?;
@@ -168,7 +232,11 @@ impl Tree {
                     let path = hold(&mut held, fd);
                     let upper = PathBuf::from(format!("{path}/upper"));
                     // A squashfs layer may hold its tree in `upper`, as a directory of layers does.
-                    lower.push(if upper.is_dir() { upper.to_string_lossy().into_owned() } else { path });
+                    lower.push(if upper.is_dir() {
+                        upper.to_string_lossy().into_owned()
+                    } else {
+                        path
+                    });
                 }
             }
         }
@@ -193,11 +261,20 @@ impl Tree {
         match self.try_apply(mount) {
             Ok(()) => Ok(()),
             Err(error) => {
-                let what = format!("cannot mount {} on {} ({})", describe(&mount.source), mount.target.display(), mount.why);
+                let what = format!(
+                    "cannot mount {} on {} ({})",
+                    describe(&mount.source),
+                    mount.target.display(),
+                    mount.why
+                );
                 match mount.missing {
                     Missing::Fail => Err(error.context(what)),
                     Missing::Warn => {
-                        say::warn(format_args!("Skipping mount {} [{}]: {error:#}", mount.target.display(), mount.why));
+                        say::warn(format_args!(
+                            "Skipping mount {} [{}]: {error:#}",
+                            mount.target.display(),
+                            mount.why
+                        ));
                         Ok(())
                     }
                     Missing::Skip | Missing::Keep => {
@@ -210,15 +287,25 @@ impl Tree {
     }
 
     fn try_apply(&mut self, mount: &Mount) -> Result<()> {
-        if mount.missing == Missing::Keep && !self.made.contains(&mount.target) && self.target(mount, false).is_ok() {
+        if mount.missing == Missing::Keep
+            && !self.made.contains(&mount.target)
+            && self.target(mount, false).is_ok()
+        {
             return Ok(()); // the image's own directory stands
         }
-        let Some(tree) = self.source(mount)? else { return Ok(()) };
-        let directory = rustix::fs::fstat(&tree).is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir());
+        let Some(tree) = self.source(mount)? else {
+            return Ok(());
+        };
+        let directory = rustix::fs::fstat(&tree)
+            .is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir());
         let target = self.target(mount, directory)?;
         sys::attach(tree.as_fd(), target.as_fd()).map_err(|error| match error.raw_os_error() {
-            Some(libc::ENOTDIR) if directory => anyhow!("not a directory: the image has a file there"),
-            Some(libc::ENOTDIR) => anyhow!("not a directory: the image has a directory there, and the source is a file"),
+            Some(libc::ENOTDIR) if directory => {
+                anyhow!("not a directory: the image has a file there")
+            }
+            Some(libc::ENOTDIR) => anyhow!(
+                "not a directory: the image has a directory there, and the source is a file"
+            ),
             _ => error.into(),
         })?;
         if let Source::Dev { mqueue } = mount.source {
@@ -233,7 +320,8 @@ impl Tree {
             Ok(fd) => Ok(fd),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 self.create_in_session(&mount.target, directory)?;
-                sys::open_in_root(self.root.as_fd(), &mount.target, OFlags::PATH).map_err(Into::into)
+                sys::open_in_root(self.root.as_fd(), &mount.target, OFlags::PATH)
+                    .map_err(Into::into)
             }
             Err(error) => Err(error.into()),
         }
@@ -244,14 +332,15 @@ impl Tree {
         let missing = || anyhow!("{} doesn't exist in container", path.display());
         let parent = path.parent().ok_or_else(missing)?;
         let name = path.file_name().ok_or_else(missing)?;
-        let fd = match sys::open_in_root(self.root.as_fd(), parent, OFlags::PATH | OFlags::DIRECTORY) {
-            Ok(fd) => fd,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                self.create_in_session(parent, true)?;
-                sys::open_in_root(self.root.as_fd(), parent, OFlags::PATH | OFlags::DIRECTORY)?
-            }
-            Err(error) => return Err(error.into()),
-        };
+        let fd =
+            match sys::open_in_root(self.root.as_fd(), parent, OFlags::PATH | OFlags::DIRECTORY) {
+                Ok(fd) => fd,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    self.create_in_session(parent, true)?;
+                    sys::open_in_root(self.root.as_fd(), parent, OFlags::PATH | OFlags::DIRECTORY)?
+                }
+                Err(error) => return Err(error.into()),
+            };
         if sys::identity(fd.as_fd())?.0 != self.session_dev {
             return Err(missing());
         }
@@ -262,7 +351,14 @@ impl Tree {
     fn source(&mut self, mount: &Mount) -> Result<Option<OwnedFd>> {
         let below_dev = |path: &Path| path.starts_with("/dev");
         let (tree, attributes) = match &mount.source {
-            Source::Bind(path) => (sys::clone_tree(CWD, path)?, if below_dev(path) { attr::NOSUID } else { attr::NOSUID | attr::NODEV }),
+            Source::Bind(path) => (
+                sys::clone_tree(CWD, path)?,
+                if below_dev(path) {
+                    attr::NOSUID
+                } else {
+                    attr::NOSUID | attr::NODEV
+                },
+            ),
             Source::Directory(path, mode) => {
                 create_all(path, *mode)?;
                 (sys::clone_tree(CWD, path)?, attr::NOSUID | attr::NODEV)
@@ -272,16 +368,26 @@ impl Tree {
             Source::Proc => (sys::new_filesystem("proc", &[])?, 0),
             Source::Text(text) => (self.private_file(text.as_bytes())?, 0),
             Source::Passwd(account) => match self.image_text("/etc/passwd")? {
-                Some(text) => (self.private_file(identity::passwd_text(&text, account).as_bytes())?, 0),
+                Some(text) => (
+                    self.private_file(identity::passwd_text(&text, account).as_bytes())?,
+                    0,
+                ),
                 None => {
-                    say::warn(format_args!("passwd file doesn't exist in container, not updating"));
+                    say::warn(format_args!(
+                        "passwd file doesn't exist in container, not updating"
+                    ));
                     return Ok(None);
                 }
             },
             Source::Group(account) => match self.image_text("/etc/group")? {
-                Some(text) => (self.private_file(identity::group_text(&text, account).as_bytes())?, 0),
+                Some(text) => (
+                    self.private_file(identity::group_text(&text, account).as_bytes())?,
+                    0,
+                ),
                 None => {
-                    say::warn(format_args!("group file doesn't exist in container, not updating"));
+                    say::warn(format_args!(
+                        "group file doesn't exist in container, not updating"
+                    ));
                     return Ok(None);
                 }
             },
@@ -291,8 +397,10 @@ impl Tree {
                     (tree, 0)
                 } else {
                     self.park(&tree)?;
-                    let part = sys::open_in_root(tree.as_fd(), path, OFlags::PATH)
-                        .with_context(|| format!("image-src {} is not in the image", path.display()))?;
+                    let part =
+                        sys::open_in_root(tree.as_fd(), path, OFlags::PATH).with_context(|| {
+                            format!("image-src {} is not in the image", path.display())
+                        })?;
                     (sys::clone_tree(part.as_fd(), Path::new(""))?, 0)
                 }
             }
@@ -310,14 +418,20 @@ impl Tree {
         let fd = match sys::open_in_root(self.root.as_fd(), Path::new(path), flags) {
             Ok(fd) => fd,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error).with_context(|| format!("cannot read {path} of the image")),
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot read {path} of the image"));
+            }
         };
         let stat = rustix::fs::fstat(&fd)?;
         if !rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file() || stat.st_size > 1 << 20 {
             bail!("{path} of the image is not a regular file of at most 1 MiB");
         }
         let mut bytes = Vec::with_capacity(usize::try_from(stat.st_size)? + 1);
-        io::Read::read_to_end(&mut io::Read::take(std::fs::File::from(fd), 1 << 20), &mut bytes).with_context(|| format!("cannot read {path} of the image"))?;
+        io::Read::read_to_end(
+            &mut io::Read::take(std::fs::File::from(fd), 1 << 20),
+            &mut bytes,
+        )
+        .with_context(|| format!("cannot read {path} of the image"))?;
         Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
     }
 
@@ -325,8 +439,14 @@ impl Tree {
     pub fn private_directory(&mut self, mode: u32) -> Result<(OwnedFd, OwnedFd)> {
         let name = self.next_name();
         let session = &self.session;
-        rustix::fs::mkdirat(session, &name, Mode::RWXU).context("cannot create a private directory")?;
-        let fd = rustix::fs::openat(session, &name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        rustix::fs::mkdirat(session, &name, Mode::RWXU)
+            .context("cannot create a private directory")?;
+        let fd = rustix::fs::openat(
+            session,
+            &name,
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
         rustix::fs::fchmod(&fd, Mode::from_raw_mode(mode))?;
         let tree = sys::clone_tree(fd.as_fd(), Path::new(""))?;
         Ok((fd, tree))
@@ -336,9 +456,11 @@ impl Tree {
         let name = self.next_name();
         let session = &self.session;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(session, &name, flags, Mode::from_raw_mode(0o644)).context("cannot create a private file")?;
+        let fd = rustix::fs::openat(session, &name, flags, Mode::from_raw_mode(0o644))
+            .context("cannot create a private file")?;
         rustix::fs::fchmod(&fd, Mode::from_raw_mode(0o644))?;
-        io::Write::write_all(&mut std::fs::File::from(fd), content).context("cannot write a private file")?;
+        io::Write::write_all(&mut std::fs::File::from(fd), content)
+            .context("cannot write a private file")?;
         sys::clone_tree(session.as_fd(), Path::new(&name))
     }
 
@@ -350,8 +472,14 @@ impl Tree {
     /// Attaches a detached mount out of sight: overlayfs takes, and parts can be copied from, attached mounts only.
     fn park(&mut self, tree: &OwnedFd) -> Result<()> {
         let name = self.next_name();
-        rustix::fs::mkdirat(&self.session, &name, Mode::RWXU).context("cannot create a private directory")?;
-        let place = rustix::fs::openat(&self.session, &name, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+        rustix::fs::mkdirat(&self.session, &name, Mode::RWXU)
+            .context("cannot create a private directory")?;
+        let place = rustix::fs::openat(
+            &self.session,
+            &name,
+            OFlags::PATH | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
         sys::attach(tree.as_fd(), place.as_fd()).context("cannot attach a layer")
     }
 }
@@ -375,13 +503,20 @@ fn describe(source: &Source) -> String {
         Source::Proc => "proc".into(),
         Source::Dev { .. } => "a private /dev".into(),
         Source::Text(_) | Source::Passwd(_) | Source::Group(_) => "a generated file".into(),
-        Source::Image(Root::Squashfs { file, .. } | Root::Ext { file, .. } | Root::Directory(file), _) => file.display().to_string(),
+        Source::Image(
+            Root::Squashfs { file, .. } | Root::Ext { file, .. } | Root::Directory(file),
+            _,
+        ) => file.display().to_string(),
     }
 }
 
 fn create_at(parent: &OwnedFd, name: &OsStr, directory: bool) -> io::Result<()> {
     if directory {
-        return Ok(rustix::fs::mkdirat(parent, name, Mode::from_raw_mode(0o755))?);
+        return Ok(rustix::fs::mkdirat(
+            parent,
+            name,
+            Mode::from_raw_mode(0o755),
+        )?);
     }
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     Ok(rustix::fs::openat(parent, name, flags, Mode::from_raw_mode(0o644)).map(drop)?)
@@ -392,20 +527,25 @@ fn create_all(path: &Path, mode: u32) -> Result<()> {
     if path.is_dir() {
         return Ok(());
     }
-    std::fs::create_dir_all(path).with_context(|| format!("cannot create {} (--workdir)", path.display()))?;
-    rustix::fs::chmod(path, Mode::from_raw_mode(mode)).with_context(|| format!("cannot set the mode of {}", path.display()))
+    std::fs::create_dir_all(path)
+        .with_context(|| format!("cannot create {} (--workdir)", path.display()))?;
+    rustix::fs::chmod(path, Mode::from_raw_mode(mode))
+        .with_context(|| format!("cannot set the mode of {}", path.display()))
 }
 
 /// An empty tree in memory with `upper` and `work`.
 fn throw_away(size_bytes: Option<u64>) -> Result<OwnedFd> {
-    let size = size_bytes.map(|b| CString::new(b.to_string())).transpose()?;
+    let size = size_bytes
+        .map(|b| CString::new(b.to_string()))
+        .transpose()?;
     let mut options = vec![("mode", Some(c"0755"))];
     if let Some(size) = &size {
         options.push(("size", Some(size)));
     }
     let fd = sys::new_filesystem("tmpfs", &options)?;
     for name in ["upper", "work"] {
-        rustix::fs::mkdirat(&fd, name, Mode::from_raw_mode(0o755)).context("cannot create the writable layer")?;
+        rustix::fs::mkdirat(&fd, name, Mode::from_raw_mode(0o755))
+            .context("cannot create the writable layer")?;
     }
     Ok(fd)
 }
@@ -415,16 +555,26 @@ fn upper_and_work(dir: &Path) -> Result<OwnedFd> {
     for name in ["upper", "work"] {
         match rustix::fs::mkdir(dir.join(name), Mode::from_raw_mode(0o755)) {
             Ok(()) | Err(Errno::EXIST) => {}
-            Err(error) => return Err(error).with_context(|| format!("cannot create {name} in the overlay {}", dir.display())),
+            Err(error) => {
+                return Err(error).with_context(|| {
+                    format!("cannot create {name} in the overlay {}", dir.display())
+                });
+            }
         }
     }
     sys::open_path(dir)
 }
 
-fn mount_overlay(lower: &[String], writable: Option<&(String, String, PathBuf)>) -> Result<OwnedFd> {
+fn mount_overlay(
+    lower: &[String],
+    writable: Option<&(String, String, PathBuf)>,
+) -> Result<OwnedFd> {
     let text = |s: &str| CString::new(s).context("a path holds a NUL byte");
     let lower = text(&lower.join(":"))?;
-    let mut options = vec![("source", Some(c"capsid")), ("lowerdir", Some(lower.as_c_str()))];
+    let mut options = vec![
+        ("source", Some(c"capsid")),
+        ("lowerdir", Some(lower.as_c_str())),
+    ];
     let (upper, work);
     if let Some((upper_path, work_path, _)) = writable {
         (upper, work) = (text(upper_path)?, text(work_path)?);
@@ -463,11 +613,19 @@ fn make_point(tree: &OwnedFd, path: &Path, directory: bool) -> Result<()> {
     while let Some(name) = next {
         next = names.next();
         match create_at(&at, name, directory || next.is_some()) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error).with_context(what),
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(error).with_context(what);
+            }
             _ => {}
         }
         if next.is_some() {
-            at = rustix::fs::openat(&at, name, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty()).with_context(what)?;
+            at = rustix::fs::openat(
+                &at,
+                name,
+                OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+                Mode::empty(),
+            )
+            .with_context(what)?;
         }
     }
     Ok(())
@@ -475,7 +633,11 @@ fn make_point(tree: &OwnedFd, path: &Path, directory: bool) -> Result<()> {
 
 /// Where `path` leads inside `root`, with links followed as `chroot(2)` would, the last parts of which need not exist.
 fn resolve_in(root: &OwnedFd, path: &Path) -> Result<PathBuf> {
-    let mut todo: Vec<PathBuf> = path.components().rev().map(|c| PathBuf::from(c.as_os_str())).collect();
+    let mut todo: Vec<PathBuf> = path
+        .components()
+        .rev()
+        .map(|c| PathBuf::from(c.as_os_str()))
+        .collect();
     let mut done = PathBuf::from("/");
     let mut links = 0;
     while let Some(part) = todo.pop() {
@@ -487,15 +649,25 @@ fn resolve_in(root: &OwnedFd, path: &Path) -> Result<PathBuf> {
             }
             _ => {
                 done.push(&part);
-                let Ok(fd) = sys::open_in_root(root.as_fd(), &done, OFlags::PATH | OFlags::NOFOLLOW) else { continue };
-                let Ok(link) = rustix::fs::readlinkat(&fd, "", Vec::new()) else { continue };
+                let Ok(fd) =
+                    sys::open_in_root(root.as_fd(), &done, OFlags::PATH | OFlags::NOFOLLOW)
+                else {
+                    continue;
+                };
+                let Ok(link) = rustix::fs::readlinkat(&fd, "", Vec::new()) else {
+                    continue;
+                };
                 links += 1;
                 if links > 40 {
                     bail!("too many symbolic links in {}", path.display());
                 }
                 done.pop();
                 let link = PathBuf::from(OsStr::from_bytes(link.to_bytes()));
-                todo.extend(link.components().rev().map(|c| PathBuf::from(c.as_os_str())));
+                todo.extend(
+                    link.components()
+                        .rev()
+                        .map(|c| PathBuf::from(c.as_os_str())),
+                );
             }
         }
     }

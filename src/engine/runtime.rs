@@ -21,7 +21,9 @@ pub struct Directory {
 /// Opens the directory, making it when it is not there. `None` when no place is fit.
 pub fn open(uid: u32, xdg: Option<&OsStr>) -> Option<Directory> {
     let xdg = xdg.map(PathBuf::from).filter(|p| p.is_absolute());
-    let homes = xdg.into_iter().chain([PathBuf::from(format!("/run/user/{uid}"))]);
+    let homes = xdg
+        .into_iter()
+        .chain([PathBuf::from(format!("/run/user/{uid}"))]);
     for home in homes {
         // The parent must be ours alone, or somebody else could swap what is below it.
         if is_private(&home, uid)
@@ -39,7 +41,7 @@ fn is_private(path: &Path, uid: u32) -> bool {
 
 fn open_below(path: &Path, uid: u32) -> Option<Directory> {
     match rustix::fs::mkdir(path, Mode::RWXU) {
-        Ok(()) => drop(rustix::fs::chmod(path, Mode::RWXU)),
+        Ok(()) => rustix::fs::chmod(path, Mode::RWXU).unwrap_or_default(),
         Err(rustix::io::Errno::EXIST) => {}
         Err(_) => return None,
     }
@@ -47,14 +49,27 @@ fn open_below(path: &Path, uid: u32) -> Option<Directory> {
     let fd = rustix::fs::open(path, flags, Mode::empty()).ok()?;
     let stat = rustix::fs::fstat(&fd).ok()?;
     let local = rustix::fs::fstatfs(&fd).is_ok_and(|s| is_local(s.f_type as u64));
-    (stat.st_uid == uid && stat.st_mode & 0o777 == 0o700 && local).then(|| Directory { fd, path: path.to_owned() })
+    (stat.st_uid == uid && stat.st_mode & 0o777 == 0o700 && local).then(|| Directory {
+        fd,
+        path: path.to_owned(),
+    })
 }
 
 /// Not one of the file systems that other nodes see too (magic numbers of `statfs(2)` and of Lustre, GPFS,
 /// BeeGFS, Panasas).
 fn is_local(magic: u64) -> bool {
-    const SHARED: [u64; 10] =
-        [0x6969, 0xff53_4d42, 0x517b, 0xfe53_4d42, 0x5346_414f, 0x00c3_6400, 0x0bd0_0bd0, 0x4750_4653, 0x1983_0326, 0xaad7_aaea];
+    const SHARED: [u64; 10] = [
+        0x6969,
+        0xff53_4d42,
+        0x517b,
+        0xfe53_4d42,
+        0x5346_414f,
+        0x00c3_6400,
+        0x0bd0_0bd0,
+        0x4750_4653,
+        0x1983_0326,
+        0xaad7_aaea,
+    ];
     !SHARED.contains(&(magic & 0xffff_ffff))
 }
 
@@ -63,14 +78,16 @@ pub struct Lock<'a>(&'a Directory);
 
 impl Drop for Lock<'_> {
     fn drop(&mut self) {
-        drop(rustix::fs::flock(&self.0.fd, FlockOperation::Unlock));
+        let _ = rustix::fs::flock(&self.0.fd, FlockOperation::Unlock);
     }
 }
 
 impl Directory {
     /// Waits for the lock. It is held for a few system calls only.
     pub fn lock(&self) -> Option<Lock<'_>> {
-        rustix::fs::flock(&self.fd, FlockOperation::LockExclusive).ok().map(|()| Lock(self))
+        rustix::fs::flock(&self.fd, FlockOperation::LockExclusive)
+            .ok()
+            .map(|()| Lock(self))
     }
 
     /// A path to `name` that fits a socket address however deep the directory is, and that cannot be swapped.
@@ -80,14 +97,23 @@ impl Directory {
 
     /// Removes an entry.
     pub fn remove(&self, name: &str) {
-        drop(rustix::fs::unlinkat(self.fd.as_fd(), name, AtFlags::empty()));
+        let _ = rustix::fs::unlinkat(self.fd.as_fd(), name, AtFlags::empty());
     }
 
     /// A descriptor of its own, for a process that outlives this one. The lock belongs to the open file, so
     /// the copy is opened anew.
     pub fn reopen(&self) -> Option<Directory> {
-        let fd = rustix::fs::openat(&self.fd, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).ok()?;
-        Some(Directory { fd, path: self.path.clone() })
+        let fd = rustix::fs::openat(
+            &self.fd,
+            ".",
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .ok()?;
+        Some(Directory {
+            fd,
+            path: self.path.clone(),
+        })
     }
 
     /// The descriptor.

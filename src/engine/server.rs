@@ -26,7 +26,10 @@ use capsid_fuse::{Archive, Options, Owner, Server, ViewEntry, ViewKind};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::CloneFlags;
 use nix::sys::signal::Signal;
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, listen, socket, socketpair};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, listen, socket,
+    socketpair,
+};
 use nix::sys::wait::{WaitStatus, waitpid};
 
 use super::runtime::Directory;
@@ -66,12 +69,19 @@ pub struct Stage {
 ///
 /// # Errors
 /// When the image cannot be mounted: no user namespaces, no /dev/fuse, a damaged image.
-pub fn enter(root: &Root, ids: &IdMap, points: &[Point], xdg: Option<&std::ffi::OsStr>) -> Result<Stage> {
+pub fn enter(
+    root: &Root,
+    ids: &IdMap,
+    points: &[Point],
+    xdg: Option<&std::ffi::OsStr>,
+) -> Result<Stage> {
     let request = wire::encode_points(points)?;
     let image = Image::open(root)?;
     let uid = rustix::process::getuid().as_raw();
     let Some(directory) = runtime::open(uid, xdg) else {
-        say::verbose(format_args!("no runtime directory: this container gets an image server of its own"));
+        say::verbose(format_args!(
+            "no runtime directory: this container gets an image server of its own"
+        ));
         return start(&image, ids, None, &request);
     };
     let name = image.socket_name(ids)?;
@@ -82,17 +92,27 @@ pub fn enter(root: &Root, ids: &IdMap, points: &[Point], xdg: Option<&std::ffi::
                 Ok(answer) => return answer,
                 Err(Silence::Gone) => continue,
                 Err(Silence::Stuck) => {
-                    say::warn(format_args!("the image server of {} does not answer: using another one", image.path.display()));
+                    say::warn(format_args!(
+                        "the image server of {} does not answer: using another one",
+                        image.path.display()
+                    ));
                     return start(&image, ids, None, &request);
                 }
             }
         }
         if let Some(listener) = claim(&directory, &name)? {
-            let place = Place { directory: directory.reopen(), name: name.clone(), listener };
+            let place = Place {
+                directory: directory.reopen(),
+                name: name.clone(),
+                listener,
+            };
             return start(&image, ids, Some(place), &request);
         }
     }
-    bail!("image servers of {} keep ending: see whether something kills them", image.path.display())
+    bail!(
+        "image servers of {} keep ending: see whether something kills them",
+        image.path.display()
+    )
 }
 
 /// An open image file and what identifies it.
@@ -107,22 +127,59 @@ struct Image<'a> {
 impl<'a> Image<'a> {
     fn open(root: &'a Root) -> Result<Image<'a>> {
         let (path, offset, len) = match root {
-            Root::Squashfs { file, offset_bytes, len_bytes } | Root::Ext { file, offset_bytes, len_bytes } => (file, *offset_bytes, *len_bytes),
-            Root::Directory(path) => bail!("{} is a directory and needs no image server", path.display()),
+            Root::Squashfs {
+                file,
+                offset_bytes,
+                len_bytes,
+            }
+            | Root::Ext {
+                file,
+                offset_bytes,
+                len_bytes,
+            } => (file, *offset_bytes, *len_bytes),
+            Root::Directory(path) => bail!(
+                "{} is a directory and needs no image server",
+                path.display()
+            ),
         };
-        let file = File::open(path).with_context(|| format!("cannot open image {}", path.display()))?;
-        Ok(Image { file, path, root, offset, len })
+        let file =
+            File::open(path).with_context(|| format!("cannot open image {}", path.display()))?;
+        Ok(Image {
+            file,
+            path,
+            root,
+            offset,
+            len,
+        })
     }
 
     /// Equal for the callers that share a server, and different for all others.
     fn socket_name(&self, ids: &IdMap) -> Result<String> {
         use std::hash::{DefaultHasher, Hash, Hasher};
         let stat = rustix::fs::fstat(&self.file).context("cannot read the image's attributes")?;
-        let userns = rustix::fs::stat("/proc/self/ns/user").map(|s| s.st_ino).unwrap_or_default();
+        let userns = rustix::fs::stat("/proc/self/ns/user")
+            .map(|s| s.st_ino)
+            .unwrap_or_default();
         let gid = rustix::process::getgid().as_raw();
         let mut hash = DefaultHasher::new();
-        (wire::VERSION, stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime, stat.st_mtime_nsec).hash(&mut hash);
-        (self.offset, self.len, gid, userns, format!("{ids:?}"), cgroup_scope()).hash(&mut hash);
+        (
+            wire::VERSION,
+            stat.st_dev,
+            stat.st_ino,
+            stat.st_size,
+            stat.st_mtime,
+            stat.st_mtime_nsec,
+        )
+            .hash(&mut hash);
+        (
+            self.offset,
+            self.len,
+            gid,
+            userns,
+            format!("{ids:?}"),
+            cgroup_scope(),
+        )
+            .hash(&mut hash);
         Ok(format!("image-{:016x}", hash.finish()))
     }
 }
@@ -131,12 +188,19 @@ impl<'a> Image<'a> {
 /// killed under a container that lives elsewhere; but the tasks of one step share a server.
 fn cgroup_scope() -> String {
     let text = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    text.lines().map(|line| step_scope(line.splitn(3, ':').nth(2).unwrap_or_default())).collect::<Vec<_>>().join("\n")
+    text.lines()
+        .map(|line| step_scope(line.splitn(3, ':').nth(2).unwrap_or_default()))
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 fn step_scope(path: &str) -> &str {
-    let Some(step) = path.find("/step_") else { return path };
-    path[step + 1..].find('/').map_or(path, |end| &path[..step + 1 + end])
+    let Some(step) = path.find("/step_") else {
+        return path;
+    };
+    path[step + 1..]
+        .find('/')
+        .map_or(path, |end| &path[..step + 1 + end])
 }
 
 fn connect_to(directory: &Directory, name: &str) -> Option<OwnedFd> {
@@ -148,7 +212,12 @@ fn connect_to(directory: &Directory, name: &str) -> Option<OwnedFd> {
 }
 
 fn packet_socket() -> nix::Result<OwnedFd> {
-    socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None)
+    socket(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )
 }
 
 /// Binds the server's socket, unless somebody else has by now. From here on others connect and wait for us.
@@ -159,7 +228,8 @@ fn claim(directory: &Directory, name: &str) -> Result<Option<OwnedFd>> {
     }
     directory.remove(name);
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).context("cannot create a socket")?;
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
+        .context("cannot create a socket")?;
     let address = UnixAddr::new(&directory.entry(name)).context("the socket's address")?;
     let what = || format!("cannot create a socket in {}", directory.path.display());
     bind(fd.as_raw_fd(), &address).with_context(what)?;
@@ -177,8 +247,13 @@ enum Silence {
 /// Asks for a root. The inner error is the server's own, for the person.
 fn ask(server: &OwnedFd, request: &[u8]) -> Result<Result<Stage>, Silence> {
     let timeout = nix::sys::time::TimeVal::new(ANSWER_S, 0);
-    drop(nix::sys::socket::setsockopt(server, nix::sys::socket::sockopt::ReceiveTimeout, &timeout));
-    let own = rustix::process::pidfd_open(rustix::process::getpid(), rustix::process::PidfdFlags::empty()).ok();
+    let _ =
+        nix::sys::socket::setsockopt(server, nix::sys::socket::sockopt::ReceiveTimeout, &timeout);
+    let own = rustix::process::pidfd_open(
+        rustix::process::getpid(),
+        rustix::process::PidfdFlags::empty(),
+    )
+    .ok();
     let own: Vec<RawFd> = own.iter().map(AsRawFd::as_raw_fd).collect();
     // A server that sees no pidfd (before Linux 5.3) does not count us, and still never unmounts under us.
     if wire::send(server.as_fd(), &with_header(request), &own).is_err() {
@@ -187,7 +262,11 @@ fn ask(server: &OwnedFd, request: &[u8]) -> Result<Result<Stage>, Silence> {
     loop {
         return match wire::receive(server.as_fd()) {
             Ok((bytes, fds)) => match (bytes.split_first(), <[OwnedFd; 2]>::try_from(fds)) {
-                (Some((0, made)), Ok([userns, tree])) => Ok(Ok(Stage { userns, tree, made: made.iter().map(|b| *b != 0).collect() })),
+                (Some((0, made)), Ok([userns, tree])) => Ok(Ok(Stage {
+                    userns,
+                    tree,
+                    made: made.iter().map(|b| *b != 0).collect(),
+                })),
                 (Some((1, text)), _) => Ok(Err(anyhow!("{}", String::from_utf8_lossy(text)))),
                 _ => Err(Silence::Gone),
             },
@@ -215,7 +294,13 @@ struct Place {
 
 /// Starts a server and is its first client.
 fn start(image: &Image, ids: &IdMap, place: Option<Place>, request: &[u8]) -> Result<Stage> {
-    let (ours, first) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC).context("cannot create a socket")?;
+    let (ours, first) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .context("cannot create a socket")?;
     match sys::fork()? {
         Fork::Parent(child) => {
             drop((first, place));
@@ -223,7 +308,10 @@ fn start(image: &Image, ids: &IdMap, place: Option<Place>, request: &[u8]) -> Re
             while waitpid(child, None) == Err(nix::Error::EINTR) {}
             match ask(&ours, request) {
                 Ok(answer) => answer,
-                Err(_) => bail!("the image server of {} ended before it began to serve", image.path.display()),
+                Err(_) => bail!(
+                    "the image server of {} ended before it began to serve",
+                    image.path.display()
+                ),
             }
         }
         Fork::Child => {
@@ -238,7 +326,7 @@ fn start(image: &Image, ids: &IdMap, place: Option<Place>, request: &[u8]) -> Re
 
 /// The keeper: makes namespaces and mount, starts workers. Does not return.
 fn keep(image: &Image, ids: &IdMap, place: Option<Place>, first: OwnedFd) {
-    drop(rustix::process::setsid());
+    let _ = rustix::process::setsid();
     let ready = prepare(image, ids, place.as_ref(), &first);
     let prepared = match ready {
         Ok(prepared) => prepared,
@@ -249,7 +337,14 @@ fn keep(image: &Image, ids: &IdMap, place: Option<Place>, first: OwnedFd) {
     loop {
         match sys::fork() {
             Ok(Fork::Child) => {
-                work(image, ids, &prepared, place.as_ref(), first.take(), deaths.is_empty());
+                work(
+                    image,
+                    ids,
+                    &prepared,
+                    place.as_ref(),
+                    first.take(),
+                    deaths.is_empty(),
+                );
                 sys::exit_now(0)
             }
             Ok(Fork::Parent(worker)) => {
@@ -279,8 +374,8 @@ fn refuse(first: &OwnedFd, place: Option<&Place>, error: &anyhow::Error) {
     leave(place);
     let mut answer = vec![1];
     answer.extend(format!("{error:#}").bytes().take(8000));
-    drop(wire::receive(first.as_fd()));
-    drop(wire::send(first.as_fd(), &answer, &[]));
+    let _ = wire::receive(first.as_fd());
+    let _ = wire::send(first.as_fd(), &answer, &[]);
 }
 
 /// Takes the server's name away. Only while the listener is alive: as long as it answers, nobody else can have bound
@@ -292,7 +387,10 @@ fn leave(place: Option<&Place>) {
         let _lock = directory.lock();
         directory.remove(&place.name);
         // Also ends the waiting of clients that found the name just before.
-        drop(nix::sys::socket::shutdown(place.listener.as_raw_fd(), nix::sys::socket::Shutdown::Both));
+        let _ = nix::sys::socket::shutdown(
+            place.listener.as_raw_fd(),
+            nix::sys::socket::Shutdown::Both,
+        );
     }
 }
 
@@ -304,8 +402,16 @@ struct Prepared {
 
 /// Namespaces, an empty file tree, and the image mounted in it.
 fn prepare(image: &Image, ids: &IdMap, place: Option<&Place>, first: &OwnedFd) -> Result<Prepared> {
-    sys::ignore_signals(&[Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM, Signal::SIGPIPE, Signal::SIGUSR1, Signal::SIGUSR2]);
-    drop(nix::sys::signal::SigSet::empty().thread_set_mask());
+    sys::ignore_signals(&[
+        Signal::SIGHUP,
+        Signal::SIGINT,
+        Signal::SIGQUIT,
+        Signal::SIGTERM,
+        Signal::SIGPIPE,
+        Signal::SIGUSR1,
+        Signal::SIGUSR2,
+    ]);
+    let _ = nix::sys::signal::SigSet::empty().thread_set_mask();
     sys::detach_standard_descriptors();
     let mut keep = vec![image.file.as_raw_fd(), first.as_raw_fd()];
     if let Some(place) = place {
@@ -316,10 +422,14 @@ fn prepare(image: &Image, ids: &IdMap, place: Option<&Place>, first: &OwnedFd) -
     sys::close_all_but(&keep);
     sys::set_title(&format!("capsid-image {}", image.path.display()));
     // The image is looked at before anything is mounted, so that a bad one costs nothing.
-    drop(open_tree(image, ids)?);
+    open_tree(image, ids)?;
     userns::create(ids, CloneFlags::CLONE_NEWNS)?;
-    rustix::mount::mount_change("/", rustix::mount::MountPropagationFlags::DOWNSTREAM | rustix::mount::MountPropagationFlags::REC)
-        .context("cannot make the mounts private")?;
+    rustix::mount::mount_change(
+        "/",
+        rustix::mount::MountPropagationFlags::DOWNSTREAM
+            | rustix::mount::MountPropagationFlags::REC,
+    )
+    .context("cannot make the mounts private")?;
     let userns = userns::current()?;
     let (uid, gid) = match ids {
         IdMap::Own { uid, gid } => (*uid, *gid),
@@ -334,7 +444,9 @@ fn prepare(image: &Image, ids: &IdMap, place: Option<&Place>, first: &OwnedFd) -
         source: image.path.to_string_lossy().into_owned(),
     })?;
     enter_empty_tree(&mount.tree)?;
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(8);
+    let threads = std::thread::available_parallelism()
+        .map_or(1, usize::from)
+        .min(8);
     let mut devices = vec![mount.device];
     while devices.len() < threads {
         match capsid_fuse::clone_device(devices[0].as_fd()) {
@@ -349,32 +461,60 @@ fn prepare(image: &Image, ids: &IdMap, place: Option<&Place>, first: &OwnedFd) -
 fn enter_empty_tree(image: &OwnedFd) -> Result<()> {
     let tree = sys::new_filesystem("tmpfs", &[("mode", Some(c"0700")), ("size", Some(c"4m"))])?;
     sys::attach_over_root(tree.as_fd())?;
-    rustix::fs::mkdirat(&tree, &MOUNT_POINT[1..], rustix::fs::Mode::RWXU).context("cannot create the mount point")?;
-    let point = sys::open_in_root(tree.as_fd(), Path::new(MOUNT_POINT), rustix::fs::OFlags::PATH).context("cannot open the mount point")?;
+    rustix::fs::mkdirat(&tree, &MOUNT_POINT[1..], rustix::fs::Mode::RWXU)
+        .context("cannot create the mount point")?;
+    let point = sys::open_in_root(
+        tree.as_fd(),
+        Path::new(MOUNT_POINT),
+        rustix::fs::OFlags::PATH,
+    )
+    .context("cannot open the mount point")?;
     sys::attach(image.as_fd(), point.as_fd()).context("cannot mount the image")?;
     super::rootfs::pivot(&tree)
 }
 
 fn options(ids: &IdMap) -> Options {
     let owner = match ids {
-        IdMap::Own { uid, gid } => Owner::Fixed { uid: *uid, gid: *gid },
+        IdMap::Own { uid, gid } => Owner::Fixed {
+            uid: *uid,
+            gid: *gid,
+        },
         IdMap::Root { .. } => Owner::Fixed { uid: 0, gid: 0 },
         IdMap::All | IdMap::Ranges { .. } => Owner::Image,
     };
-    Options { owner, stage: true, max_threads: 0, cache_bytes: 0 }
+    Options {
+        owner,
+        stage: true,
+        max_threads: 0,
+        cache_bytes: 0,
+    }
 }
 
 fn open_tree(image: &Image, ids: &IdMap) -> Result<Server> {
-    let file = image.file.try_clone().context("cannot duplicate a descriptor")?;
+    let file = image
+        .file
+        .try_clone()
+        .context("cannot duplicate a descriptor")?;
     let what = || format!("cannot read image {}", image.path.display());
     match image.root {
-        Root::Ext { .. } => Server::ext(file, image.offset, Some(image.len), "upper", options(ids)).with_context(what),
-        _ => Ok(Server::squashfs(Archive::open(file, image.offset, Some(image.len)).with_context(what)?, options(ids))),
+        Root::Ext { .. } => Server::ext(file, image.offset, Some(image.len), "upper", options(ids))
+            .with_context(what),
+        _ => Ok(Server::squashfs(
+            Archive::open(file, image.offset, Some(image.len)).with_context(what)?,
+            options(ids),
+        )),
     }
 }
 
 /// The worker: serves the image from threads, and clients from this one, until nobody is left.
-fn work(image: &Image, ids: &IdMap, prepared: &Prepared, place: Option<&Place>, first: Option<OwnedFd>, fresh: bool) {
+fn work(
+    image: &Image,
+    ids: &IdMap,
+    prepared: &Prepared,
+    place: Option<&Place>,
+    first: Option<OwnedFd>,
+    fresh: bool,
+) {
     let server = match open_tree(image, ids) {
         Ok(server) => Arc::new(server),
         Err(error) => {
@@ -384,35 +524,50 @@ fn work(image: &Image, ids: &IdMap, prepared: &Prepared, place: Option<&Place>, 
             return;
         }
     };
-    let devices: Vec<OwnedFd> = prepared.devices.iter().filter_map(|d| d.try_clone().ok()).collect();
+    let devices: Vec<OwnedFd> = prepared
+        .devices
+        .iter()
+        .filter_map(|d| d.try_clone().ok())
+        .collect();
     if !fresh {
         restore_views(&server);
         Server::resume(prepared.devices[0].as_fd());
     }
     let serving = {
         let server = Arc::clone(&server);
-        std::thread::Builder::new().name("serve".into()).spawn(move || drop(server.serve_on(devices)))
+        std::thread::Builder::new()
+            .name("serve".into())
+            .spawn(move || drop(server.serve_on(devices)))
     };
     let Ok(serving) = serving else { return };
-    let mut desk = Desk { server, prepared, users: Vec::new(), last: Instant::now() };
+    let mut desk = Desk {
+        server,
+        prepared,
+        users: Vec::new(),
+        last: Instant::now(),
+    };
     if let Some(first) = first {
         desk.answer(&first);
     }
     desk.run(place, &serving);
     // The mount goes when the last container's copy goes, and the serving thread ends with it.
-    drop(rustix::mount::unmount(MOUNT_POINT, rustix::mount::UnmountFlags::DETACH));
+    let _ = rustix::mount::unmount(MOUNT_POINT, rustix::mount::UnmountFlags::DETACH);
     desk.server.shrink();
-    drop(serving.join());
+    let _ = serving.join();
     sys::exit_now(0)
 }
 
 fn restore_views(server: &Server) {
-    let Ok(text) = std::fs::read(VIEWS) else { return };
+    let Ok(text) = std::fs::read(VIEWS) else {
+        return;
+    };
     let mut rest = text.as_slice();
     while let Some((len, tail)) = rest.split_first_chunk::<4>() {
-        let Some((record, tail)) = tail.split_at_checked(u32::from_le_bytes(*len) as usize) else { return };
+        let Some((record, tail)) = tail.split_at_checked(u32::from_le_bytes(*len) as usize) else {
+            return;
+        };
         if let Some(points) = wire::decode_points(record) {
-            drop(server.add_view(&entries(&points)));
+            let _ = server.add_view(&entries(&points));
         }
         rest = tail;
     }
@@ -423,7 +578,11 @@ fn entries(points: &[Point]) -> Vec<ViewEntry> {
         .iter()
         .map(|p| ViewEntry {
             path: p.path.as_os_str().as_bytes().to_vec(),
-            kind: if p.directory { ViewKind::Directory } else { ViewKind::File },
+            kind: if p.directory {
+                ViewKind::Directory
+            } else {
+                ViewKind::File
+            },
         })
         .collect()
 }
@@ -440,8 +599,16 @@ impl Desk<'_> {
     /// Answers clients until there have been no users for a while, and then leaves the name.
     fn run(&mut self, mut place: Option<&Place>, serving: &std::thread::JoinHandle<()>) {
         loop {
-            let patience = if place.is_some() { IDLE } else { Duration::ZERO };
-            let idle = if self.users.is_empty() { patience.saturating_sub(self.last.elapsed()) } else { Duration::from_secs(3600) };
+            let patience = if place.is_some() {
+                IDLE
+            } else {
+                Duration::ZERO
+            };
+            let idle = if self.users.is_empty() {
+                patience.saturating_sub(self.last.elapsed())
+            } else {
+                Duration::from_secs(3600)
+            };
             if idle.is_zero() || serving.is_finished() {
                 // Who knocked before the name was gone is still let in.
                 leave(place);
@@ -451,9 +618,14 @@ impl Desk<'_> {
                 }
                 continue;
             }
-            let mut set: Vec<PollFd> = self.users.iter().map(|u| PollFd::new(u.as_fd(), PollFlags::POLLIN)).collect();
+            let mut set: Vec<PollFd> = self
+                .users
+                .iter()
+                .map(|u| PollFd::new(u.as_fd(), PollFlags::POLLIN))
+                .collect();
             set.extend(place.map(|p| PollFd::new(p.listener.as_fd(), PollFlags::POLLIN)));
-            let timeout = PollTimeout::try_from(idle.as_millis().max(1)).unwrap_or(PollTimeout::MAX);
+            let timeout =
+                PollTimeout::try_from(idle.as_millis().max(1)).unwrap_or(PollTimeout::MAX);
             if !matches!(poll(&mut set, timeout), Ok(n) if n > 0) {
                 continue;
             }
@@ -472,7 +644,9 @@ impl Desk<'_> {
 
     /// Lets one waiting client in; false when there is none.
     fn receive(&mut self, place: &Place) -> bool {
-        let Ok(client) = accept4(place.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) else { return false };
+        let Ok(client) = accept4(place.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) else {
+            return false;
+        };
         let client = sys::own(client);
         if wire::is_own_peer(&client) {
             self.answer(&client);
@@ -483,14 +657,29 @@ impl Desk<'_> {
     fn answer(&mut self, client: &OwnedFd) {
         // A client sends at once; one that does not must not keep the others waiting.
         let timeout = nix::sys::time::TimeVal::new(2, 0);
-        drop(nix::sys::socket::setsockopt(client, nix::sys::socket::sockopt::ReceiveTimeout, &timeout));
-        let Ok((packet, fds)) = wire::receive(client.as_fd()) else { return };
-        let Some(points) = packet.split_first().and_then(|(_, body)| wire::decode_points(body)) else { return };
+        let _ = nix::sys::socket::setsockopt(
+            client,
+            nix::sys::socket::sockopt::ReceiveTimeout,
+            &timeout,
+        );
+        let Ok((packet, fds)) = wire::receive(client.as_fd()) else {
+            return;
+        };
+        let Some(points) = packet
+            .split_first()
+            .and_then(|(_, body)| wire::decode_points(body))
+        else {
+            return;
+        };
         let sent = match self.root_with(&points, &packet[1..]) {
             Ok((tree, made)) => {
                 let mut answer = vec![0];
                 answer.extend(made.into_iter().map(u8::from));
-                wire::send(client.as_fd(), &answer, &[self.prepared.userns.as_raw_fd(), tree.as_raw_fd()])
+                wire::send(
+                    client.as_fd(),
+                    &answer,
+                    &[self.prepared.userns.as_raw_fd(), tree.as_raw_fd()],
+                )
             }
             Err(error) => {
                 let mut answer = vec![1];
@@ -506,9 +695,17 @@ impl Desk<'_> {
 
     /// A detached copy of the image's mount in which all mount points exist, and which of them are new.
     fn root_with(&self, points: &[Point], raw: &[u8]) -> Result<(OwnedFd, Vec<bool>)> {
-        let missing = |p: &Point| !self.server.exists(p.path.as_os_str().as_bytes()).unwrap_or(false);
+        let missing = |p: &Point| {
+            !self
+                .server
+                .exists(p.path.as_os_str().as_bytes())
+                .unwrap_or(false)
+        };
         let made: Vec<bool> = points.iter().map(missing).collect();
-        let view = self.server.add_view(&entries(points)).context("cannot make the mount points")?;
+        let view = self
+            .server
+            .add_view(&entries(points))
+            .context("cannot make the mount points")?;
         remember(raw)?;
         let path = format!("{MOUNT_POINT}/{}", view.0);
         let tree = sys::clone_tree(rustix::fs::CWD, Path::new(&path))?;
@@ -518,10 +715,18 @@ impl Desk<'_> {
 
 /// Notes a request for a worker that may have to take over; each distinct one once.
 fn remember(raw: &[u8]) -> Result<()> {
-    let mut record = u32::try_from(raw.len()).context("a request")?.to_le_bytes().to_vec();
+    let mut record = u32::try_from(raw.len())
+        .context("a request")?
+        .to_le_bytes()
+        .to_vec();
     record.extend(raw);
     let what = "cannot note the mount points";
-    let mut file = File::options().create(true).read(true).append(true).open(VIEWS).context(what)?;
+    let mut file = File::options()
+        .create(true)
+        .read(true)
+        .append(true)
+        .open(VIEWS)
+        .context(what)?;
     let mut known = Vec::new();
     file.read_to_end(&mut known).context(what)?;
     let mut rest = known.as_slice();
@@ -539,8 +744,17 @@ fn remember(raw: &[u8]) -> Result<()> {
 mod tests {
     #[test]
     fn tasks_of_a_slurm_step_share_a_scope() {
-        assert_eq!(super::step_scope("/slurm/uid_1/job_7/step_0/task_3"), "/slurm/uid_1/job_7/step_0");
-        assert_eq!(super::step_scope("/slurm/uid_1/job_7/step_0"), "/slurm/uid_1/job_7/step_0");
-        assert_eq!(super::step_scope("/user.slice/session-2.scope"), "/user.slice/session-2.scope");
+        assert_eq!(
+            super::step_scope("/slurm/uid_1/job_7/step_0/task_3"),
+            "/slurm/uid_1/job_7/step_0"
+        );
+        assert_eq!(
+            super::step_scope("/slurm/uid_1/job_7/step_0"),
+            "/slurm/uid_1/job_7/step_0"
+        );
+        assert_eq!(
+            super::step_scope("/user.slice/session-2.scope"),
+            "/user.slice/session-2.scope"
+        );
     }
 }

@@ -46,8 +46,11 @@ pub fn fork_into_pid_namespace() -> Result<Fork> {
     let pid = unsafe { libc::syscall(libc::SYS_clone, flags as libc::c_ulong, 0, 0, 0, 0) };
     match pid {
         0 => Ok(Fork::Child),
-        pid if pid > 0 => Ok(Fork::Parent(Pid::from_raw(i32::try_from(pid).context("a process id")?))),
-        _ => Err(io::Error::last_os_error()).context("cannot create a process in a new pid namespace (clone)"),
+        pid if pid > 0 => Ok(Fork::Parent(Pid::from_raw(
+            i32::try_from(pid).context("a process id")?,
+        ))),
+        _ => Err(io::Error::last_os_error())
+            .context("cannot create a process in a new pid namespace (clone)"),
     }
 }
 
@@ -75,13 +78,29 @@ pub mod attr {
 /// # Errors
 /// As `mount_setattr(2)`; `ENOSYS` before Linux 5.12 is handled by a remount of the top mount.
 pub fn set_mount_attributes(tree: BorrowedFd, set: u64) -> Result<()> {
-    let attr = MountAttr { attr_set: set, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    let attr = MountAttr {
+        attr_set: set,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: 0,
+    };
     let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
     // SAFETY: the path is a valid empty C string, and attr a live structure of the size that is passed.
     let done = unsafe {
-        libc::syscall(libc::SYS_mount_setattr, tree.as_raw_fd(), c"".as_ptr(), flags, &raw const attr, size_of::<MountAttr>())
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const attr,
+            size_of::<MountAttr>(),
+        )
     };
-    if done == 0 { Ok(()) } else { Err(io::Error::last_os_error()).context("cannot set mount attributes (mount_setattr)") }
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error()).context("cannot set mount attributes (mount_setattr)")
+    }
 }
 
 /// A detached copy of the mount at `path` with everything below it.
@@ -93,7 +112,8 @@ pub fn clone_tree(at: BorrowedFd, path: &Path) -> Result<OwnedFd> {
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_RECURSIVE
         | OpenTreeFlags::AT_EMPTY_PATH;
-    rustix::mount::open_tree(at, path, flags).with_context(|| format!("cannot open {} for a bind mount", path.display()))
+    rustix::mount::open_tree(at, path, flags)
+        .with_context(|| format!("cannot open {} for a bind mount", path.display()))
 }
 
 /// Attaches a detached mount at the place that `target` has open.
@@ -110,7 +130,8 @@ pub fn attach(tree: BorrowedFd, target: BorrowedFd) -> io::Result<()> {
 /// # Errors
 /// As `move_mount(2)`.
 pub fn attach_over_root(tree: BorrowedFd) -> Result<()> {
-    rustix::mount::move_mount(tree, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).context("cannot attach a mount over / (move_mount)")
+    rustix::mount::move_mount(tree, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .context("cannot attach a mount over / (move_mount)")
 }
 
 /// Opens `path` for reference only, resolved as if `root` were `/`: no symbolic link leads out.
@@ -119,9 +140,19 @@ pub fn attach_over_root(tree: BorrowedFd) -> Result<()> {
 /// As `openat2(2)`.
 pub fn open_in_root(root: BorrowedFd, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
     let path = path.strip_prefix("/").unwrap_or(path);
-    let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+    let path = if path.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        path
+    };
     loop {
-        match rustix::fs::openat2(root, path, flags | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::IN_ROOT) {
+        match rustix::fs::openat2(
+            root,
+            path,
+            flags | OFlags::CLOEXEC,
+            Mode::empty(),
+            ResolveFlags::IN_ROOT,
+        ) {
             // A rename elsewhere on the machine while `..` was resolved.
             Err(rustix::io::Errno::AGAIN) => {}
             other => return Ok(other?),
@@ -134,7 +165,10 @@ pub fn open_in_root(root: BorrowedFd, path: &Path, flags: OFlags) -> io::Result<
 /// # Errors
 /// As `fsopen(2)` and friends, naming the type.
 pub fn new_filesystem(kind: &str, options: &[(&str, Option<&CStr>)]) -> Result<OwnedFd> {
-    use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen};
+    use rustix::mount::{
+        FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_flag,
+        fsconfig_set_string, fsmount, fsopen,
+    };
     let what = || format!("cannot mount {kind}");
     let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC).with_context(what)?;
     for (key, value) in options {
@@ -146,7 +180,11 @@ pub fn new_filesystem(kind: &str, options: &[(&str, Option<&CStr>)]) -> Result<O
     }
     fsconfig_create(context.as_fd()).with_context(what)?;
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
-    let attributes = if kind == "devpts" { MountAttrFlags::MOUNT_ATTR_NOSUID } else { attributes };
+    let attributes = if kind == "devpts" {
+        MountAttrFlags::MOUNT_ATTR_NOSUID
+    } else {
+        attributes
+    };
     fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes).with_context(what)
 }
 
@@ -159,6 +197,7 @@ pub fn own(fd: RawFd) -> OwnedFd {
 }
 
 /// The words of the command line, from `main`'s own parameters.
+#[allow(clippy::not_unsafe_ptr_arg_deref)] // only `main` has such pointers to give
 pub fn arguments(argc: i32, argv: *const *const libc::c_char) -> Vec<OsString> {
     (0..usize::try_from(argc).unwrap_or(0))
         // SAFETY: argv holds argc pointers to C strings for the life of the process (execve(2)).
@@ -170,10 +209,17 @@ pub fn arguments(argc: i32, argv: *const *const libc::c_char) -> Vec<OsString> {
 /// happened to start it, or `pkill -f` of that program would hit the server. Best effort.
 pub fn set_title(title: &str) {
     // The area lies between fields 48 and 49 of /proc/self/stat (proc(5)): arg_start, arg_end.
-    let Ok(stat) = std::fs::read_to_string("/proc/self/stat") else { return };
-    let fields: Vec<&str> = stat.rsplit_once(')').map(|(_, rest)| rest.split_ascii_whitespace().collect()).unwrap_or_default();
+    let Ok(stat) = std::fs::read_to_string("/proc/self/stat") else {
+        return;
+    };
+    let fields: Vec<&str> = stat
+        .rsplit_once(')')
+        .map(|(_, rest)| rest.split_ascii_whitespace().collect())
+        .unwrap_or_default();
     let number = |field: usize| fields.get(field - 3).and_then(|f| f.parse::<usize>().ok());
-    let (Some(start), Some(end)) = (number(48), number(49)) else { return };
+    let (Some(start), Some(end)) = (number(48), number(49)) else {
+        return;
+    };
     if start == 0 || end <= start || end - start > 4 << 20 {
         return;
     }
@@ -187,7 +233,7 @@ pub fn set_title(title: &str) {
         std::ptr::copy_nonoverlapping(text.as_ptr(), area, text.len());
     }
     let name = CString::new(title.split(' ').next().unwrap_or("capsid")).unwrap_or_default();
-    drop(rustix::thread::set_name(&name));
+    let _ = rustix::thread::set_name(&name);
 }
 
 /// Closes every descriptor from 3 on that is not in `keep` (sorted).
@@ -200,7 +246,11 @@ pub fn close_all_but(keep: &[RawFd]) {
         }
     };
     let mut from = 3u32;
-    for fd in keep.iter().filter_map(|fd| u32::try_from(*fd).ok()).filter(|fd| *fd >= 3) {
+    for fd in keep
+        .iter()
+        .filter_map(|fd| u32::try_from(*fd).ok())
+        .filter(|fd| *fd >= 3)
+    {
         close(from, fd.saturating_sub(1));
         from = fd + 1;
     }
@@ -210,15 +260,24 @@ pub fn close_all_but(keep: &[RawFd]) {
 /// Marks every descriptor that the caller left open close-on-exec (`all`), or only the directories: a
 /// directory of the host must never become a way out of the container.
 pub fn guard_descriptors(all: bool) {
-    let Ok(entries) = std::fs::read_dir("/proc/self/fd") else { return };
-    let open: Vec<RawFd> = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok()).filter(|fd| *fd > 2).collect();
+    let Ok(entries) = std::fs::read_dir("/proc/self/fd") else {
+        return;
+    };
+    let open: Vec<RawFd> = entries
+        .flatten()
+        .filter_map(|e| e.file_name().to_str()?.parse().ok())
+        .filter(|fd| *fd > 2)
+        .collect();
     for fd in open {
         // SAFETY: the number was just listed as open; if it was the listing's own it is closed by now and the
         // call fails with EBADF, which is ignored.
         let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-        let directory = || rustix::fs::fstat(fd).is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir());
+        let directory = || {
+            rustix::fs::fstat(fd)
+                .is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir())
+        };
         if all || directory() {
-            drop(rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC));
+            let _ = rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC);
         }
     }
 }
@@ -262,21 +321,21 @@ pub fn drop_bounding_set() {
 
 /// The child dies by `SIGKILL` when the thread that forked it ends (`PR_SET_PDEATHSIG`).
 pub fn die_with_parent() {
-    drop(rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL)));
+    let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
 }
 
 /// A signal disposition of this process.
 pub fn ignore_signals(signals: &[nix::sys::signal::Signal]) {
     for signal in signals {
         // SAFETY: SIG_IGN runs no code of ours.
-        drop(unsafe { nix::sys::signal::signal(*signal, nix::sys::signal::SigHandler::SigIgn) });
+        let _ = unsafe { nix::sys::signal::signal(*signal, nix::sys::signal::SigHandler::SigIgn) };
     }
 }
 
 /// Gives a signal its default disposition, for ending ourselves by it.
 pub fn default_signal(signal: nix::sys::signal::Signal) {
     // SAFETY: SIG_DFL runs no code of ours.
-    drop(unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigDfl) });
+    let _ = unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigDfl) };
 }
 
 /// Brings the loopback interface of the current network namespace up (`netdevice(7)`).
@@ -298,7 +357,14 @@ pub fn loopback_up() -> Result<()> {
     }
     request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
     // SAFETY: the ioctl reads one ifreq, which lives through the call.
-    if unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as _, &raw const request) } != 0 {
+    if unsafe {
+        libc::ioctl(
+            socket.as_raw_fd(),
+            libc::SIOCSIFFLAGS as _,
+            &raw const request,
+        )
+    } != 0
+    {
         return Err(io::Error::last_os_error()).context("cannot bring up the loopback interface");
     }
     Ok(())
@@ -318,8 +384,17 @@ pub fn forbid_terminal_injection() -> Result<()> {
     const TIOCLINUX: u32 = 0x541C;
     let ioctl = libc::SYS_ioctl as u32;
     // The number of ioctl in the 32-bit table of x86; on other machines the same as `ioctl`.
-    let ioctl32 = if cfg!(target_arch = "x86_64") { 54 } else { ioctl };
-    let op = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: code as u16, jt, jf, k };
+    let ioctl32 = if cfg!(target_arch = "x86_64") {
+        54
+    } else {
+        ioctl
+    };
+    let op = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    };
     let filter = [
         op(BPF_LD | BPF_W | BPF_ABS, 0, 0, NR),
         op(BPF_JMP | BPF_JEQ | BPF_K, 1, 0, ioctl),
@@ -328,12 +403,25 @@ pub fn forbid_terminal_injection() -> Result<()> {
         op(BPF_JMP | BPF_JEQ | BPF_K, 2, 0, libc::TIOCSTI as u32),
         op(BPF_JMP | BPF_JEQ | BPF_K, 1, 0, TIOCLINUX),
         op(BPF_RET | BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
-        op(BPF_RET | BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
+        op(
+            BPF_RET | BPF_K,
+            0,
+            0,
+            libc::SECCOMP_RET_ERRNO | libc::EPERM as u32,
+        ),
     ];
-    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_ptr().cast_mut() };
+    let program = libc::sock_fprog {
+        len: filter.len() as u16,
+        filter: filter.as_ptr().cast_mut(),
+    };
     // SAFETY: the program and the filter it points to live through the call; the kernel copies them.
     let done = unsafe {
-        libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW, &raw const program)
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW,
+            &raw const program,
+        )
     };
     if done == 0 {
         return Ok(());
@@ -350,7 +438,13 @@ pub fn forbid_terminal_injection() -> Result<()> {
 pub fn new_session_keyring() {
     const KEYCTL_JOIN_SESSION_KEYRING: libc::c_long = 1;
     // SAFETY: a null name asks for an anonymous keyring; no memory is passed. Kernels without keys say ENOSYS.
-    unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, std::ptr::null::<libc::c_char>()) };
+    unsafe {
+        libc::syscall(
+            libc::SYS_keyctl,
+            KEYCTL_JOIN_SESSION_KEYRING,
+            std::ptr::null::<libc::c_char>(),
+        )
+    };
 }
 
 /// Ends the process at once, running nothing of the parent's.
@@ -364,7 +458,8 @@ pub fn exit_now(status: u8) -> ! {
 /// # Errors
 /// As `open(2)`, naming the path.
 pub fn open_path(path: &Path) -> Result<OwnedFd> {
-    rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).with_context(|| format!("cannot open {}", path.display()))
+    rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+        .with_context(|| format!("cannot open {}", path.display()))
 }
 
 /// Device and inode of an open file.

@@ -25,16 +25,23 @@ pub fn create(ids: &IdMap, more: CloneFlags) -> Result<()> {
     };
     unshare(CloneFlags::CLONE_NEWUSER | more).map_err(explain)?;
     match (ids, mapper) {
-        (_, Some(mapper)) => return mapper.map(),
-        (IdMap::Own { uid, gid }, _) => write_maps(&format!("{uid} {uid} 1"), &format!("{gid} {gid} 1"), true),
-        (IdMap::Root { uid, gid }, _) => write_maps(&format!("0 {uid} 1"), &format!("0 {gid} 1"), true),
-        (IdMap::All | IdMap::Ranges { .. }, _) => write_maps("0 0 4294967295", "0 0 4294967295", false),
+        (_, Some(mapper)) => mapper.map(),
+        (IdMap::Own { uid, gid }, _) => {
+            write_maps(&format!("{uid} {uid} 1"), &format!("{gid} {gid} 1"), true)
+        }
+        (IdMap::Root { uid, gid }, _) => {
+            write_maps(&format!("0 {uid} 1"), &format!("0 {gid} 1"), true)
+        }
+        (IdMap::All | IdMap::Ranges { .. }, _) => {
+            write_maps("0 0 4294967295", "0 0 4294967295", false)
+        }
     }
 }
 
 fn write_maps(uids: &str, gids: &str, deny_setgroups: bool) -> Result<()> {
     let write = |file: &str, text: &str| {
-        std::fs::write(format!("/proc/self/{file}"), text).with_context(|| format!("cannot write {text:?} to /proc/self/{file}"))
+        std::fs::write(format!("/proc/self/{file}"), text)
+            .with_context(|| format!("cannot write {text:?} to /proc/self/{file}"))
     };
     if deny_setgroups {
         // Asked for by the kernel before an unprivileged gid_map (CVE-2014-8989).
@@ -46,7 +53,11 @@ fn write_maps(uids: &str, gids: &str, deny_setgroups: bool) -> Result<()> {
 
 /// A refusal of user namespaces, with what refuses them and what an administrator can do.
 fn explain(error: nix::Error) -> anyhow::Error {
-    let read = |path: &str| std::fs::read_to_string(path).map(|t| t.trim().to_owned()).unwrap_or_default();
+    let read = |path: &str| {
+        std::fs::read_to_string(path)
+            .map(|t| t.trim().to_owned())
+            .unwrap_or_default()
+    };
     let hint = match error {
         nix::Error::ENOSPC | nix::Error::EUSERS => format!(
             "the limit user.max_user_namespaces (now {}) or user.max_mnt_namespaces is reached: sysctl -w user.max_user_namespaces=65536",
@@ -83,9 +94,10 @@ impl Mapper {
                 drop((start, answer));
                 // A closed pipe means that the parent failed: go away.
                 if go.read_exact(&mut [0]).is_ok() {
-                    let done = run_helper("newuidmap", target, uid, sub.uids).and_then(|()| run_helper("newgidmap", target, gid, sub.gids));
+                    let done = run_helper("newuidmap", target, uid, sub.uids)
+                        .and_then(|()| run_helper("newgidmap", target, gid, sub.gids));
                     if let Err(error) = done {
-                        drop(reply.write_all(format!("{error:#}").as_bytes()));
+                        let _ = reply.write_all(format!("{error:#}").as_bytes());
                     }
                 }
                 sys::exit_now(0)
@@ -94,10 +106,14 @@ impl Mapper {
     }
 
     fn map(mut self) -> Result<()> {
-        self.start.write_all(&[1]).context("the id mapper is gone")?;
+        self.start
+            .write_all(&[1])
+            .context("the id mapper is gone")?;
         let mut error = String::new();
-        self.answer.read_to_string(&mut error).context("cannot hear from the id mapper")?;
-        drop(nix::sys::wait::waitpid(self.pid, None));
+        self.answer
+            .read_to_string(&mut error)
+            .context("cannot hear from the id mapper")?;
+        let _ = nix::sys::wait::waitpid(self.pid, None);
         if !error.is_empty() {
             bail!("{error}");
         }
@@ -110,12 +126,25 @@ const HELPER_DIRECTORIES: [&str; 4] = ["/usr/bin", "/bin", "/usr/sbin", "/usr/lo
 
 /// The absolute path of a setuid helper.
 pub fn helper(name: &str) -> Option<String> {
-    HELPER_DIRECTORIES.iter().map(|d| format!("{d}/{name}")).find(|p| std::path::Path::new(p).exists())
+    HELPER_DIRECTORIES
+        .iter()
+        .map(|d| format!("{d}/{name}"))
+        .find(|p| std::path::Path::new(p).exists())
 }
 
 fn run_helper(name: &str, pid: i32, own: u32, (start, count): (u32, u32)) -> Result<()> {
-    let Some(program) = helper(name) else { bail!("{name} is not installed: apt-get install uidmap (or shadow-utils)") };
-    let words = [pid.to_string(), "0".into(), own.to_string(), "1".into(), "1".into(), start.to_string(), count.to_string()];
+    let Some(program) = helper(name) else {
+        bail!("{name} is not installed: apt-get install uidmap (or shadow-utils)")
+    };
+    let words = [
+        pid.to_string(),
+        "0".into(),
+        own.to_string(),
+        "1".into(),
+        "1".into(),
+        start.to_string(),
+        count.to_string(),
+    ];
     let out = Command::new(&program)
         .args(&words)
         .env_clear()
@@ -134,7 +163,9 @@ fn run_helper(name: &str, pid: i32, own: u32, (start, count): (u32, u32)) -> Res
 /// # Errors
 /// When /proc is not mounted.
 pub fn current() -> Result<OwnedFd> {
-    Ok(std::fs::File::open("/proc/self/ns/user").context("cannot open /proc/self/ns/user")?.into())
+    Ok(std::fs::File::open("/proc/self/ns/user")
+        .context("cannot open /proc/self/ns/user")?
+        .into())
 }
 
 /// Subordinate ids of a user, from the files or, where the site keeps them elsewhere, from `getsubids`.
@@ -143,9 +174,13 @@ pub fn subordinate_ids(name: &str, uid: u32) -> Option<SubIds> {
     helper("newgidmap")?;
     let range = |file: &str, group: bool| {
         let text = std::fs::read_to_string(file).unwrap_or_default();
-        crate::plan::identity::sub_range(&text, name, uid).or_else(|| ask_getsubids(name, uid, group))
+        crate::plan::identity::sub_range(&text, name, uid)
+            .or_else(|| ask_getsubids(name, uid, group))
     };
-    Some(SubIds { uids: range("/etc/subuid", false)?, gids: range("/etc/subgid", true)? })
+    Some(SubIds {
+        uids: range("/etc/subuid", false)?,
+        gids: range("/etc/subgid", true)?,
+    })
 }
 
 /// `getsubids` prints lines like `0: ada 100000 65536`.
@@ -155,7 +190,13 @@ fn ask_getsubids(name: &str, uid: u32, group: bool) -> Option<(u32, u32)> {
     if group {
         command.arg("-g");
     }
-    let out = command.arg(name).env_clear().stdin(Stdio::null()).stderr(Stdio::null()).output().ok()?;
+    let out = command
+        .arg(name)
+        .env_clear()
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .output()
+        .ok()?;
     let lines = String::from_utf8_lossy(&out.stdout).into_owned();
     let as_file: String = lines
         .lines()

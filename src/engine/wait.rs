@@ -34,7 +34,8 @@ pub fn block() -> Result<SigSet> {
         set.add(signal);
     }
     set.add(Signal::SIGCHLD);
-    set.thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_BLOCK).context("cannot block signals")
+    set.thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_BLOCK)
+        .context("cannot block signals")
 }
 
 /// How a process ended.
@@ -57,18 +58,25 @@ pub fn until_exit(child: Pid, reap: bool) -> Result<End> {
         set.add(signal);
     }
     set.add(Signal::SIGCHLD);
-    let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC).context("cannot watch signals")?;
+    let signals =
+        SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC).context("cannot watch signals")?;
     loop {
         let any = if reap { Pid::from_raw(-1) } else { child };
         loop {
             match waitpid(any, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, status)) if pid == child => return Ok(End::Exited(status.to_le_bytes()[0])),
-                Ok(WaitStatus::Signaled(pid, signal, _)) if pid == child => return Ok(End::Signalled(signal)),
+                Ok(WaitStatus::Exited(pid, status)) if pid == child => {
+                    return Ok(End::Exited(status.to_le_bytes()[0]));
+                }
+                Ok(WaitStatus::Signaled(pid, signal, _)) if pid == child => {
+                    return Ok(End::Signalled(signal));
+                }
                 Ok(WaitStatus::StillAlive) | Err(_) => break,
                 Ok(_) => {}
             }
         }
-        let Ok(Some(info)) = signals.read_signal() else { continue };
+        let Ok(Some(info)) = signals.read_signal() else {
+            continue;
+        };
         let number = i32::try_from(info.ssi_signo).unwrap_or(0);
         // SI_KERNEL: typed at the terminal, or its end; the group has it already.
         let from_terminal = info.ssi_code == libc::SI_KERNEL;
@@ -76,7 +84,7 @@ pub fn until_exit(child: Pid, reap: bool) -> Result<End> {
             && !from_terminal
             && let Ok(signal) = Signal::try_from(number)
         {
-            drop(kill(child, signal));
+            let _ = kill(child, signal);
         }
     }
 }
@@ -90,13 +98,12 @@ pub fn end_like(end: End) -> u8 {
                 sys::default_signal(signal);
             }
             // No second core file for one crash.
-            drop(nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0));
+            let _ = nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_CORE, 0, 0);
             let mut set = SigSet::empty();
             set.add(signal);
-            drop(raise(signal));
-            drop(set.thread_unblock());
+            let _ = raise(signal);
+            let _ = set.thread_unblock();
             exit::signalled(signal as i32)
         }
     }
 }
-

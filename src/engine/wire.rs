@@ -39,11 +39,18 @@ pub fn encode_points(points: &[Point]) -> Result<Vec<u8>> {
     for point in points {
         let path = point.path.as_os_str().as_bytes();
         out.push(u8::from(!point.directory));
-        out.extend(u16::try_from(path.len()).context("a mount point's path is too long")?.to_le_bytes());
+        out.extend(
+            u16::try_from(path.len())
+                .context("a mount point's path is too long")?
+                .to_le_bytes(),
+        );
         out.extend(path);
     }
     if out.len() > MAX {
-        bail!("too many mount points ({}): their paths do not fit into one request of {MAX} bytes", points.len());
+        bail!(
+            "too many mount points ({}): their paths do not fit into one request of {MAX} bytes",
+            points.len()
+        );
     }
     Ok(out)
 }
@@ -54,7 +61,10 @@ pub fn decode_points(mut bytes: &[u8]) -> Option<Vec<Point>> {
     while let Some((kind, rest)) = bytes.split_first() {
         let (len, rest) = rest.split_first_chunk::<2>()?;
         let (path, rest) = rest.split_at_checked(u16::from_le_bytes(*len).into())?;
-        points.push(Point { path: Path::new(std::ffi::OsStr::from_bytes(path)).to_owned(), directory: *kind == 0 });
+        points.push(Point {
+            path: Path::new(std::ffi::OsStr::from_bytes(path)).to_owned(),
+            directory: *kind == 0,
+        });
         bytes = rest;
     }
     Some(points)
@@ -67,7 +77,14 @@ pub fn decode_points(mut bytes: &[u8]) -> Option<Vec<Point>> {
 pub fn send(socket: BorrowedFd, bytes: &[u8], fds: &[RawFd]) -> nix::Result<()> {
     let rights = [ControlMessage::ScmRights(fds)];
     let control: &[ControlMessage] = if fds.is_empty() { &[] } else { &rights };
-    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(bytes)], control, MsgFlags::MSG_NOSIGNAL, None).map(drop)
+    sendmsg::<()>(
+        socket.as_raw_fd(),
+        &[IoSlice::new(bytes)],
+        control,
+        MsgFlags::MSG_NOSIGNAL,
+        None,
+    )
+    .map(drop)
 }
 
 /// Receives one packet with up to two descriptors; no bytes at all is the end of the conversation.
@@ -79,7 +96,12 @@ pub fn receive(socket: BorrowedFd) -> nix::Result<(Vec<u8>, Vec<OwnedFd>)> {
     let mut space = nix::cmsg_space!([RawFd; 2]);
     let (len, fds) = {
         let mut parts = [IoSliceMut::new(&mut bytes)];
-        let message = recvmsg::<()>(socket.as_raw_fd(), &mut parts, Some(&mut space), MsgFlags::MSG_CMSG_CLOEXEC)?;
+        let message = recvmsg::<()>(
+            socket.as_raw_fd(),
+            &mut parts,
+            Some(&mut space),
+            MsgFlags::MSG_CMSG_CLOEXEC,
+        )?;
         let mut fds = Vec::new();
         for control in message.cmsgs()? {
             if let ControlMessageOwned::ScmRights(received) = control {
@@ -105,8 +127,14 @@ mod tests {
     #[test]
     fn points_come_back() {
         let points = vec![
-            Point { path: "/home/ada".into(), directory: true },
-            Point { path: std::ffi::OsStr::from_bytes(b"/etc/\xff").into(), directory: false },
+            Point {
+                path: "/home/ada".into(),
+                directory: true,
+            },
+            Point {
+                path: std::ffi::OsStr::from_bytes(b"/etc/\xff").into(),
+                directory: false,
+            },
         ];
         let bytes = encode_points(&points).expect("fits");
         assert_eq!(decode_points(&bytes), Some(points));

@@ -50,12 +50,16 @@ pub fn parse_binds(text: &str) -> Result<Vec<Bind>> {
         let target = fields.next();
         let options = fields.next();
         if fields.next().is_some() {
-            bail!("while parsing bind path: {part:?} has too many colons (write \\: for a colon in a path)");
+            bail!(
+                "while parsing bind path: {part:?} has too many colons (write \\: for a colon in a path)"
+            );
         }
         if source.is_empty() {
             continue;
         }
-        let target = target.filter(|t| !t.is_empty()).unwrap_or_else(|| source.clone());
+        let target = target
+            .filter(|t| !t.is_empty())
+            .unwrap_or_else(|| source.clone());
         let mut bind = bind(&source, &target)?;
         open_for_options = options.is_some();
         if let Some(option) = options.filter(|o| !o.is_empty()) {
@@ -112,7 +116,15 @@ fn bind(source: &str, target: &str) -> Result<Bind> {
         bail!("while parsing bind path: destination {target:?} must be an absolute path");
     }
     let target = crate::host::normalise(Path::new(target));
-    Ok(Bind { source: source.into(), target, read_only: false, image_src: None, id: None, image: None, nested: true })
+    Ok(Bind {
+        source: source.into(),
+        target,
+        read_only: false,
+        image_src: None,
+        id: None,
+        image: None,
+        nested: true,
+    })
 }
 
 fn is_option(part: &str) -> bool {
@@ -123,12 +135,16 @@ fn apply_option(bind: &mut Bind, option: &str) -> Result<()> {
     match option.split_once('=') {
         None if option == "ro" => bind.read_only = true,
         None if option == "rw" => bind.read_only = false,
-        Some(("image-src", path)) if !path.is_empty() => bind.image_src = Some(crate::host::normalise(&Path::new("/").join(path))),
+        Some(("image-src", path)) if !path.is_empty() => {
+            bind.image_src = Some(crate::host::normalise(&Path::new("/").join(path)))
+        }
         Some(("id", id)) => match id.parse() {
             Ok(id) => bind.id = Some(id),
             Err(_) => bail!("while parsing bind path: {id:?} is not the number of a SIF object"),
         },
-        _ => bail!("while parsing bind path: {option} is not a valid bind option (ro, rw, image-src=PATH, id=N)"),
+        _ => bail!(
+            "while parsing bind path: {option} is not a valid bind option (ro, rw, image-src=PATH, id=N)"
+        ),
     }
     Ok(())
 }
@@ -163,7 +179,9 @@ pub fn csv_fields(text: &str) -> Result<Vec<String>> {
     let mut chars = text.chars().peekable();
     let mut quoted = false;
     while let Some(c) = chars.next() {
-        let Some(field) = fields.last_mut() else { break };
+        let Some(field) = fields.last_mut() else {
+            break;
+        };
         match c {
             '"' if quoted && chars.peek() == Some(&'"') => {
                 chars.next();
@@ -206,12 +224,24 @@ mod tests {
     fn comma_separates_binds_unless_an_option_follows_options() {
         let binds = parse_binds("/a:/b:ro,/c,ro:/d").expect("parses");
         assert_eq!(binds.len(), 3);
-        assert_eq!((binds[0].read_only, binds[1].target.as_path(), binds[2].target.as_path()), (true, Path::new("/c"), Path::new("/d")));
+        assert_eq!(
+            (
+                binds[0].read_only,
+                binds[1].target.as_path(),
+                binds[2].target.as_path()
+            ),
+            (true, Path::new("/c"), Path::new("/d"))
+        );
     }
 
     #[test]
     fn bad_binds_say_why() {
-        for (text, part) in [("a:b", "absolute"), ("/a:/b:bogus", "bogus is not a valid bind option"), ("a:/b:ro:x", "too many"), ("rel", "absolute")] {
+        for (text, part) in [
+            ("a:b", "absolute"),
+            ("/a:/b:bogus", "bogus is not a valid bind option"),
+            ("a:/b:ro:x", "too many"),
+            ("rel", "absolute"),
+        ] {
             let error = parse_binds(text).expect_err(text).to_string();
             assert!(error.contains(part), "{error}");
         }
@@ -220,11 +250,24 @@ mod tests {
     #[test]
     fn mount_forms() {
         let mount = parse_mount(r#"type=bind,"source=/a,b",dst=/c,ro"#).expect("parses");
-        assert_eq!((mount.source.as_path(), mount.target.as_path(), mount.read_only), (Path::new("/a,b"), Path::new("/c"), true));
+        assert_eq!(
+            (
+                mount.source.as_path(),
+                mount.target.as_path(),
+                mount.read_only
+            ),
+            (Path::new("/a,b"), Path::new("/c"), true)
+        );
         for (text, part) in [
             ("type=tmpfs,dst=/a", "unsupported mount type \"tmpfs\""),
-            ("type=bind,src=/a", "must specify a source and a destination"),
-            ("type=bind,src=/a,dst=/b,bind-propagation=shared", "invalid key"),
+            (
+                "type=bind,src=/a",
+                "must specify a source and a destination",
+            ),
+            (
+                "type=bind,src=/a,dst=/b,bind-propagation=shared",
+                "invalid key",
+            ),
         ] {
             let error = parse_mount(text).expect_err(text).to_string();
             assert!(error.contains(part), "{error}");

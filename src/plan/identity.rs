@@ -66,7 +66,11 @@ pub fn choose(host: &Host, fakeroot: Option<&Option<SubIds>>) -> IdMap {
         _ if uid == 0 => IdMap::All,
         None => IdMap::Own { uid, gid },
         Some(None) => IdMap::Root { uid, gid },
-        Some(Some(sub)) => IdMap::Ranges { uid, gid, sub: *sub },
+        Some(Some(sub)) => IdMap::Ranges {
+            uid,
+            gid,
+            sub: *sub,
+        },
     }
 }
 
@@ -80,7 +84,11 @@ pub fn sub_range(text: &str, name: &str, uid: u32) -> Option<(u32, u32)> {
             let owner = fields.next()?;
             let start: u32 = fields.next()?.parse().ok()?;
             let count: u32 = fields.next()?.parse().ok()?;
-            ((owner == name || owner == id) && start >= 1000 && count > 0 && start.checked_add(count).is_some()).then_some((start, count))
+            ((owner == name || owner == id)
+                && start >= 1000
+                && count > 0
+                && start.checked_add(count).is_some())
+            .then_some((start, count))
         })
         .max_by_key(|(_, count)| *count)
 }
@@ -116,17 +124,42 @@ pub fn passwd_text(image: &str, account: &Account) -> String {
             out.push_str(line);
         } else if account.uid == 0 {
             found = true;
-            out.push_str(&format!("{}:{}:0:{}:{}:{}:{}", fields[0], fields[1], fields[3], fields[4], account.home.display(), fields[6]));
+            out.push_str(&format!(
+                "{}:{}:0:{}:{}:{}:{}",
+                fields[0],
+                fields[1],
+                fields[3],
+                fields[4],
+                account.home.display(),
+                fields[6]
+            ));
         } else {
             found = true;
             let (a, f) = (account, &fields);
-            out.push_str(&format!("{}:{}:{}:{}:{}:{}:{}", a.name, f[1], a.uid, a.gid, a.gecos, a.home.display(), f[6]));
+            out.push_str(&format!(
+                "{}:{}:{}:{}:{}:{}:{}",
+                a.name,
+                f[1],
+                a.uid,
+                a.gid,
+                a.gecos,
+                a.home.display(),
+                f[6]
+            ));
         }
         out.push('\n');
     }
     if !found {
         let a = account;
-        out.push_str(&format!("{}:x:{}:{}:{}:{}:{}\n", a.name, a.uid, a.gid, a.gecos, a.home.display(), a.shell));
+        out.push_str(&format!(
+            "{}:x:{}:{}:{}:{}:{}\n",
+            a.name,
+            a.uid,
+            a.gid,
+            a.gecos,
+            a.home.display(),
+            a.shell
+        ));
     }
     out
 }
@@ -137,7 +170,11 @@ pub fn group_text(image: &str, account: &Account) -> String {
     if !out.is_empty() && !out.ends_with('\n') {
         out.push('\n');
     }
-    let has = |gid: u32| image.lines().any(|l| l.split(':').nth(2).is_some_and(|g| g.parse() == Ok(gid)));
+    let has = |gid: u32| {
+        image
+            .lines()
+            .any(|l| l.split(':').nth(2).is_some_and(|g| g.parse() == Ok(gid)))
+    };
     for (name, gid) in &account.groups {
         if !has(*gid) {
             out.push_str(&format!("{name}:x:{gid}:{}\n", account.name));
@@ -178,13 +215,23 @@ mod tests {
 
     #[test]
     fn root_keeps_its_name_and_gets_the_home() {
-        let account = Account { uid: 0, home: "/root".into(), ..ada() };
-        assert_eq!(passwd_text("root:x:0:0:super:/:/bin/sh\n", &account), "root:x:0:0:super:/root:/bin/sh\n");
+        let account = Account {
+            uid: 0,
+            home: "/root".into(),
+            ..ada()
+        };
+        assert_eq!(
+            passwd_text("root:x:0:0:super:/:/bin/sh\n", &account),
+            "root:x:0:0:super:/root:/bin/sh\n"
+        );
     }
 
     #[test]
     fn only_unknown_groups_are_added() {
-        assert_eq!(group_text("root:x:0:\nusers:x:100:", &ada()), "root:x:0:\nusers:x:100:\nlab:x:5000:ada\n");
+        assert_eq!(
+            group_text("root:x:0:\nusers:x:100:", &ada()),
+            "root:x:0:\nusers:x:100:\nlab:x:5000:ada\n"
+        );
     }
 
     #[test]

@@ -244,15 +244,32 @@ pub struct Planned {
 ///
 /// # Errors
 /// When options contradict each other or the image cannot do what was asked.
-pub fn plan(request: &Request, host: &Host, facts: &Facts, root: Root, groups: &[(String, u32)]) -> Result<Planned> {
+pub fn plan(
+    request: &Request,
+    host: &Host,
+    facts: &Facts,
+    root: Root,
+    groups: &[(String, u32)],
+) -> Result<Planned> {
     let ids = identity::choose(host, request.fakeroot.as_ref());
     let home = mounts::home(request, host, &ids);
     let (layers, writable_root) = mounts::layers(request, facts, &root)?;
     let mut warnings = Vec::new();
-    let context = mounts::Context { request, host, ids: &ids, home: &home, groups, writable_root };
+    let context = mounts::Context {
+        request,
+        host,
+        ids: &ids,
+        home: &home,
+        groups,
+        writable_root,
+    };
     let mounts = mounts::all(&context, &mut warnings);
-    let binds: Vec<String> =
-        request.binds.iter().filter(|b| b.nested).map(|b| b.target.to_string_lossy().into_owned()).collect();
+    let binds: Vec<String> = request
+        .binds
+        .iter()
+        .filter(|b| b.nested)
+        .map(|b| b.target.to_string_lossy().into_owned())
+        .collect();
     let (environment, more, infos) = env::plan(&env::Request {
         host: &host.env,
         cleanenv: request.environment.clean,
@@ -272,7 +289,9 @@ pub fn plan(request: &Request, host: &Host, facts: &Facts, root: Root, groups: &
     })?;
     warnings.extend(more);
     if matches!(ids, IdMap::Root { .. }) {
-        warnings.push("no subordinate ids for this user: only root exists inside (see capsid doctor)".into());
+        warnings.push(
+            "no subordinate ids for this user: only root exists inside (see capsid doctor)".into(),
+        );
     }
     let plan = Plan {
         namespaces: request.namespaces,
@@ -285,7 +304,11 @@ pub fn plan(request: &Request, host: &Host, facts: &Facts, root: Root, groups: &
         mounts,
         environment,
     };
-    Ok(Planned { plan, warnings, infos })
+    Ok(Planned {
+        plan,
+        warnings,
+        infos,
+    })
 }
 
 /// Whether `path` is `top` or lies below it, by components.

@@ -38,9 +38,16 @@ pub struct Home {
 /// Where home comes from and where it goes.
 pub fn home(request: &Request, host: &Host, ids: &IdMap) -> Home {
     if let Some((source, target)) = &request.home {
-        return Home { source: Some(source.clone()), target: target.clone() };
+        return Home {
+            source: Some(source.clone()),
+            target: target.clone(),
+        };
     }
-    let target = if ids.is_root() { PathBuf::from("/root") } else { host.user.home.clone() };
+    let target = if ids.is_root() {
+        PathBuf::from("/root")
+    } else {
+        host.user.home.clone()
+    };
     let source = match (request.contain, &request.workdir) {
         (true, Some(workdir)) => Some(workdir.join("home")),
         (true, None) => None,
@@ -57,7 +64,9 @@ pub fn layers(request: &Request, facts: &Facts, root: &Root) -> Result<(Vec<Laye
     let asked = request.layers.iter().filter(|l| l.is_writable()).count();
     if request.writable {
         if asked > 0 {
-            bail!("--writable cannot be combined with a writable --overlay or --writable-tmpfs: use one of them");
+            bail!(
+                "--writable cannot be combined with a writable --overlay or --writable-tmpfs: use one of them"
+            );
         }
         return match root {
             Root::Directory(_) => Ok((Vec::new(), true)),
@@ -66,14 +75,20 @@ pub fn layers(request: &Request, facts: &Facts, root: &Root) -> Result<(Vec<Laye
                  use --overlay DIRECTORY",
                 facts.path.display()
             ),
-            _ => bail!("no SIF writable overlay partition found in {}: use --writable-tmpfs or --overlay DIRECTORY", facts.path.display()),
+            _ => bail!(
+                "no SIF writable overlay partition found in {}: use --writable-tmpfs or --overlay DIRECTORY",
+                facts.path.display()
+            ),
         };
     }
     if asked > 1 {
-        bail!("only one writable layer is possible: add :ro to the other --overlay, or leave out --writable-tmpfs");
+        bail!(
+            "only one writable layer is possible: add :ro to the other --overlay, or leave out --writable-tmpfs"
+        );
     }
     let mut layers: Vec<Layer> = facts.overlays.iter().cloned().map(Layer::Image).collect();
-    let (writable, read_only): (Vec<_>, Vec<_>) = request.layers.iter().cloned().partition(Layer::is_writable);
+    let (writable, read_only): (Vec<_>, Vec<_>) =
+        request.layers.iter().cloned().partition(Layer::is_writable);
     layers.extend(read_only);
     layers.extend(writable);
     Ok((layers, false))
@@ -93,7 +108,11 @@ pub fn all(context: &Context, warnings: &mut Vec<String>) -> Vec<Mount> {
     if context.writable_root {
         for mount in &mut mounts {
             if mount.why != Why::Bind {
-                mount.missing = if mount.why == Why::Default { Missing::Warn } else { Missing::Skip };
+                mount.missing = if mount.why == Why::Default {
+                    Missing::Warn
+                } else {
+                    Missing::Skip
+                };
             }
         }
     }
@@ -107,22 +126,46 @@ impl Context<'_> {
 }
 
 fn mount(source: Source, target: impl Into<PathBuf>, missing: Missing, why: Why) -> Mount {
-    Mount { source, target: target.into(), writable: true, missing, why }
+    Mount {
+        source,
+        target: target.into(),
+        writable: true,
+        missing,
+        why,
+    }
 }
 
 fn system(context: &Context) -> Vec<Mount> {
     let mut mounts = Vec::new();
     if context.has("proc") {
-        let source = if context.request.namespaces.pid { Source::Proc } else { Source::Bind("/proc".into()) };
+        let source = if context.request.namespaces.pid {
+            Source::Proc
+        } else {
+            Source::Bind("/proc".into())
+        };
         mounts.push(mount(source, "/proc", Missing::Fail, Why::Default));
     }
     if context.has("sys") {
-        mounts.push(Mount { writable: false, ..mount(Source::Bind("/sys".into()), "/sys", Missing::Fail, Why::Default) });
+        mounts.push(Mount {
+            writable: false,
+            ..mount(
+                Source::Bind("/sys".into()),
+                "/sys",
+                Missing::Fail,
+                Why::Default,
+            )
+        });
     }
     if context.has("dev") {
-        let whole = context.request.binds.iter().any(|b| b.target == Path::new("/dev"));
+        let whole = context
+            .request
+            .binds
+            .iter()
+            .any(|b| b.target == Path::new("/dev"));
         let source = if context.request.contain && !whole {
-            Source::Dev { mqueue: context.request.namespaces.ipc }
+            Source::Dev {
+                mqueue: context.request.namespaces.ipc,
+            }
         } else {
             Source::Bind("/dev".into())
         };
@@ -137,7 +180,12 @@ fn host_files(context: &Context) -> Vec<Mount> {
         return mounts;
     }
     if context.has("/etc/localtime") {
-        mounts.push(mount(Source::Bind("/etc/localtime".into()), "/etc/localtime", Missing::Warn, Why::Default));
+        mounts.push(mount(
+            Source::Bind("/etc/localtime".into()),
+            "/etc/localtime",
+            Missing::Warn,
+            Why::Default,
+        ));
     }
     if context.has("/etc/hosts") {
         let source = if context.request.namespaces.net {
@@ -157,7 +205,9 @@ fn home_mount(context: &Context) -> Option<Mount> {
     }
     let (source, missing) = match &home.source {
         Some(path) if context.request.home.is_some() => (Source::Bind(path.clone()), Missing::Fail),
-        Some(path) if context.request.contain => (Source::Directory(path.clone(), 0o700), Missing::Fail),
+        Some(path) if context.request.contain => {
+            (Source::Directory(path.clone(), 0o700), Missing::Fail)
+        }
         Some(path) => (Source::Bind(path.clone()), Missing::Warn),
         None => (Source::Private(0o700), Missing::Fail),
     };
@@ -188,7 +238,12 @@ fn scratch(context: &Context) -> Vec<Mount> {
         .map(|path| {
             let target = crate::host::normalise(&Path::new("/").join(path));
             let source = match &context.request.workdir {
-                Some(workdir) => Source::Directory(workdir.join("scratch").join(target.strip_prefix("/").unwrap_or(&target)), 0o700),
+                Some(workdir) => Source::Directory(
+                    workdir
+                        .join("scratch")
+                        .join(target.strip_prefix("/").unwrap_or(&target)),
+                    0o700,
+                ),
                 None => Source::Private(0o700),
             };
             mount(source, target, Missing::Fail, Why::Scratch)
@@ -197,20 +252,35 @@ fn scratch(context: &Context) -> Vec<Mount> {
 }
 
 /// Places that the working directory is never mounted on: it would hide the image.
-const NEVER_CWD: [&str; 10] = ["/", "/etc", "/bin", "/mnt", "/usr", "/var", "/opt", "/sbin", "/lib", "/lib64"];
+const NEVER_CWD: [&str; 10] = [
+    "/", "/etc", "/bin", "/mnt", "/usr", "/var", "/opt", "/sbin", "/lib", "/lib64",
+];
 
 fn working_directory(context: &Context, before: &[Mount]) -> Option<Mount> {
     let cwd = &context.host.cwd;
-    let system = ["/sys", "/proc", "/dev"].iter().any(|top| is_below(cwd, Path::new(top)));
-    if context.request.contain || !context.has("cwd") || system || NEVER_CWD.iter().any(|p| cwd == Path::new(p)) {
+    let system = ["/sys", "/proc", "/dev"]
+        .iter()
+        .any(|top| is_below(cwd, Path::new(top)));
+    if context.request.contain
+        || !context.has("cwd")
+        || system
+        || NEVER_CWD.iter().any(|p| cwd == Path::new(p))
+    {
         return None;
     }
     // Seen already through a mount of a directory above it at its own path.
-    let seen = |m: &Mount| matches!(&m.source, Source::Bind(from) if *from == m.target) && is_below(cwd, &m.target);
+    let seen = |m: &Mount| {
+        matches!(&m.source, Source::Bind(from) if *from == m.target) && is_below(cwd, &m.target)
+    };
     if before.iter().any(seen) {
         return None;
     }
-    Some(mount(Source::Bind(cwd.clone()), cwd, Missing::Keep, Why::Cwd))
+    Some(mount(
+        Source::Bind(cwd.clone()),
+        cwd,
+        Missing::Keep,
+        Why::Cwd,
+    ))
 }
 
 fn generated_files(context: &Context) -> Vec<Mount> {
@@ -219,14 +289,29 @@ fn generated_files(context: &Context) -> Vec<Mount> {
     let resolv = if request.dns.is_empty() {
         Source::Bind("/etc/resolv.conf".into())
     } else {
-        Source::Text(request.dns.iter().map(|server| format!("nameserver {}\n", server.trim())).collect())
+        Source::Text(
+            request
+                .dns
+                .iter()
+                .map(|server| format!("nameserver {}\n", server.trim()))
+                .collect(),
+        )
     };
     if context.has("/etc/resolv.conf") {
-        let missing = if request.dns.is_empty() { Missing::Warn } else { Missing::Fail };
+        let missing = if request.dns.is_empty() {
+            Missing::Warn
+        } else {
+            Missing::Fail
+        };
         mounts.push(mount(resolv, "/etc/resolv.conf", missing, Why::Default));
     }
     if let Some(name) = &request.hostname {
-        mounts.push(mount(Source::Text(format!("{name}\n")), "/etc/hostname", Missing::Warn, Why::Default));
+        mounts.push(mount(
+            Source::Text(format!("{name}\n")),
+            "/etc/hostname",
+            Missing::Warn,
+            Why::Default,
+        ));
     }
     // Root in a root that is written edits these files itself.
     if context.ids.is_root() && context.writable_root {
@@ -234,27 +319,61 @@ fn generated_files(context: &Context) -> Vec<Mount> {
     }
     let root = context.ids.is_root();
     let account = Account {
-        name: if root { "root".into() } else { host.user.name.clone() },
+        name: if root {
+            "root".into()
+        } else {
+            host.user.name.clone()
+        },
         uid: if root { 0 } else { host.uid },
         gid: if root { 0 } else { host.gid },
         gecos: host.user.gecos.clone(),
         home: context.home.target.clone(),
         shell: host.user.shell.clone(),
-        groups: if root { vec![("root".into(), 0)] } else { context.groups.to_vec() },
+        groups: if root {
+            vec![("root".into(), 0)]
+        } else {
+            context.groups.to_vec()
+        },
     };
-    mounts.push(mount(Source::Passwd(account.clone()), "/etc/passwd", Missing::Warn, Why::Default));
-    mounts.push(mount(Source::Group(account), "/etc/group", Missing::Warn, Why::Default));
+    mounts.push(mount(
+        Source::Passwd(account.clone()),
+        "/etc/passwd",
+        Missing::Warn,
+        Why::Default,
+    ));
+    mounts.push(mount(
+        Source::Group(account),
+        "/etc/group",
+        Missing::Warn,
+        Why::Default,
+    ));
     mounts
 }
 
 fn gpu(context: &Context) -> Vec<Mount> {
     let bind = |(source, target): &(PathBuf, PathBuf)| {
         let writable = is_below(target, Path::new("/dev"));
-        Mount { writable, ..mount(Source::Bind(source.clone()), target, Missing::Warn, Why::Gpu) }
+        Mount {
+            writable,
+            ..mount(
+                Source::Bind(source.clone()),
+                target,
+                Missing::Warn,
+                Why::Gpu,
+            )
+        }
     };
     // With the host's whole /dev the devices are there already.
-    let wanted = |(_, target): &&(PathBuf, PathBuf)| context.request.contain || !is_below(target, Path::new("/dev"));
-    context.request.gpu.iter().filter(wanted).map(bind).collect()
+    let wanted = |(_, target): &&(PathBuf, PathBuf)| {
+        context.request.contain || !is_below(target, Path::new("/dev"))
+    };
+    context
+        .request
+        .gpu
+        .iter()
+        .filter(wanted)
+        .map(bind)
+        .collect()
 }
 
 fn user_binds(context: &Context, before: &[Mount], warnings: &mut Vec<String>) -> Vec<Mount> {
@@ -262,15 +381,28 @@ fn user_binds(context: &Context, before: &[Mount], warnings: &mut Vec<String>) -
     for bind in &context.request.binds {
         let source = context.host.cwd.join(&bind.source);
         let explicit_twice = mounts.iter().any(|m| m.target == bind.target);
-        if explicit_twice || before.iter().any(|m| m.target == bind.target && m.why == Why::Scratch) {
-            warnings.push(format!("destination {} is already in the mount point list", bind.target.display()));
+        if explicit_twice
+            || before
+                .iter()
+                .any(|m| m.target == bind.target && m.why == Why::Scratch)
+        {
+            warnings.push(format!(
+                "destination {} is already in the mount point list",
+                bind.target.display()
+            ));
         }
         let source = match &bind.image {
             None => Source::Bind(source),
-            Some(root) => Source::Image(root.clone(), bind.image_src.clone().unwrap_or_else(|| "/".into())),
+            Some(root) => Source::Image(
+                root.clone(),
+                bind.image_src.clone().unwrap_or_else(|| "/".into()),
+            ),
         };
         let made = mount(source, &bind.target, Missing::Fail, Why::Bind);
-        mounts.push(Mount { writable: !bind.read_only, ..made });
+        mounts.push(Mount {
+            writable: !bind.read_only,
+            ..made
+        });
     }
     mounts
 }
