@@ -15,6 +15,13 @@ use capsid::{cmd, exit, say};
 pub extern "C" fn main(argc: i32, argv: *const *const libc::c_char) -> i32 {
     sys::open_standard_descriptors();
     let args = sys::arguments(argc, argv);
+    // A bug of ours is one line too, like every other failure.
+    std::panic::set_hook(Box::new(|info| {
+        say::fatal(format_args!(
+            "this is a bug in capsid: {}",
+            info.to_string().replace('\n', " ")
+        ))
+    }));
     let status = catch_unwind(AssertUnwindSafe(|| match cmd::main(&args) {
         Ok(status) => status,
         Err(error) => report(&error),

@@ -131,7 +131,7 @@ fn inside(
     for mount in &plan.mounts {
         tree.apply(mount)?;
     }
-    rootfs::pivot(&tree.root)?;
+    rootfs::pivot(&tree.root, 1)?; // the session lies over the host's root
     drop(tree);
     process::enter_directory(&plan.process)?;
     let next = process::resolve(plan)?;

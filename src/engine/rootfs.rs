@@ -484,15 +484,18 @@ impl Tree {
     }
 }
 
-/// Makes `root`, which is mounted over `/`, the root of this process, and drops the host's tree.
+/// Makes `root`, which is mounted over `/`, the root of this process, and drops the host's tree, over which `covers`
+/// further mounts lie.
 ///
 /// # Errors
 /// As `pivot_root(2)`.
-pub fn pivot(root: &OwnedFd) -> Result<()> {
+pub fn pivot(root: &OwnedFd, covers: usize) -> Result<()> {
     rustix::process::fchdir(root).context("cannot enter the new root")?;
     // The old root lands on top of the new one and is taken off at once: no directory for it is needed.
     rustix::process::pivot_root(".", ".").context("cannot make the image the root (pivot_root)")?;
-    unmount(".", UnmountFlags::DETACH).context("cannot detach the host's files")?;
+    for _ in 0..=covers {
+        unmount(".", UnmountFlags::DETACH).context("cannot detach the host's files")?;
+    }
     rustix::process::chdir("/").context("cannot enter /")
 }
 

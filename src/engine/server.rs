@@ -470,7 +470,7 @@ fn enter_empty_tree(image: &OwnedFd) -> Result<()> {
     )
     .context("cannot open the mount point")?;
     sys::attach(image.as_fd(), point.as_fd()).context("cannot mount the image")?;
-    super::rootfs::pivot(&tree)
+    super::rootfs::pivot(&tree, 0)
 }
 
 fn options(ids: &IdMap) -> Options {
