@@ -23,8 +23,8 @@ pub struct DirEntry<'a> {
     pub number: u32,
     /// What it is.
     pub kind: Kind,
-    /// Place behind this entry.
-    pub(crate) next: u64,
+    /// Where to go on behind this entry.
+    pub next: u64,
 }
 
 /// What listings need to know of the image.
@@ -33,7 +33,7 @@ pub(crate) struct Directories<'a> {
     pub(crate) meta: &'a Meta,
     /// Position of the directory table.
     pub(crate) table: u64,
-    /// Position of the inode table, for directory indexes.
+    /// No listing goes on behind this.
     pub(crate) end: u64,
     pub(crate) root: InodeRef,
 }

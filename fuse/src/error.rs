@@ -16,6 +16,15 @@ pub enum Error {
         /// errno of the failed call.
         errno: i32,
     },
+    /// FUSE cannot be used here; says what an administrator has to do.
+    Fuse(&'static str),
+    /// The kernel refused a mount.
+    Mount {
+        /// errno of the failed call.
+        errno: i32,
+        /// Its words.
+        text: String,
+    },
     /// The first bytes are not a squashfs superblock.
     NotSquashfs,
     /// A squashfs of another format version.
@@ -55,6 +64,8 @@ pub enum Error {
     },
     /// A view entry that cannot be a path of this server.
     BadPath(String),
+    /// A mount point below something that is no directory.
+    NoDirectoryAt(String),
     /// No further view can be added.
     TooManyViews,
     /// The ext2/3/4 reader refused; its own words.
@@ -79,12 +90,14 @@ impl Error {
     /// `ENOENT` is not in the table: it means only "no such name", which is not an error here.
     pub fn errno(&self) -> i32 {
         match self {
-            Error::NotDirectory => libc::ENOTDIR,
+            Error::NotDirectory | Error::NoDirectoryAt(_) => libc::ENOTDIR,
             Error::IsDirectory => libc::EISDIR,
             Error::WrongKind | Error::BadPath(_) => libc::EINVAL,
             Error::Loop => libc::ELOOP,
             Error::TooLarge { .. } => libc::EFBIG,
             Error::TooManyViews => libc::ENOSPC,
+            Error::Mount { errno, .. } => *errno,
+            Error::Fuse(_) => libc::ENODEV,
             Error::Os { .. }
             | Error::NotSquashfs
             | Error::Version { .. }
@@ -104,6 +117,8 @@ impl fmt::Display for Error {
             Error::Os { what, errno } => {
                 write!(f, "cannot {what}: {}", std::io::Error::from_raw_os_error(*errno))
             }
+            Error::Fuse(text) => f.write_str(text),
+            Error::Mount { text, .. } => write!(f, "cannot mount through FUSE: {text}"),
             Error::NotSquashfs => f.write_str("no squashfs image: the superblock is missing"),
             Error::Version { major, minor } => {
                 write!(f, "squashfs version {major}.{minor} is not supported, only 4.0 is")
@@ -128,6 +143,9 @@ impl fmt::Display for Error {
                 write!(f, "the file has {size} bytes, at most {max} are read")
             }
             Error::BadPath(path) => write!(f, "{path:?} is not an absolute path without \"..\""),
+            Error::NoDirectoryAt(path) => {
+                write!(f, "cannot make {path:?} in the image: something on its way is not a directory")
+            }
             Error::TooManyViews => f.write_str("too many different sets of mount points"),
             Error::Ext(text) => write!(f, "cannot read the ext image: {text}"),
             Error::Panicked => f.write_str("internal error while reading the image"),

@@ -37,6 +37,25 @@ pub(crate) enum Piece {
     Bytes(Vec<u8>),
 }
 
+impl Piece {
+    /// Bytes of it.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Piece::Zeros(len) | Piece::Block { len, .. } => *len,
+            Piece::Bytes(bytes) => bytes.len(),
+        }
+    }
+
+    /// The bytes, unless all are zero.
+    pub(crate) fn bytes(&self) -> Option<&[u8]> {
+        match self {
+            Piece::Zeros(_) => None,
+            Piece::Block { block, start, len } => Some(block.bytes(*start..*start + *len)),
+            Piece::Bytes(bytes) => Some(bytes),
+        }
+    }
+}
+
 /// A block of a file.
 #[derive(Clone, Copy)]
 pub(crate) struct Extent {

@@ -1,0 +1,327 @@
+//! An open image: reads names, attributes and contents without mounting anything.
+//!
+//! Opening reads the superblock and nothing else; everything is read and decompressed when it is asked for.
+//! All methods may be called from many threads at once.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use crate::data::Data;
+use crate::decompress::{Codec, OPTIONS_END};
+use crate::dir::{Directories, DirEntry};
+use crate::error::{Error, Result};
+use crate::file::{Files, Piece};
+use crate::format::{InodeRef, Superblock};
+use crate::inode::{self, Body, Inode};
+use crate::meta::{Cursor, Meta};
+use crate::path::{Step, follow};
+use crate::source::Source;
+use crate::table::Table;
+use crate::xattr::Xattrs;
+
+/// An extended attribute: its full name and its value.
+pub type Xattr = (Vec<u8>, Vec<u8>);
+
+/// A squashfs image.
+pub struct Archive {
+    superblock: Superblock,
+    source: Arc<Source>,
+    codec: Codec,
+    meta: Meta,
+    data: Data,
+    files: Files,
+    ids: Table<4>,
+    /// A bad table fails what asks for attributes, and nothing else.
+    xattrs: Result<Option<Xattrs>>,
+}
+
+impl Archive {
+    /// Opens the image that lies `offset` bytes into `file`, and is at most `len` bytes long.
+    ///
+    /// # Errors
+    /// When there is no squashfs 4.0 image, it is cut off, or its compressor is not supported.
+    pub fn open(file: File, offset: u64, len: Option<u64>) -> Result<Archive> {
+        let source = Arc::new(Source::open(file, offset, len)?);
+        let mut start = vec![0; source.len().min(OPTIONS_END as u64) as usize];
+        source.read_exact(0, &mut start)?;
+        let Some(raw) = start.first_chunk::<{ Superblock::LEN }>() else {
+            return Err(Error::NotSquashfs);
+        };
+        let superblock = Superblock::decode(raw)?;
+        let end = superblock.bytes_used;
+        if end > source.len() {
+            return Err(Error::Truncated {
+                need: end,
+                have: source.len(),
+            });
+        }
+        let codec = Codec::new(&superblock, &start)?;
+        let meta = Meta::new(source.clone(), codec, end);
+        let fragments = match superblock.fragment_table {
+            Some(at) if superblock.fragment_count > 0 => Some(Table::open(
+                at,
+                u64::from(superblock.fragment_count),
+                end,
+            )?),
+            _ => None,
+        };
+        let xattrs = superblock
+            .xattr_table
+            .map(|at| Xattrs::open(&meta, at, end))
+            .transpose()
+            .map(|table| table.filter(|table| !table.is_empty()));
+        Ok(Archive {
+            data: Data::new(source.clone(), codec, superblock.block_size, 0),
+            files: Files::new(
+                u32::from(superblock.block_log2),
+                fragments,
+                superblock.directory_table,
+            ),
+            ids: Table::open(superblock.id_table, u64::from(superblock.id_count), end)?,
+            superblock,
+            source,
+            codec,
+            meta,
+            xattrs,
+        })
+    }
+
+    /// Sets how much decompressed data is kept; 0 means the default, 64 MiB.
+    pub(crate) fn set_cache_bytes(&mut self, bytes: usize) {
+        let block_size = self.superblock.block_size;
+        self.data = Data::new(self.source.clone(), self.codec, block_size, bytes);
+    }
+
+    /// What the image says of itself.
+    pub fn superblock(&self) -> &Superblock {
+        &self.superblock
+    }
+
+    /// The root directory.
+    pub fn root(&self) -> InodeRef {
+        self.superblock.root
+    }
+
+    /// Attributes of an inode.
+    ///
+    /// # Errors
+    /// When the image is damaged there.
+    pub fn inode(&self, at: InodeRef) -> Result<Inode> {
+        let mut inode = self.inode_without_owner(at)?;
+        let (uid, gid) = inode.owners;
+        inode.uid = u32::from_le_bytes(self.ids.entry(&self.meta, u64::from(uid))?);
+        inode.gid = u32::from_le_bytes(self.ids.entry(&self.meta, u64::from(gid))?);
+        Ok(inode)
+    }
+
+    fn inode_without_owner(&self, at: InodeRef) -> Result<Inode> {
+        let place = inode::place(self.superblock.inode_table, at);
+        Inode::read(&mut Cursor::new(
+            &self.meta,
+            place,
+            self.superblock.directory_table,
+        ))
+    }
+
+    fn directories(&self) -> Directories<'_> {
+        Directories {
+            meta: &self.meta,
+            table: self.superblock.directory_table,
+            end: self.superblock.bytes_used,
+            root: self.superblock.root,
+        }
+    }
+
+    /// The entry `name` of a directory.
+    ///
+    /// # Errors
+    /// When `dir` is no directory or the image is damaged there.
+    pub fn lookup(&self, dir: InodeRef, name: &[u8]) -> Result<Option<InodeRef>> {
+        let inode = self.inode_without_owner(dir)?;
+        let found = self.directories().find(dir, inode.listing()?, name)?;
+        Ok(found.map(|(at, _)| at))
+    }
+
+    /// Calls `f` for each entry of a directory, without `.` and `..`, until it returns false. `from` is 0, or
+    /// [`DirEntry::next`] of the entry behind which to go on.
+    ///
+    /// # Errors
+    /// When `dir` is no directory or the image is damaged there.
+    pub fn read_dir(
+        &self,
+        dir: InodeRef,
+        from: u64,
+        f: &mut dyn FnMut(DirEntry<'_>) -> bool,
+    ) -> Result<()> {
+        let inode = self.inode_without_owner(dir)?;
+        self.directories().list(dir, inode.listing()?, from, f)
+    }
+
+    /// Reads a file from `offset`; fewer bytes than asked for only at its end.
+    ///
+    /// # Errors
+    /// When `at` is no regular file or the image is damaged there.
+    pub fn read(&self, at: InodeRef, offset: u64, out: &mut [u8]) -> Result<usize> {
+        let mut pieces = Vec::new();
+        self.pieces(at, offset, out.len(), &mut pieces)?;
+        let mut done = 0;
+        for piece in &pieces {
+            let target = &mut out[done..done + piece.len()];
+            match piece.bytes() {
+                Some(bytes) => target.copy_from_slice(bytes),
+                None => target.fill(0),
+            }
+            done += piece.len();
+        }
+        Ok(done)
+    }
+
+    /// What [`Archive::read`] reads, in the blocks of the cache. Returns the inode.
+    pub(crate) fn pieces(
+        &self,
+        at: InodeRef,
+        offset: u64,
+        len: usize,
+        out: &mut Vec<Piece>,
+    ) -> Result<Inode> {
+        let inode = self.inode_without_owner(at)?;
+        let content = inode.content()?;
+        let rest = content.size.saturating_sub(offset);
+        let len = usize::try_from(rest).map_or(len, |rest| rest.min(len));
+        let place = (offset, len);
+        self.files
+            .pieces((&self.meta, &self.data), (at, content), place, out)?;
+        Ok(inode)
+    }
+
+    /// Decompresses blocks of a file into the cache, as long as there are any.
+    pub(crate) fn prefetch(&self, at: InodeRef, first: u64, count: u64) -> Result<()> {
+        let inode = self.inode_without_owner(at)?;
+        let extents = self
+            .files
+            .extents(&self.meta, (at, inode.content()?), first, count)?;
+        let stored: u64 = extents.iter().map(|e| e.size.stored_len() as u64).sum();
+        if let Some(start) = extents.first() {
+            self.source.will_need(start.position, stored);
+        }
+        for extent in extents {
+            if !extent.size.is_hole() && !self.data.has(extent.position, extent.size) {
+                self.data.block(extent.position, extent.size)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Target of a symbolic link.
+    ///
+    /// # Errors
+    /// When `at` is none or the image is damaged there.
+    pub fn read_link(&self, at: InodeRef) -> Result<Vec<u8>> {
+        let Body::Symlink { at, len } = self.inode_without_owner(at)?.body else {
+            return Err(Error::WrongKind);
+        };
+        let mut target = vec![0; len];
+        Cursor::new(&self.meta, at, self.superblock.directory_table).read(&mut target)?;
+        Ok(target)
+    }
+
+    /// Whether any inode may have extended attributes.
+    pub(crate) fn has_xattrs(&self) -> bool {
+        !matches!(self.xattrs, Ok(None))
+    }
+
+    fn xattr_table(&self, at: InodeRef) -> Result<Option<(&Xattrs, u32)>> {
+        let Some(table) = self.xattrs.as_ref().map_err(Clone::clone)? else {
+            return Ok(None);
+        };
+        let id = self.inode_without_owner(at)?.xattr;
+        Ok(id.map(|id| (table, id)))
+    }
+
+    /// Extended attributes of an inode.
+    ///
+    /// # Errors
+    /// When the image is damaged there.
+    pub fn xattrs(&self, at: InodeRef) -> Result<Vec<Xattr>> {
+        match self.xattr_table(at)? {
+            Some((table, id)) => table.pairs(&self.meta, id),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// One extended attribute.
+    pub(crate) fn xattr(&self, at: InodeRef, name: &[u8]) -> Result<Option<Vec<u8>>> {
+        match self.xattr_table(at)? {
+            Some((table, id)) => table.value(&self.meta, id, name),
+            None => Ok(None),
+        }
+    }
+
+    /// Names of the extended attributes, each ended by NUL.
+    pub(crate) fn xattr_names(&self, at: InodeRef) -> Result<Vec<u8>> {
+        match self.xattr_table(at)? {
+            Some((table, id)) => table.names(&self.meta, id),
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// The inode at a path, as a process would find it that has the image's root as its own: symbolic links
+    /// are followed, also the last one, and never lead outside. `None`: there is no such file.
+    ///
+    /// # Errors
+    /// When there are too many links or the image is damaged on the way.
+    pub fn resolve(&self, path: &[u8]) -> Result<Option<InodeRef>> {
+        let found = follow(self.root(), path, |here, name, _| {
+            let Some(next) = self.lookup(here, name)? else {
+                return Ok(Step::Missing);
+            };
+            Ok(match self.inode_without_owner(next)?.body {
+                Body::Symlink { .. } => Step::Link(self.read_link(next)?),
+                _ => Step::To(next),
+            })
+        });
+        match found {
+            Err(Error::NotDirectory) => Ok(None),
+            found => found,
+        }
+    }
+
+    /// The content of the file at a path (see [`Archive::resolve`]), if there is one.
+    ///
+    /// # Errors
+    /// When it has more than `max` bytes, is no regular file, or the image is damaged there.
+    pub fn read_file(&self, path: &[u8], max: u64) -> Result<Option<Vec<u8>>> {
+        let Some(at) = self.resolve(path)? else {
+            return Ok(None);
+        };
+        let size = self.inode_without_owner(at)?.content()?.size;
+        if size > max {
+            return Err(Error::TooLarge { size, max });
+        }
+        // The size is a claim: memory grows with what is really there.
+        let mut content = Vec::new();
+        loop {
+            let mut pieces = Vec::new();
+            self.pieces(at, content.len() as u64, READ_STEP, &mut pieces)?;
+            if pieces.is_empty() {
+                return Ok(Some(content));
+            }
+            for piece in &pieces {
+                match piece.bytes() {
+                    Some(bytes) => content.extend_from_slice(bytes),
+                    None => content.resize(content.len() + piece.len(), 0),
+                }
+            }
+        }
+    }
+
+    /// Forgets what is cached.
+    pub(crate) fn shrink(&self) {
+        self.meta.clear();
+        self.data.clear();
+        self.files.clear();
+    }
+}
+
+/// Bytes read at once by [`Archive::read_file`].
+const READ_STEP: usize = 1 << 20;

@@ -1,0 +1,131 @@
+//! Makes FUSE mounts without a helper program: as root, or as a user in a user namespace of its own
+//! (fsopen(2), user_namespaces(7); Linux 5.2).
+
+use std::fmt::Write as _;
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
+
+use crate::error::{Error, Result};
+
+/// How to mount.
+#[derive(Debug, Clone)]
+pub struct MountOptions {
+    /// Whose mount it is: without `allow_other` only this user's processes can enter it.
+    pub uid: u32,
+    /// Group of the owner.
+    pub gid: u32,
+    /// Other users may enter it.
+    pub allow_other: bool,
+    /// The kernel checks permissions by the modes of the files.
+    pub default_permissions: bool,
+    /// What mount tables show as the source.
+    pub source: String,
+}
+
+/// A mount that is not attached anywhere yet.
+#[derive(Debug)]
+pub struct Mount {
+    /// For [`crate::Server::serve`].
+    pub device: OwnedFd,
+    /// The mount; attach it with move_mount(2).
+    pub tree: OwnedFd,
+}
+
+/// Makes a read-only mount with `nosuid` and `nodev`.
+///
+/// # Errors
+/// When there is no FUSE device, it may not be used, or the kernel refuses the mount.
+pub fn fuse(options: &MountOptions) -> Result<Mount> {
+    let device = open_device()?;
+    let context = rustix::mount::fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|errno| {
+        match errno {
+            Errno::NODEV => Error::Fuse("the kernel has no FUSE: ask an administrator to load the module fuse"),
+            Errno::PERM => Error::Fuse(
+                "mounting is not permitted here: it takes root or a user namespace of one's own, \
+                 which an administrator may have to permit",
+            ),
+            Errno::NOSYS => Error::Fuse("the kernel is too old: Linux 5.2 can open file systems"),
+            errno => Error::sys("open the file system fuse", errno),
+        }
+    })?;
+    let tree = configure(context.as_fd(), &device, options)
+        .and_then(|()| make(context.as_fd()))
+        .map_err(|errno| refused(context.as_fd(), errno))?;
+    Ok(Mount { device, tree })
+}
+
+fn open_device() -> Result<OwnedFd> {
+    rustix::fs::open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
+        match errno {
+            Errno::NOENT | Errno::NODEV | Errno::NXIO => Error::Fuse(
+                "there is no /dev/fuse: ask an administrator to load the kernel module fuse",
+            ),
+            Errno::ACCESS | Errno::PERM => Error::Fuse(
+                "/dev/fuse may not be opened: ask an administrator to set its mode to 0666",
+            ),
+            errno => Error::sys("open /dev/fuse", errno),
+        }
+    })
+}
+
+fn configure(
+    context: BorrowedFd<'_>,
+    device: &OwnedFd,
+    options: &MountOptions,
+) -> rustix::io::Result<()> {
+    use rustix::mount::{fsconfig_set_flag, fsconfig_set_string};
+    if !options.source.is_empty() {
+        fsconfig_set_string(context, "source", options.source.as_str())?;
+    }
+    fsconfig_set_flag(context, "ro")?;
+    fsconfig_set_string(context, "subtype", "capsid")?;
+    // As text: before Linux 6.13 the kernel does not take a descriptor here.
+    fsconfig_set_string(context, "fd", device.as_raw_fd().to_string())?;
+    fsconfig_set_string(context, "rootmode", "40755")?;
+    fsconfig_set_string(context, "user_id", options.uid.to_string())?;
+    fsconfig_set_string(context, "group_id", options.gid.to_string())?;
+    if options.allow_other {
+        fsconfig_set_flag(context, "allow_other")?;
+    }
+    if options.default_permissions {
+        fsconfig_set_flag(context, "default_permissions")?;
+    }
+    Ok(())
+}
+
+fn make(context: BorrowedFd<'_>) -> rustix::io::Result<OwnedFd> {
+    rustix::mount::fsconfig_create(context)?;
+    let flags = MountAttrFlags::MOUNT_ATTR_RDONLY
+        | MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV;
+    rustix::mount::fsmount(context, FsMountFlags::FSMOUNT_CLOEXEC, flags)
+}
+
+/// The error with what the kernel has to say about it, if anything.
+fn refused(context: BorrowedFd<'_>, errno: Errno) -> Error {
+    let mut text = std::io::Error::from(errno).to_string();
+    let mut message = [0; 1024];
+    while let Ok(len) = rustix::io::read(context, &mut message) {
+        let said = String::from_utf8_lossy(&message[..len]);
+        // Writing to a string cannot fail.
+        let _written = write!(text, "; {}", said.trim());
+    }
+    Error::Mount {
+        errno: errno.raw_os_error(),
+        text,
+    }
+}
+
+/// Opens another descriptor of a connection: each thread that serves should have its own.
+///
+/// # Errors
+/// When `/dev/fuse` cannot be opened here, or the kernel cannot do it (before Linux 4.2).
+pub fn clone_device(device: BorrowedFd<'_>) -> Result<OwnedFd> {
+    let clone = open_device()?;
+    crate::sys::join_connection(clone.as_fd(), device)
+        .map_err(|errno| Error::sys("clone the FUSE device", errno))?;
+    Ok(clone)
+}

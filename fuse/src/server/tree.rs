@@ -1,0 +1,207 @@
+//! What is served: a file tree that answers by node number, whatever the format of the image.
+
+use std::sync::Arc;
+
+use crate::archive::Archive;
+use crate::error::{Error, Result};
+use crate::ext::Ext;
+use crate::file::Piece;
+use crate::format::{InodeRef, Kind};
+
+/// A file of an image: a number of at most [`Place::BITS`] bits, which means the same file in every process that
+/// opens the image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Place(pub(crate) u64);
+
+impl Place {
+    pub(crate) const BITS: u32 = 50;
+
+    fn inode(self) -> InodeRef {
+        InodeRef::unpack(self.0)
+    }
+}
+
+impl From<InodeRef> for Place {
+    fn from(at: InodeRef) -> Place {
+        Place(at.pack())
+    }
+}
+
+/// What stat(2) shows of a file.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Stat {
+    pub(crate) kind: Kind,
+    /// Permission bits.
+    pub(crate) mode: u32,
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    /// Seconds and nanoseconds.
+    pub(crate) mtime: (i64, u32),
+    pub(crate) nlink: u32,
+    pub(crate) size: u64,
+    /// Units of 512 bytes.
+    pub(crate) blocks: u64,
+    pub(crate) rdev: u32,
+    pub(crate) number: u64,
+}
+
+/// A name in a directory.
+pub(crate) struct Entry<'a> {
+    pub(crate) name: &'a [u8],
+    pub(crate) at: Place,
+    pub(crate) number: u64,
+    pub(crate) kind: Kind,
+    /// Where to go on behind it.
+    pub(crate) next: u64,
+}
+
+/// What statfs(2) shows.
+pub(crate) struct Usage {
+    pub(crate) bytes: u64,
+    pub(crate) files: u64,
+    pub(crate) block_size: u32,
+}
+
+/// An image of either format.
+pub(crate) enum Tree {
+    Squashfs(Arc<Archive>),
+    Ext(Ext),
+}
+
+impl Tree {
+    pub(crate) fn root(&self) -> Place {
+        match self {
+            Tree::Squashfs(archive) => archive.root().into(),
+            Tree::Ext(ext) => ext.root(),
+        }
+    }
+
+    pub(crate) fn stat(&self, at: Place) -> Result<Stat> {
+        let archive = match self {
+            Tree::Squashfs(archive) => archive,
+            Tree::Ext(ext) => return ext.stat(at),
+        };
+        let inode = archive.inode(at.inode())?;
+        Ok(Stat {
+            kind: inode.kind,
+            mode: inode.mode,
+            uid: inode.uid,
+            gid: inode.gid,
+            mtime: (i64::from(inode.mtime), 0),
+            nlink: inode.nlink,
+            size: inode.size,
+            blocks: inode.blocks,
+            rdev: inode.rdev,
+            number: u64::from(inode.number),
+        })
+    }
+
+    pub(crate) fn lookup(&self, dir: Place, name: &[u8]) -> Result<Option<Place>> {
+        match self {
+            Tree::Squashfs(archive) => Ok(archive.lookup(dir.inode(), name)?.map(Place::from)),
+            Tree::Ext(ext) => ext.lookup(dir, name),
+        }
+    }
+
+    /// Calls `f` for each entry from the place `from` (0: the start) until it returns false.
+    pub(crate) fn list(
+        &self,
+        dir: Place,
+        from: u64,
+        f: &mut dyn FnMut(Entry<'_>) -> bool,
+    ) -> Result<()> {
+        match self {
+            Tree::Squashfs(archive) => archive.read_dir(dir.inode(), from, &mut |entry| {
+                f(Entry {
+                    name: entry.name,
+                    at: entry.inode.into(),
+                    number: u64::from(entry.number),
+                    kind: entry.kind,
+                    next: entry.next,
+                })
+            }),
+            Tree::Ext(ext) => ext.list(dir, from, f),
+        }
+    }
+
+    pub(crate) fn read_link(&self, at: Place) -> Result<Vec<u8>> {
+        match self {
+            Tree::Squashfs(archive) => archive.read_link(at.inode()),
+            Tree::Ext(ext) => ext.read_link(at),
+        }
+    }
+
+    /// Appends the pieces of at most `len` bytes at `offset`, fewer only at the end of the file. Returns the file's
+    /// size.
+    pub(crate) fn pieces(
+        &self,
+        at: Place,
+        offset: u64,
+        len: usize,
+        out: &mut Vec<Piece>,
+    ) -> Result<u64> {
+        match self {
+            Tree::Squashfs(archive) => Ok(archive.pieces(at.inode(), offset, len, out)?.size),
+            Tree::Ext(ext) => {
+                let (size, bytes) = ext.read(at, offset, len)?;
+                if !bytes.is_empty() {
+                    out.push(Piece::Bytes(bytes));
+                }
+                Ok(size)
+            }
+        }
+    }
+
+    /// Whether any file may have extended attributes.
+    pub(crate) fn has_xattrs(&self) -> bool {
+        match self {
+            Tree::Squashfs(archive) => archive.has_xattrs(),
+            Tree::Ext(_) => true,
+        }
+    }
+
+    pub(crate) fn xattr(&self, at: Place, name: &[u8]) -> Result<Option<Vec<u8>>> {
+        match self {
+            Tree::Squashfs(archive) => archive.xattr(at.inode(), name),
+            Tree::Ext(ext) => ext.xattr(at, name),
+        }
+    }
+
+    /// The names, each ended by NUL.
+    pub(crate) fn xattr_names(&self, at: Place) -> Result<Vec<u8>> {
+        match self {
+            Tree::Squashfs(archive) => archive.xattr_names(at.inode()),
+            Tree::Ext(ext) => ext.xattr_names(at),
+        }
+    }
+
+    pub(crate) fn usage(&self) -> Usage {
+        match self {
+            Tree::Squashfs(archive) => Usage {
+                bytes: archive.superblock().bytes_used,
+                files: u64::from(archive.superblock().inode_count),
+                block_size: archive.superblock().block_size,
+            },
+            Tree::Ext(ext) => Usage {
+                bytes: ext.len(),
+                files: 0,
+                block_size: 4096,
+            },
+        }
+    }
+
+    /// Forgets what is cached.
+    pub(crate) fn shrink(&self) {
+        if let Tree::Squashfs(archive) = self {
+            archive.shrink();
+        }
+    }
+
+    /// Decompresses the blocks of a file in advance.
+    pub(crate) fn prefetch(&self, at: Place, first: u64, count: u64) -> Result<()> {
+        match self {
+            Tree::Squashfs(archive) => archive.prefetch(at.inode(), first, count),
+            Tree::Ext(_) => Err(Error::WrongKind),
+        }
+    }
+}

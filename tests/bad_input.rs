@@ -1,0 +1,124 @@
+//! Bad images and impossible requests: one clear line, status 255, nothing left behind.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+
+use common::{Env, Output, write};
+
+fn exec(env: &Env, image: &str) -> Output {
+    env.run(["exec", image, "true"])
+}
+
+#[test]
+fn files_that_are_no_images_are_told_apart() {
+    let env = Env::new();
+    let at = |name: &str| env.path(name).to_str().unwrap().to_owned();
+    exec(&env, &at("missing.sif")).fatal(&["missing.sif", "no such file or directory"]);
+    write(&env.path("empty.sif"), "");
+    exec(&env, &at("empty.sif")).fatal(&["empty.sif", "empty"]);
+    write(&env.path("text.sif"), "just some text\n");
+    exec(&env, &at("text.sif")).fatal(&["text.sif", "image format not recognized"]);
+    write(&env.path("secret.sif"), "x");
+    fs::set_permissions(env.path("secret.sif"), fs::Permissions::from_mode(0o000)).unwrap();
+    exec(&env, &at("secret.sif")).fatal(&["secret.sif", "ermission"]);
+    exec(&env, "bogus://image").fatal(&["bogus"]);
+    exec(&env, "docker://alpine").fatal(&["docker://alpine"]);
+    exec(&env, "/dev/null").fatal(&["/dev/null"]);
+    assert!(env.servers().is_empty());
+}
+
+#[test]
+fn cut_images_say_how_much_is_missing() {
+    let env = Env::new();
+    let image = env.image();
+    let whole = fs::read(&image).unwrap();
+    for (keep, words) in [(40, "truncated"), (4096, "truncated"), (whole.len() / 2, "more bytes"), (whole.len() - 1, "1 more byte")] {
+        let path = env.path("cut.sif");
+        fs::write(&path, &whole[..keep]).unwrap();
+        let out = exec(&env, path.to_str().unwrap());
+        out.fatal(&["cut.sif"]);
+        assert!(out.stderr.contains(words) || keep < 5000, "{keep}: {out}");
+    }
+    env.assert_nothing_left();
+}
+
+#[test]
+fn compressor_that_is_not_supported_is_named() {
+    let env = Env::new();
+    let tree = env.path("small");
+    write(&tree.join("file"), &"text ".repeat(5000));
+    for compressor in ["lzo", "lzma"] {
+        let image = env.squashfs(&tree, &format!("{compressor}.squashfs"), &["-comp", compressor]);
+        exec(&env, image.to_str().unwrap()).fatal(&[compressor, "gzip"]);
+    }
+}
+
+#[test]
+fn other_architecture_is_an_error_that_names_both() {
+    let env = Env::new();
+    let image = env.image();
+    let mut bytes = fs::read(&image).unwrap();
+    // The architecture of the partition stands in its descriptor's `extra` field, as in the header at byte 42.
+    let arm64 = b"04\0";
+    let host = bytes[42..45].to_vec();
+    assert_ne!(host, arm64);
+    bytes[42..45].copy_from_slice(arm64);
+    for i in 0..bytes.len().min(32768).saturating_sub(3) {
+        if i > 4096 && bytes[i..i + 3] == host[..] {
+            bytes[i..i + 3].copy_from_slice(arm64);
+        }
+    }
+    let path = env.path("arm64.sif");
+    fs::write(&path, bytes).unwrap();
+    exec(&env, path.to_str().unwrap()).fatal(&["arm64", "amd64"]);
+}
+
+#[test]
+fn usage_errors_end_with_one() {
+    let env = Env::new();
+    let out = env.run(["exec", "only-image.sif"]);
+    assert_eq!(out.status, 1);
+    assert!(out.stderr.contains("Error for command \"exec\": requires at least 2 arg(s), only received 1"), "{out}");
+    let out = env.run(["exec", "--no-such-flag", "x", "y"]);
+    assert!(out.status == 1 && out.stderr.contains("unknown flag: --no-such-flag"), "{out}");
+    let out = env.run(["nosuch"]);
+    assert!(out.status == 1 && out.stderr.contains("unknown command \"nosuch\""), "{out}");
+    let none: [&str; 0] = [];
+    assert_eq!(env.run(none).status, 1);
+}
+
+#[test]
+fn control_bytes_of_names_do_not_reach_the_terminal() {
+    let env = Env::new();
+    let out = exec(&env, "\x1b[31mred\n.sif");
+    out.fatal(&["red"]);
+    assert!(!out.stderr.contains('\x1b'), "{out}");
+}
+
+#[test]
+fn damaged_blocks_give_an_error_to_the_reader_and_nothing_else() {
+    let env = Env::new();
+    let tree = env.tree("tree");
+    let numbers: String = (0..60_000u64).map(|i| format!("{}\n", i.wrapping_mul(6_364_136_223_846_793_005) >> 40)).collect();
+    write(&tree.join("opt/big"), &numbers);
+    let image = env.sif_with(&tree, "image.sif", &["-comp", "gzip", "-no-fragments"]);
+    let mut bytes = fs::read(&image).unwrap();
+    let start = bytes.windows(4).position(|w| w == b"hsqs").unwrap();
+    // Byte 64 of the superblock: where the inode table begins, behind all data. The last large file lies just before.
+    let inodes = start + usize::try_from(u64::from_le_bytes(bytes[start + 64..start + 72].try_into().unwrap())).unwrap();
+    for byte in &mut bytes[inodes - 20_000..inodes - 19_000] {
+        *byte = !*byte;
+    }
+    let path = env.path("damaged.sif");
+    fs::write(&path, &bytes).unwrap();
+    for _ in 0..3 {
+        let out = env.run(["exec", path.to_str().unwrap(), "cat", "/opt/big"]);
+        assert_eq!(out.status, 1, "{}", out.stderr);
+        assert!(out.stderr.contains("Input/output error") || out.stderr.contains("I/O error"), "{}", out.stderr);
+        assert!(numbers.starts_with(&out.stdout), "no wrong bytes");
+        assert_eq!(env.run(["exec", path.to_str().unwrap(), "cat", "/opt/hello.txt"]).ok(), "hello");
+    }
+    env.assert_nothing_left();
+}

@@ -1,0 +1,81 @@
+//! Who may use whom. The arrows here are the architecture; a new one is a decision, made in this list.
+
+use std::fs;
+use std::path::Path;
+
+/// Each module of the program, and the modules that it may use.
+const ARROWS: &[(&str, &[&str])] = &[
+    ("cmd", &["build", "engine", "exit", "gpu", "host", "image", "metadir", "plan", "say", "sif"]),
+    ("build", &["image", "metadir", "sif"]),
+    ("plan", &["host", "image", "metadir", "shell"]),
+    ("engine", &["exit", "image", "metadir", "plan", "say", "shell"]),
+    ("image", &["metadir", "sif"]),
+    ("gpu", &[]),
+    ("host", &[]),
+    ("metadir", &[]),
+    ("say", &[]),
+    ("shell", &[]),
+    ("sif", &[]),
+    ("exit", &[]),
+];
+
+/// Where nothing may touch the machine.
+const PURE: &[&str] = &["plan", "shell"];
+const EFFECTS: &[&str] = &["std::fs", "std::env", "std::process", "std::time", "nix::", "libc::", "rustix::"];
+
+fn sources(path: &Path, found: &mut Vec<(String, String)>) {
+    if path.is_dir() {
+        for entry in fs::read_dir(path).expect("src").flatten() {
+            sources(&entry.path(), found);
+        }
+    } else if path.extension().is_some_and(|e| e == "rs") {
+        let text = fs::read_to_string(path).expect("a source file");
+        // Tests may use what they like.
+        let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default().to_owned();
+        found.push((path.display().to_string(), code));
+    }
+}
+
+fn each(check: &mut dyn FnMut(&str, &str, &str)) {
+    let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    for (module, _) in ARROWS {
+        let mut found = Vec::new();
+        let directory = src.join(module);
+        sources(&if directory.is_dir() { directory } else { src.join(format!("{module}.rs")) }, &mut found);
+        assert!(!found.is_empty(), "no module {module}");
+        for (path, code) in found.iter().filter(|(path, _)| !path.ends_with("/tests.rs")) {
+            check(module, path, code);
+        }
+    }
+}
+
+#[test]
+fn modules_use_only_what_they_may() {
+    each(&mut |module, path, code| {
+        let allowed = ARROWS.iter().find(|(m, _)| *m == module).expect("listed").1;
+        for (at, _) in code.match_indices("crate::") {
+            let name: String = code[at + 7..].chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+            let known = ARROWS.iter().any(|(m, _)| *m == name);
+            assert!(!known || name == module || allowed.contains(&name.as_str()), "{path} uses crate::{name}");
+        }
+    });
+}
+
+#[test]
+fn planning_touches_nothing() {
+    each(&mut |module, path, code| {
+        if PURE.contains(&module) {
+            for effect in EFFECTS {
+                assert!(!code.contains(effect), "{path} uses {effect}");
+            }
+        }
+    });
+}
+
+#[test]
+fn unsafe_code_is_in_one_file() {
+    each(&mut |_, path, code| {
+        let excused = path.ends_with("engine/sys.rs");
+        assert!(excused || !code.contains("unsafe {"), "{path} has unsafe code");
+    });
+}
