@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::data::Data;
 use crate::decompress::{Codec, OPTIONS_END};
-use crate::dir::{Directories, DirEntry};
+use crate::dir::{DirEntry, Directories};
 use crate::error::{Error, Result};
 use crate::file::{Files, Piece};
 use crate::format::{InodeRef, Superblock};
@@ -58,11 +58,9 @@ impl Archive {
         let codec = Codec::new(&superblock, &start)?;
         let meta = Meta::new(source.clone(), codec, end);
         let fragments = match superblock.fragment_table {
-            Some(at) if superblock.fragment_count > 0 => Some(Table::open(
-                at,
-                u64::from(superblock.fragment_count),
-                end,
-            )?),
+            Some(at) if superblock.fragment_count > 0 => {
+                Some(Table::open(at, u64::from(superblock.fragment_count), end)?)
+            }
             _ => None,
         };
         let xattrs = superblock

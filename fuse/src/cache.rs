@@ -86,7 +86,12 @@ enum Found<V> {
 impl<K: Copy + Eq + Hash, V: Weigh> Cache<K, V> {
     /// A cache of at most `max_bytes` over `shards` locks.
     pub(crate) fn new(max_bytes: usize, shards: usize) -> Cache<K, V> {
-        let shard = || Shard { slots: PositionMap::default(), ring: Vec::new(), hand: 0, bytes: 0 };
+        let shard = || Shard {
+            slots: PositionMap::default(),
+            ring: Vec::new(),
+            hand: 0,
+            bytes: 0,
+        };
         let shards = shards.max(1);
         Cache {
             shards: (0..shards).map(|_| Mutex::new(shard())).collect(),
@@ -97,11 +102,18 @@ impl<K: Copy + Eq + Hash, V: Weigh> Cache<K, V> {
     /// The value of `key`, made by `load` if it is neither there nor being made.
     pub(crate) fn get_or_load(&self, key: K, load: impl FnOnce() -> Result<V>) -> Result<Arc<V>> {
         let shard = self.shard(&key);
-        match find(&mut lock(shard), key) {
+        // Not in the `match`: the lock would be held to its end.
+        let found = find(&mut lock(shard), key);
+        match found {
             Found::Value(value) => Ok(value),
             Found::Wait(flight) => flight.wait(),
             Found::Claimed(flight) => {
-                let mut claim = Claim { cache: self, key, flight, done: false };
+                let mut claim = Claim {
+                    cache: self,
+                    key,
+                    flight,
+                    done: false,
+                };
                 let outcome = load().map(Arc::new);
                 claim.settle(outcome.clone());
                 outcome
@@ -118,7 +130,9 @@ impl<K: Copy + Eq + Hash, V: Weigh> Cache<K, V> {
     pub(crate) fn clear(&self) {
         for shard in &self.shards {
             let mut shard = lock(shard);
-            shard.slots.retain(|_, slot| matches!(slot, Slot::Loading(_)));
+            shard
+                .slots
+                .retain(|_, slot| matches!(slot, Slot::Loading(_)));
             shard.slots.shrink_to_fit();
             shard.ring = Vec::new();
             shard.hand = 0;
@@ -150,7 +164,10 @@ fn find<K: Copy + Eq + Hash, V>(shard: &mut Shard<K, V>, key: K) -> Found<V> {
         }
         Some(Slot::Loading(flight)) => Found::Wait(flight.clone()),
         None => {
-            let flight = Arc::new(Flight { outcome: Mutex::new(None), landed: Condvar::new() });
+            let flight = Arc::new(Flight {
+                outcome: Mutex::new(None),
+                landed: Condvar::new(),
+            });
             shard.slots.insert(key, Slot::Loading(flight.clone()));
             Found::Claimed(flight)
         }
@@ -164,7 +181,11 @@ impl<K: Copy + Eq + Hash, V: Weigh> Shard<K, V> {
             self.evict_one();
         }
         self.slots.insert(key, Slot::Ready(self.ring.len()));
-        self.ring.push(Entry { key, value, used: AtomicBool::new(false) });
+        self.ring.push(Entry {
+            key,
+            value,
+            used: AtomicBool::new(false),
+        });
         self.bytes += weight;
     }
 
@@ -194,7 +215,10 @@ impl<V> Flight<V> {
             if let Some(outcome) = &*outcome {
                 return outcome.clone();
             }
-            outcome = self.landed.wait(outcome).unwrap_or_else(PoisonError::into_inner);
+            outcome = self
+                .landed
+                .wait(outcome)
+                .unwrap_or_else(PoisonError::into_inner);
         }
     }
 }

@@ -62,7 +62,10 @@ pub(crate) struct BlockKey {
 
 impl BlockKey {
     pub(crate) fn new(position: u64, size: BlockSize) -> BlockKey {
-        BlockKey { position, word: size.word() }
+        BlockKey {
+            position,
+            word: size.word(),
+        }
     }
 }
 
@@ -76,8 +79,17 @@ pub(crate) struct Data {
 }
 
 impl Data {
-    pub(crate) fn new(source: Arc<Source>, codec: Codec, block_size: u32, cache_bytes: usize) -> Data {
-        let cache_bytes = if cache_bytes == 0 { DATA_CACHE_BYTES } else { cache_bytes };
+    pub(crate) fn new(
+        source: Arc<Source>,
+        codec: Codec,
+        block_size: u32,
+        cache_bytes: usize,
+    ) -> Data {
+        let cache_bytes = if cache_bytes == 0 {
+            DATA_CACHE_BYTES
+        } else {
+            cache_bytes
+        };
         Data {
             source,
             codec,
@@ -89,7 +101,8 @@ impl Data {
 
     /// The block at `position`. It is never empty and at most one block size long.
     pub(crate) fn block(&self, position: u64, size: BlockSize) -> Result<Arc<Block>> {
-        self.blocks.get_or_load(BlockKey::new(position, size), || self.load(position, size))
+        self.blocks
+            .get_or_load(BlockKey::new(position, size), || self.load(position, size))
     }
 
     /// Whether the block is there or under way.
@@ -107,20 +120,36 @@ impl Data {
         let stored_len = size.stored_len();
         if size.is_compressed() {
             let mut stored = self.buffer();
-            let stored = Block { len: stored_len, buffer: std::mem::take(&mut stored), spares: self.spares.clone() };
+            let stored = Block {
+                len: stored_len,
+                buffer: std::mem::take(&mut stored),
+                spares: self.spares.clone(),
+            };
             return self.load_compressed(position, stored);
         }
-        let mut block = Block { buffer: self.buffer(), len: stored_len, spares: self.spares.clone() };
-        self.source.read_exact(position, &mut block.buffer[..stored_len])?;
+        let mut block = Block {
+            buffer: self.buffer(),
+            len: stored_len,
+            spares: self.spares.clone(),
+        };
+        self.source
+            .read_exact(position, &mut block.buffer[..stored_len])?;
         Ok(block)
     }
 
     /// `stored` only lends its buffer for the compressed bytes.
     fn load_compressed(&self, position: u64, mut stored: Block) -> Result<Block> {
         let len = stored.len;
-        self.source.read_exact(position, &mut stored.buffer[..len])?;
-        let mut block = Block { buffer: self.buffer(), len: 0, spares: self.spares.clone() };
-        block.len = self.codec.decompress(&stored.buffer[..len], &mut block.buffer)?;
+        self.source
+            .read_exact(position, &mut stored.buffer[..len])?;
+        let mut block = Block {
+            buffer: self.buffer(),
+            len: 0,
+            spares: self.spares.clone(),
+        };
+        block.len = self
+            .codec
+            .decompress(&stored.buffer[..len], &mut block.buffer)?;
         if block.len == 0 {
             return Err(Error::Damaged("data block length"));
         }
@@ -129,6 +158,8 @@ impl Data {
 
     /// A buffer of one block size, with any content.
     fn buffer(&self) -> Vec<u8> {
-        lock(&self.spares.0).pop().unwrap_or_else(|| vec![0; self.block_size])
+        lock(&self.spares.0)
+            .pop()
+            .unwrap_or_else(|| vec![0; self.block_size])
     }
 }

@@ -2,16 +2,14 @@
 //!
 //! gzip goes to libdeflate, which is about twice as fast as zlib; zstd to the reference library with one
 //! context per thread; xz to liblzma with a memory limit, since a hostile stream may ask for a
-//! dictionary of 4 GiB; lz4 and the compressor options to `backhand`. The output never grows: a block
+//! dictionary of 4 GiB; lz4 to `lz4_flex`; the compressor options are read by `backhand`. The output never grows: a block
 //! that does not fit is damaged.
 
 use std::cell::RefCell;
 use std::io::Cursor;
 
 use backhand::Squashfs;
-use backhand::compression::{
-    CompressionAction, CompressionOptions, Compressor as BackhandCompressor, DefaultCompressor,
-};
+use backhand::compression::CompressionOptions;
 use backhand::kind::{Kind, LE_V4_0};
 use liblzma::stream::{Action, Status, Stream};
 
@@ -36,8 +34,6 @@ pub(crate) struct Codec {
 struct Contexts {
     deflate: Option<libdeflater::Decompressor>,
     zstd: Option<zstd::bulk::Decompressor<'static>>,
-    /// Output of the one decompressor that wants a `Vec` of its own.
-    spare: Vec<u8>,
 }
 
 thread_local! {
@@ -60,7 +56,10 @@ impl Codec {
         }
         // The writer's own limit is the block size; the kernel has the same bound.
         let dictionary = u64::from(dictionary.min(1 << 21));
-        Ok(Codec { compressor: superblock.compressor, xz_memory_bytes: dictionary + XZ_OVERHEAD_BYTES })
+        Ok(Codec {
+            compressor: superblock.compressor,
+            xz_memory_bytes: dictionary + XZ_OVERHEAD_BYTES,
+        })
     }
 
     /// Fills the front of `out` and returns how many bytes.
@@ -69,7 +68,7 @@ impl Codec {
             Compressor::Gzip => gzip(contexts, input, out),
             Compressor::Zstd => zstd(contexts, input, out),
             Compressor::Xz => xz(self.xz_memory_bytes, input, out),
-            Compressor::Lz4 => lz4(contexts, input, out),
+            Compressor::Lz4 => lz4(input, out),
         })
     }
 }
@@ -77,7 +76,9 @@ impl Codec {
 fn options(start: &[u8]) -> Result<Option<CompressionOptions>> {
     let kind = Kind::from_const(LE_V4_0).map_err(|_| Error::Damaged("compressor options"))?;
     // The kernel takes options only from a stored block.
-    let stored = start.get(Superblock::LEN + 1).is_some_and(|high| high & 0x80 != 0);
+    let stored = start
+        .get(Superblock::LEN + 1)
+        .is_some_and(|high| high & 0x80 != 0);
     if !stored {
         return Err(Error::Damaged("compressor options"));
     }
@@ -100,27 +101,25 @@ fn zstd(contexts: &mut Contexts, input: &[u8], out: &mut [u8]) -> Result<usize> 
         contexts.zstd = Some(context);
     }
     let context = contexts.zstd.as_mut().ok_or(Error::Damaged("zstd data"))?;
-    context.decompress_to_buffer(input, out).map_err(|_| Error::Damaged("zstd data"))
+    context
+        .decompress_to_buffer(input, out)
+        .map_err(|_| Error::Damaged("zstd data"))
 }
 
 fn xz(memory_bytes: u64, input: &[u8], out: &mut [u8]) -> Result<usize> {
     let damaged = |_| Error::Damaged("xz data");
     let mut stream = Stream::new_stream_decoder(memory_bytes, 0).map_err(damaged)?;
-    let status = stream.process(input, out, Action::Finish).map_err(damaged)?;
+    let status = stream
+        .process(input, out, Action::Finish)
+        .map_err(damaged)?;
     match status {
-        Status::StreamEnd => usize::try_from(stream.total_out()).map_err(|_| Error::Damaged("xz data")),
+        Status::StreamEnd => {
+            usize::try_from(stream.total_out()).map_err(|_| Error::Damaged("xz data"))
+        }
         _ => Err(Error::Damaged("xz data")),
     }
 }
 
-fn lz4(contexts: &mut Contexts, input: &[u8], out: &mut [u8]) -> Result<usize> {
-    let spare = &mut contexts.spare;
-    spare.clear();
-    spare.reserve_exact(out.len());
-    DefaultCompressor
-        .decompress(input, spare, BackhandCompressor::Lz4)
-        .map_err(|_| Error::Damaged("lz4 data"))?;
-    let target = out.get_mut(..spare.len()).ok_or(Error::Damaged("lz4 data"))?;
-    target.copy_from_slice(spare);
-    Ok(spare.len())
+fn lz4(input: &[u8], out: &mut [u8]) -> Result<usize> {
+    lz4_flex::block::decompress_into(input, out).map_err(|_| Error::Damaged("lz4 data"))
 }

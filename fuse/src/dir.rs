@@ -82,7 +82,9 @@ impl Directories<'_> {
         let stop = self.jump(listing, wanted, &mut walk)?;
         let mut name = [0; NAME_MAX];
         while !(walk.left == 0 && walk.done >= stop) {
-            let Some(entry) = walk.next(&mut name)? else { break };
+            let Some(entry) = walk.next(&mut name)? else {
+                break;
+            };
             if entry.name == wanted {
                 return Ok(Some((entry.inode, entry.kind)));
             }
@@ -136,7 +138,10 @@ struct Walk<'a> {
 impl<'a> Walk<'a> {
     fn start(dirs: Directories<'a>, this: InodeRef, listing: &Listing) -> Walk<'a> {
         let block = dirs.table + u64::from(listing.block);
-        let position = MetaPos { block, offset: usize::from(listing.offset) };
+        let position = MetaPos {
+            block,
+            offset: usize::from(listing.offset),
+        };
         Walk {
             cursor: Cursor::new(dirs.meta, position, dirs.end),
             this,
@@ -155,14 +160,20 @@ impl<'a> Walk<'a> {
         if let Some((block, listing_offset)) = indexed {
             let offset = (u64::from(listing_offset) + u64::from(listing.offset)) % 8192;
             let block = dirs.table + u64::from(block);
-            self.cursor.seek(MetaPos { block, offset: offset as usize });
+            self.cursor.seek(MetaPos {
+                block,
+                offset: offset as usize,
+            });
             self.done = listing_offset;
         }
     }
 
     /// Accounts for bytes of the listing that are about to be read.
     fn advance(&mut self, count: usize) -> Result<()> {
-        let done = self.done.checked_add(count as u32).filter(|done| *done <= self.len);
+        let done = self
+            .done
+            .checked_add(count as u32)
+            .filter(|done| *done <= self.len);
         self.done = done.ok_or(Error::Damaged("directory: it is cut off"))?;
         Ok(())
     }
@@ -196,7 +207,9 @@ impl<'a> Walk<'a> {
         Ok(Some(DirEntry {
             name,
             inode,
-            number: self.number_base.wrapping_add_signed(i32::from(head.number_delta)),
+            number: self
+                .number_base
+                .wrapping_add_signed(i32::from(head.number_delta)),
             kind,
             next: self.cookie(),
         }))

@@ -77,12 +77,18 @@ pub enum Error {
 impl Error {
     /// The error of the last system call that returned `error`.
     pub(crate) fn os(what: &'static str, error: &std::io::Error) -> Error {
-        Error::Os { what, errno: error.raw_os_error().unwrap_or(libc::EIO) }
+        Error::Os {
+            what,
+            errno: error.raw_os_error().unwrap_or(libc::EIO),
+        }
     }
 
     /// The error of a rustix call.
     pub(crate) fn sys(what: &'static str, errno: rustix::io::Errno) -> Error {
-        Error::Os { what, errno: errno.raw_os_error() }
+        Error::Os {
+            what,
+            errno: errno.raw_os_error(),
+        }
     }
 
     /// What a program that meets this error through the mount is told.
@@ -115,13 +121,20 @@ impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Error::Os { what, errno } => {
-                write!(f, "cannot {what}: {}", std::io::Error::from_raw_os_error(*errno))
+                write!(
+                    f,
+                    "cannot {what}: {}",
+                    std::io::Error::from_raw_os_error(*errno)
+                )
             }
             Error::Fuse(text) => f.write_str(text),
             Error::Mount { text, .. } => write!(f, "cannot mount through FUSE: {text}"),
             Error::NotSquashfs => f.write_str("no squashfs image: the superblock is missing"),
             Error::Version { major, minor } => {
-                write!(f, "squashfs version {major}.{minor} is not supported, only 4.0 is")
+                write!(
+                    f,
+                    "squashfs version {major}.{minor} is not supported, only 4.0 is"
+                )
             }
             Error::Compressor(name) => write!(
                 f,
@@ -144,7 +157,10 @@ impl fmt::Display for Error {
             }
             Error::BadPath(path) => write!(f, "{path:?} is not an absolute path without \"..\""),
             Error::NoDirectoryAt(path) => {
-                write!(f, "cannot make {path:?} in the image: something on its way is not a directory")
+                write!(
+                    f,
+                    "cannot make {path:?} in the image: something on its way is not a directory"
+                )
             }
             Error::TooManyViews => f.write_str("too many different sets of mount points"),
             Error::Ext(text) => write!(f, "cannot read the ext image: {text}"),

@@ -52,7 +52,11 @@ impl Ext {
         let is_there = ext4
             .symlink_metadata(top.as_str())
             .is_ok_and(|stat| stat.is_dir());
-        let top = if is_there && top != "/" { top } else { String::new() };
+        let top = if is_there && top != "/" {
+            top
+        } else {
+            String::new()
+        };
         Ok(Ext {
             source,
             top: top.into_bytes(),
@@ -78,7 +82,8 @@ impl Ext {
         let name = name.to_vec();
         self.ask(move |reader| {
             let names = reader.listing(dir)?;
-            Ok(names.iter().find(|n| n.shown == name).map(|n| n.at))
+            let found = names.binary_search_by(|n| n.shown.cmp(&name));
+            Ok(found.ok().map(|index| names[index].at))
         })
     }
 
@@ -108,7 +113,10 @@ impl Ext {
     pub(crate) fn read_link(&self, at: Place) -> Result<Vec<u8>> {
         self.ask(move |reader| {
             let path = reader.path(at)?;
-            let target = reader.ext4.read_link(path.real.as_slice()).map_err(refused)?;
+            let target = reader
+                .ext4
+                .read_link(path.real.as_slice())
+                .map_err(refused)?;
             let target: &[u8] = target.as_ref();
             if target.len() > TARGET_MAX {
                 return Err(Error::Damaged("symlink length"));
@@ -133,7 +141,11 @@ impl Ext {
     /// The names, each ended by NUL.
     pub(crate) fn xattr_names(&self, at: Place) -> Result<Vec<u8>> {
         let opaque = self.ask(move |reader| reader.is_opaque(at))?;
-        Ok(if opaque { [OPAQUE, b"\0"].concat() } else { Vec::new() })
+        Ok(if opaque {
+            [OPAQUE, b"\0"].concat()
+        } else {
+            Vec::new()
+        })
     }
 
     /// Has the reader's thread do something, and waits for it.
@@ -173,7 +185,9 @@ impl Ext {
                 }
             }
         };
-        thread.spawn(run).map_err(|e| Error::os("start a thread", &e))?;
+        thread
+            .spawn(run)
+            .map_err(|e| Error::os("start a thread", &e))?;
         open.recv().unwrap_or(Err(Error::Panicked))?;
         *jobs = Some(sender.clone());
         Ok(sender)
@@ -213,7 +227,7 @@ fn number(path: &[u8]) -> Place {
     Place(hash.finish() >> (64 - Place::BITS))
 }
 
-/// A name in a directory, as it is shown.
+/// A name in a directory, as it is shown; a listing is sorted by it.
 struct Name {
     shown: Vec<u8>,
     at: Place,
@@ -267,7 +281,10 @@ impl Reader {
             return Ok(path.clone());
         }
         self.search(at)?;
-        self.known.get(&at).cloned().ok_or(Error::Damaged("node number"))
+        self.known
+            .get(&at)
+            .cloned()
+            .ok_or(Error::Damaged("node number"))
     }
 
     /// Walks the tree until `wanted` is known.
@@ -275,7 +292,9 @@ impl Reader {
         let mut open = vec![number(&self.top)];
         while let Some(dir) = open.pop() {
             // What is damaged elsewhere does not matter here.
-            let Ok(names) = self.listing(dir) else { continue };
+            let Ok(names) = self.listing(dir) else {
+                continue;
+            };
             if self.known.contains_key(&wanted) {
                 return Ok(());
             }
@@ -307,12 +326,24 @@ impl Reader {
                 Some(_) => Kind::CharDevice,
                 None => kind(entry.file_type().map_err(refused)?),
             };
-            names.push(Name { shown: hidden.unwrap_or(raw).to_vec(), at, kind });
-            paths.push((at, Path { real, is_whiteout: hidden.is_some() }));
+            names.push(Name {
+                shown: hidden.unwrap_or(raw).to_vec(),
+                at,
+                kind,
+            });
+            paths.push((
+                at,
+                Path {
+                    real,
+                    is_whiteout: hidden.is_some(),
+                },
+            ));
         }
         self.remember(paths)?;
         // A file that is there again hides its own whiteout.
-        names.sort_by(|a, b| (&a.shown, a.kind == Kind::CharDevice).cmp(&(&b.shown, b.kind == Kind::CharDevice)));
+        names.sort_by(|a, b| {
+            (&a.shown, a.kind == Kind::CharDevice).cmp(&(&b.shown, b.kind == Kind::CharDevice))
+        });
         names.dedup_by(|a, b| a.shown == b.shown);
         let names = Arc::new(names);
         self.listing = Some((dir, names.clone()));
@@ -341,9 +372,17 @@ impl Reader {
 
     fn stat(&mut self, at: Place) -> Result<Stat> {
         let path = self.path(at)?;
-        let real = if path.real.is_empty() { b"/" } else { path.real.as_slice() };
+        let real = if path.real.is_empty() {
+            b"/"
+        } else {
+            path.real.as_slice()
+        };
         let found = self.ext4.symlink_metadata(real).map_err(refused)?;
-        let kind = if path.is_whiteout { Kind::CharDevice } else { kind(found.file_type()) };
+        let kind = if path.is_whiteout {
+            Kind::CharDevice
+        } else {
+            kind(found.file_type())
+        };
         let is_device = matches!(kind, Kind::CharDevice | Kind::BlockDevice);
         let size = if is_device { 0 } else { found.len() };
         let mtime = found.modified();

@@ -98,7 +98,12 @@ impl Files {
         fragments: Option<Table<{ FragmentEntry::LEN }>>,
         lists_end: u64,
     ) -> Files {
-        Files { block_log2, fragments, lists_end, indexes: Cache::new(INDEX_CACHE_BYTES, 1) }
+        Files {
+            block_log2,
+            fragments,
+            lists_end,
+            indexes: Cache::new(INDEX_CACHE_BYTES, 1),
+        }
     }
 
     /// Forgets what is cached.
@@ -132,13 +137,17 @@ impl Files {
         while offset < end {
             let number = offset >> self.block_log2;
             let start = (offset & (self.block_size() - 1)) as usize;
-            let block_len = self.block_size().min(content.size - (number << self.block_log2)) as usize;
+            let block_len =
+                self.block_size()
+                    .min(content.size - (number << self.block_log2)) as usize;
             let take = (block_len - start).min((end - offset) as usize);
             if number < count {
                 if walk.is_none() {
                     walk = Some(self.walk(meta, at, content, number)?);
                 }
-                let Some(walk) = walk.as_mut() else { return Err(Error::Damaged("block list")) };
+                let Some(walk) = walk.as_mut() else {
+                    return Err(Error::Damaged("block list"));
+                };
                 out.push(read_extent(data, walk.next()?, block_len, start, take)?);
             } else {
                 out.push(self.read_fragment((meta, data), content, block_len, start, take)?);
@@ -179,10 +188,17 @@ impl Files {
         let entry = FragmentEntry::decode(&raw, 1 << self.block_log2)?;
         let block = data.block(entry.start, entry.size)?;
         let offset = offset as usize;
-        if offset.checked_add(tail_len).is_none_or(|end| end > block.len()) {
+        if offset
+            .checked_add(tail_len)
+            .is_none_or(|end| end > block.len())
+        {
             return Err(Error::Damaged("fragment offset"));
         }
-        Ok(Piece::Block { block, start: offset + start, len: take })
+        Ok(Piece::Block {
+            block,
+            start: offset + start,
+            len: take,
+        })
     }
 
     /// A walk along the block list that stands before block `number`.
@@ -205,7 +221,10 @@ impl Files {
         }
         let index = self.indexes.get_or_load(at, || {
             let stride = count.div_ceil(POINTS_MAX).max(POINT_BLOCKS);
-            Ok(Index { stride, points: Mutex::default() })
+            Ok(Index {
+                stride,
+                points: Mutex::default(),
+            })
         })?;
         walk.pass_with(&index, number)?;
         Ok(walk)
@@ -253,7 +272,10 @@ impl ListWalk<'_> {
         }
         while at < wanted {
             self.pass(index.stride)?;
-            let point = Point { list: self.cursor.position(), position: self.position };
+            let point = Point {
+                list: self.cursor.position(),
+                position: self.position,
+            };
             let mut points = lock(&index.points);
             if points.len() == at {
                 points.push(point);
@@ -278,5 +300,9 @@ fn read_extent(
     if block.len() != block_len {
         return Err(Error::Damaged("data block length"));
     }
-    Ok(Piece::Block { block, start, len: take })
+    Ok(Piece::Block {
+        block,
+        start,
+        len: take,
+    })
 }

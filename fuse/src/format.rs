@@ -142,7 +142,10 @@ impl InodeRef {
 
     /// Inverse of [`InodeRef::pack`].
     pub(crate) fn unpack(packed: u64) -> InodeRef {
-        InodeRef { block: (packed >> 13) as u32, offset: (packed & 0x1fff) as u16 }
+        InodeRef {
+            block: (packed >> 13) as u32,
+            offset: (packed & 0x1fff) as u16,
+        }
     }
 }
 
@@ -176,9 +179,14 @@ pub struct Superblock {
 }
 
 impl Superblock {
-    pub(crate) const LEN: usize = 96;
+    /// Bytes of the superblock.
+    pub const LEN: usize = 96;
 
-    pub(crate) fn decode(raw: &[u8; Self::LEN]) -> Result<Superblock> {
+    /// Reads and checks the first bytes of an image.
+    ///
+    /// # Errors
+    /// When they are no superblock of squashfs 4.0, or name a compressor that is not supported.
+    pub fn decode(raw: &[u8; Self::LEN]) -> Result<Superblock> {
         let mut f = Fields::new(raw);
         if f.u32() != MAGIC {
             return Err(Error::NotSquashfs);
@@ -274,7 +282,10 @@ impl MetadataHeader {
         if stored_len == 0 || stored_len > METADATA_SIZE {
             return Err(Error::Damaged("metadata block length"));
         }
-        Ok(MetadataHeader { stored_len, compressed: word & METADATA_STORED == 0 })
+        Ok(MetadataHeader {
+            stored_len,
+            compressed: word & METADATA_STORED == 0,
+        })
     }
 }
 
@@ -436,14 +447,32 @@ impl DirTail {
         let mut f = Fields::new(raw);
         let (block, nlink) = (f.u32(), f.u32());
         let (size, offset, parent) = (u32::from(f.u16()), f.u16(), f.u32());
-        DirTail { block, offset, size, nlink, parent, index_count: 0, xattr: None }.checked()
+        DirTail {
+            block,
+            offset,
+            size,
+            nlink,
+            parent,
+            index_count: 0,
+            xattr: None,
+        }
+        .checked()
     }
 
     pub(crate) fn decode_extended(raw: &[u8; Self::EXTENDED]) -> Result<DirTail> {
         let mut f = Fields::new(raw);
         let (nlink, size, block, parent) = (f.u32(), f.u32(), f.u32(), f.u32());
         let (index_count, offset, xattr) = (f.u16(), f.u16(), xattr_id(f.u32()));
-        DirTail { block, offset, size, nlink, parent, index_count, xattr }.checked()
+        DirTail {
+            block,
+            offset,
+            size,
+            nlink,
+            parent,
+            index_count,
+            xattr,
+        }
+        .checked()
     }
 
     fn checked(self) -> Result<DirTail> {
@@ -526,7 +555,11 @@ impl DirHeader {
         if count >= DIR_RUN {
             return Err(Error::Damaged("directory header"));
         }
-        Ok(DirHeader { count: count + 1, inode_block: f.u32(), number_base: f.u32() })
+        Ok(DirHeader {
+            count: count + 1,
+            inode_block: f.u32(),
+            number_base: f.u32(),
+        })
     }
 }
 
@@ -574,6 +607,10 @@ impl DirIndexHead {
         if len as usize >= NAME_MAX {
             return Err(Error::Damaged("name length in a directory index"));
         }
-        Ok(DirIndexHead { listing_offset, block, name_len: len as usize + 1 })
+        Ok(DirIndexHead {
+            listing_offset,
+            block,
+            name_len: len as usize + 1,
+        })
     }
 }

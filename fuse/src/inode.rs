@@ -71,7 +71,10 @@ pub(crate) struct Content {
 impl Inode {
     /// `(major, minor)` of a device.
     pub fn device(&self) -> (u32, u32) {
-        ((self.rdev >> 8) & 0xfff, (self.rdev & 0xff) | ((self.rdev >> 12) & 0xfff00))
+        (
+            (self.rdev >> 8) & 0xfff,
+            (self.rdev & 0xff) | ((self.rdev >> 12) & 0xfff00),
+        )
     }
 
     /// Reads the inode at the cursor. `uid` and `gid` are left 0: they are indexes into a table.
@@ -161,7 +164,10 @@ impl Inode {
             return Err(Error::Damaged("symlink length"));
         }
         self.size = u64::from(len);
-        self.body = Body::Symlink { at: cursor.position(), len: len as usize };
+        self.body = Body::Symlink {
+            at: cursor.position(),
+            len: len as usize,
+        };
         if extended {
             cursor.skip(u64::from(len))?;
             self.read_xattr(cursor, true)?;
@@ -194,5 +200,8 @@ impl Inode {
 
 /// Where an inode is, in a table that begins at `table`.
 pub(crate) fn place(table: u64, at: InodeRef) -> MetaPos {
-    MetaPos { block: table + at.block(), offset: at.offset() }
+    MetaPos {
+        block: table + at.block(),
+        offset: at.offset(),
+    }
 }

@@ -43,7 +43,9 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments> {
                 for option in options.split(',') {
                     let number = option.strip_prefix("offset=");
                     let number = number.ok_or(format!("unknown option {option:?}"))?;
-                    offset_bytes = number.parse().map_err(|_| format!("bad offset {number:?}"))?;
+                    offset_bytes = number
+                        .parse()
+                        .map_err(|_| format!("bad offset {number:?}"))?;
                 }
             }
             _ => files.push(word),

@@ -80,14 +80,19 @@ impl Meta {
 
     /// Stored bytes of the tables, through the windows.
     pub(crate) fn read_stored(&self, position: u64, out: &mut [u8]) -> Result<()> {
-        let end = position.checked_add(out.len() as u64).filter(|end| *end <= self.end);
+        let end = position
+            .checked_add(out.len() as u64)
+            .filter(|end| *end <= self.end);
         if end.is_none() {
             return Err(Error::Damaged("table: it lies beyond the end"));
         }
         let mut done = 0;
         while done < out.len() {
             let at = position + done as u64;
-            let (start, skip) = (at / WINDOW_BYTES * WINDOW_BYTES, (at % WINDOW_BYTES) as usize);
+            let (start, skip) = (
+                at / WINDOW_BYTES * WINDOW_BYTES,
+                (at % WINDOW_BYTES) as usize,
+            );
             let Ok(window) = self.windows.get_or_load(start, || self.load_window(start)) else {
                 // A bad sector elsewhere in the window must not fail what lies beside it.
                 return self.source.read_exact(at, &mut out[done..]);
@@ -111,7 +116,8 @@ impl Meta {
     }
 
     fn block(&self, position: u64) -> Result<Arc<MetaBlock>> {
-        self.blocks.get_or_load(position, || self.load_block(position))
+        self.blocks
+            .get_or_load(position, || self.load_block(position))
     }
 
     fn load_block(&self, position: u64) -> Result<MetaBlock> {
@@ -132,7 +138,10 @@ impl Meta {
         if data.is_empty() {
             return Err(Error::Damaged("metadata block length"));
         }
-        Ok(MetaBlock { data: data.into_boxed_slice(), next: body + head.stored_len as u64 })
+        Ok(MetaBlock {
+            data: data.into_boxed_slice(),
+            next: body + head.stored_len as u64,
+        })
     }
 }
 
@@ -148,7 +157,12 @@ pub(crate) struct Cursor<'a> {
 
 impl<'a> Cursor<'a> {
     pub(crate) fn new(meta: &'a Meta, position: MetaPos, limit: u64) -> Cursor<'a> {
-        Cursor { meta, block: None, position, limit }
+        Cursor {
+            meta,
+            block: None,
+            position,
+            limit,
+        }
     }
 
     /// Goes elsewhere; the block at hand is kept if it is the same.
@@ -165,13 +179,19 @@ impl<'a> Cursor<'a> {
     fn rest(&mut self) -> Result<&[u8]> {
         loop {
             let at = self.position.block;
-            if self.block.as_ref().is_none_or(|(position, _)| *position != at) {
+            if self
+                .block
+                .as_ref()
+                .is_none_or(|(position, _)| *position != at)
+            {
                 if at >= self.limit {
                     return Err(Error::Damaged("metadata: it goes on beyond its table"));
                 }
                 self.block = Some((at, self.meta.block(at)?));
             }
-            let Some((_, block)) = &self.block else { return Err(Error::Damaged("metadata")) };
+            let Some((_, block)) = &self.block else {
+                return Err(Error::Damaged("metadata"));
+            };
             if self.position.offset < block.data.len() {
                 break;
             }
@@ -179,10 +199,16 @@ impl<'a> Cursor<'a> {
             if self.position.offset > block.data.len() {
                 return Err(Error::Damaged("metadata offset"));
             }
-            self.position = MetaPos { block: block.next, offset: 0 };
+            self.position = MetaPos {
+                block: block.next,
+                offset: 0,
+            };
         }
         let offset = self.position.offset;
-        Ok(self.block.as_ref().map_or(&[], |(_, block)| &block.data[offset..]))
+        Ok(self
+            .block
+            .as_ref()
+            .map_or(&[], |(_, block)| &block.data[offset..]))
     }
 
     /// Fills `out` and moves on.

@@ -42,7 +42,9 @@ pub fn fuse(options: &MountOptions) -> Result<Mount> {
     let device = open_device()?;
     let context = rustix::mount::fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|errno| {
         match errno {
-            Errno::NODEV => Error::Fuse("the kernel has no FUSE: ask an administrator to load the module fuse"),
+            Errno::NODEV => {
+                Error::Fuse("the kernel has no FUSE: ask an administrator to load the module fuse")
+            }
             Errno::PERM => Error::Fuse(
                 "mounting is not permitted here: it takes root or a user namespace of one's own, \
                  which an administrator may have to permit",

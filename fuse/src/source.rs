@@ -20,7 +20,11 @@ impl Source {
     pub(crate) fn open(file: File, offset: u64, len: Option<u64>) -> Result<Source> {
         let size = file_len(&file)?;
         let rest = size.saturating_sub(offset);
-        Ok(Source { file, offset, len: len.map_or(rest, |len| len.min(rest)) })
+        Ok(Source {
+            file,
+            offset,
+            len: len.map_or(rest, |len| len.min(rest)),
+        })
     }
 
     /// Bytes in the range.
@@ -30,7 +34,9 @@ impl Source {
 
     /// Fills `buf` from `position` bytes after the start of the range.
     pub(crate) fn read_exact(&self, position: u64, buf: &mut [u8]) -> Result<()> {
-        let end = position.checked_add(buf.len() as u64).ok_or(Error::Damaged("offset"))?;
+        let end = position
+            .checked_add(buf.len() as u64)
+            .ok_or(Error::Damaged("offset"))?;
         if end > self.len {
             return Err(Error::Damaged("offset: it lies beyond the end"));
         }
@@ -43,18 +49,26 @@ impl Source {
     pub(crate) fn will_need(&self, position: u64, len: u64) {
         let advice = rustix::fs::Advice::WillNeed;
         // A hint only: there is nothing to do about a file system that refuses it.
-        let _hint =
-            rustix::fs::fadvise(&self.file, self.offset + position, std::num::NonZeroU64::new(len), advice);
+        let _hint = rustix::fs::fadvise(
+            &self.file,
+            self.offset + position,
+            std::num::NonZeroU64::new(len),
+            advice,
+        );
     }
 }
 
 /// Length of a regular file or block device.
 fn file_len(file: &File) -> Result<u64> {
-    let meta = file.metadata().map_err(|e| Error::os("examine the image", &e))?;
+    let meta = file
+        .metadata()
+        .map_err(|e| Error::os("examine the image", &e))?;
     if meta.is_file() {
         return Ok(meta.len());
     }
     // A block device has length 0 in stat(2); its end can be sought.
     use std::io::{Seek, SeekFrom};
-    (&*file).seek(SeekFrom::End(0)).map_err(|e| Error::os("find the end of the image", &e))
+    (&*file)
+        .seek(SeekFrom::End(0))
+        .map_err(|e| Error::os("find the end of the image", &e))
 }

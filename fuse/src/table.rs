@@ -20,7 +20,10 @@ impl<const N: usize> Table<N> {
     /// Checks that the index lies inside the image, which ends at `end`.
     pub(crate) fn open(index: u64, count: u64, end: u64) -> Result<Table<N>> {
         let blocks = count.div_ceil((METADATA_SIZE / N) as u64);
-        let fits = blocks.checked_mul(8).and_then(|len| index.checked_add(len)).is_some_and(|e| e <= end);
+        let fits = blocks
+            .checked_mul(8)
+            .and_then(|len| index.checked_add(len))
+            .is_some_and(|e| e <= end);
         if !fits {
             return Err(Error::Damaged("table: its index lies beyond the end"));
         }

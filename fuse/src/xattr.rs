@@ -36,7 +36,11 @@ impl Xattrs {
         if pairs >= table {
             return Err(Error::Damaged("xattr table"));
         }
-        Ok(Xattrs { pairs, end: table, ids: Table::open(table + 16, u64::from(count), end)? })
+        Ok(Xattrs {
+            pairs,
+            end: table,
+            ids: Table::open(table + 16, u64::from(count), end)?,
+        })
     }
 
     /// Whether no inode has attributes.
@@ -79,7 +83,11 @@ impl Xattrs {
             names.extend_from_slice(name);
             names.push(0);
             // XATTR_LIST_MAX: the kernel would refuse more.
-            if names.len() > 65536 { Err(Error::Damaged("xattrs: there are too many")) } else { Ok(true) }
+            if names.len() > 65536 {
+                Err(Error::Damaged("xattrs: there are too many"))
+            } else {
+                Ok(true)
+            }
         })?;
         Ok(names)
     }
@@ -89,7 +97,10 @@ impl Xattrs {
         if offset >= METADATA_SIZE {
             return Err(Error::Damaged("xattr reference"));
         }
-        let block = self.pairs.checked_add(block).ok_or(Error::Damaged("xattr reference"))?;
+        let block = self
+            .pairs
+            .checked_add(block)
+            .ok_or(Error::Damaged("xattr reference"))?;
         Ok(MetaPos { block, offset })
     }
 
@@ -119,7 +130,11 @@ impl Xattrs {
                 return Err(Error::Damaged("xattr name"));
             }
             let len = u32::from_le_bytes(cursor.array()?);
-            let value = Value { at: cursor.position(), len, elsewhere: kind & OUT_OF_LINE != 0 };
+            let value = Value {
+                at: cursor.position(),
+                len,
+                elsewhere: kind & OUT_OF_LINE != 0,
+            };
             if !f(&name, value)? {
                 break;
             }

@@ -39,7 +39,7 @@ pub fn run_on(
     if name == "run-help" {
         return run_help(image.as_ref(), args.app.as_deref());
     }
-    let facts = image.facts()?;
+    let facts = image.facts();
     image::check_arch(facts.arch.as_deref(), host.arch)?;
     let request = request(name, &args, &host)?;
     let groups = host.groups();
@@ -265,7 +265,7 @@ fn layers(args: &ActionArgs, host: &Host) -> Result<Vec<Layer>> {
         }
         let file = image::open(&path)
             .with_context(|| format!("while loading overlay image {}", path.display()))?;
-        let facts = file.facts()?;
+        let facts = file.facts();
         let roots = if facts.overlays.is_empty() {
             vec![file.root()]
         } else {

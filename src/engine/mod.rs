@@ -41,6 +41,7 @@ pub fn run(plan: &Plan, xdg: Option<&OsStr>) -> Result<u8> {
     rootfs::check_sources(plan)?;
     let points = rootfs::points(plan);
     let stage = enter_user_namespace(plan, &points, xdg)?;
+    sys::forbid_tracing();
     if !plan.namespaces.pid {
         create_namespaces(plan)?;
         return match inside(plan, stage, &points, xdg)? {

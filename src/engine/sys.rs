@@ -434,6 +434,12 @@ pub fn forbid_terminal_injection() -> Result<()> {
     }
 }
 
+/// Until the next `execve(2)` no other process of the user may trace this one or open its descriptors
+/// (`PR_SET_DUMPABLE`): it holds capabilities in its user namespace, and files of the host.
+pub fn forbid_tracing() {
+    let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable);
+}
+
 /// A new anonymous session keyring, so that the caller's keys are out of reach.
 pub fn new_session_keyring() {
     const KEYCTL_JOIN_SESSION_KEYRING: libc::c_long = 1;

@@ -80,7 +80,11 @@ impl Ahead {
         let Some(index) = streams.iter().position(is_same) else {
             streams.truncate(STREAMS - 1);
             let next_block = end.div_ceil(self.block_size);
-            streams.push_front(Stream { at, end, next_block });
+            streams.push_front(Stream {
+                at,
+                end,
+                next_block,
+            });
             return None;
         };
         let mut stream = streams.remove(index)?;

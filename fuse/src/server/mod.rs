@@ -24,10 +24,10 @@ use crate::error::Result;
 use crate::ext::Ext;
 
 use ahead::Ahead;
-pub(crate) use tree::{Entry, Place, Stat};
 use tree::Tree;
-pub use views::{ViewEntry, ViewId, ViewKind};
+pub(crate) use tree::{Entry, Place, Stat};
 use views::Views;
+pub use views::{ViewEntry, ViewId, ViewKind};
 
 /// Threads that serve by default, at most.
 const THREADS_MAX: usize = 8;

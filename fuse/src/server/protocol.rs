@@ -6,7 +6,7 @@
 
 use fuse_backend_rs::abi::fuse_abi::{
     Attr, AttrOut, Dirent, EntryOut, FsOptions, GetxattrIn, GetxattrOut, InHeader, InitIn, InitOut,
-    Kstatfs, Opcode, OpenOut, OutHeader, ReadIn, StatfsOut,
+    Kstatfs, Opcode, OutHeader, ReadIn, StatfsOut,
 };
 use vm_memory::ByteValued;
 
@@ -351,9 +351,7 @@ impl Server {
             return Ok(());
         };
         let len = asked.size.min(READ_MAX) as usize;
-        let size = self
-            .tree
-            .pieces(at, asked.offset, len, &mut reply.pieces)?;
+        let size = self.tree.pieces(at, asked.offset, len, &mut reply.pieces)?;
         if let Some(ahead) = &self.ahead {
             ahead.note(at, asked.offset, len, size);
         }
@@ -382,7 +380,12 @@ impl Server {
         for id in first..self.views.count() {
             let entry = self.entry(ViewId(id), root)?;
             let name = id.to_string();
-            if !list.add(name.as_bytes(), u64::from(id) + 3, (entry.attr.ino, Kind::Dir), || entry) {
+            if !list.add(
+                name.as_bytes(),
+                u64::from(id) + 3,
+                (entry.attr.ino, Kind::Dir),
+                || entry,
+            ) {
                 break;
             }
         }

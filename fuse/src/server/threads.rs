@@ -60,6 +60,7 @@ impl Pool<'_> {
             let read = rustix::io::read(device, request.as_mut_slice());
             let was_last = self.idle.fetch_sub(1, Ordering::SeqCst) == 1;
             let len = match read {
+                Ok(0) => return Ok(()),
                 Ok(len) => len,
                 // Interrupted requests, by us or by who made them.
                 Err(Errno::INTR | Errno::AGAIN | Errno::NOENT) => continue,

@@ -17,6 +17,7 @@ impl Place {
     pub(crate) const BITS: u32 = 50;
 
     fn inode(self) -> InodeRef {
+        const { assert!(InodeRef::BITS <= Place::BITS) };
         InodeRef::unpack(self.0)
     }
 }

@@ -1,0 +1,196 @@
+//! Image files and directories, behind one small trait. What an image is, its bytes say, never its name.
+//!
+//! Opening is cheap: a read of the header, one of the descriptors, one of the file system's superblock. Each kind of bad
+//! file gets its own sentence.
+
+mod file;
+mod sandbox;
+mod sif;
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use capsid_fuse::Archive;
+use serde::Serialize;
+
+/// The file tree of an image, and where it lies.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub enum Root {
+    /// A directory of the host.
+    Directory(PathBuf),
+    /// A squashfs in a file.
+    Squashfs {
+        /// The file.
+        file: PathBuf,
+        /// Its first byte.
+        offset_bytes: u64,
+        /// Its length.
+        len_bytes: u64,
+    },
+    /// An ext2, ext3 or ext4 in a file.
+    Ext {
+        /// The file.
+        file: PathBuf,
+        /// Its first byte.
+        offset_bytes: u64,
+        /// Its length.
+        len_bytes: u64,
+    },
+}
+
+/// What planning has to know of an image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Facts {
+    /// Go's name of the processor architecture; `None` when the image does not say.
+    pub arch: Option<String>,
+    /// Absolute path.
+    pub path: PathBuf,
+    /// Last part of the path.
+    pub name: String,
+    /// File systems in the image that lie over its root, lowest first.
+    pub overlays: Vec<Root>,
+}
+
+/// An open image.
+pub trait Image {
+    /// The root file system.
+    fn root(&self) -> Root;
+
+    /// What planning has to know.
+    fn facts(&self) -> Facts;
+
+    /// A small file of the root file system, links followed inside it; `None` when it is not there.
+    ///
+    /// # Errors
+    /// When it cannot be read or is larger than [`MAX_READ`].
+    fn read(&self, path: &Path) -> Result<Option<Vec<u8>>>;
+
+    /// The file system that a bind takes from the image: object `id`, or the first one meant for data.
+    ///
+    /// # Errors
+    /// When there is none.
+    fn data(&self, id: Option<u32>) -> Result<Root>;
+}
+
+/// Bytes that [`Image::read`] gives at most.
+pub const MAX_READ: u64 = 4 << 20;
+
+/// Opens an image: a SIF, a bare squashfs, the older form with a `#!` line before the squashfs, an ext file system, or
+/// a directory.
+///
+/// # Errors
+/// Naming the image and what is wrong with it.
+pub fn open(path: &Path) -> Result<Box<dyn Image>> {
+    let what = || format!("could not open image {}", path.display());
+    let path = std::fs::canonicalize(path).map_err(|e| anyhow!(plain(&e))).with_context(what)?;
+    open_at(path).with_context(what)
+}
+
+fn open_at(path: PathBuf) -> Result<Box<dyn Image>> {
+    let kind = std::fs::metadata(&path)?.file_type();
+    if kind.is_dir() {
+        return Ok(Box::new(sandbox::Sandbox::new(path)));
+    }
+    if kind.is_fifo() || kind.is_socket() || kind.is_char_device() {
+        bail!("neither a regular file nor a directory");
+    }
+    let file = File::open(&path).map_err(|e| match e.kind() {
+        std::io::ErrorKind::PermissionDenied => anyhow!("not readable by the current user, check permissions"),
+        _ => anyhow!(plain(&e)),
+    })?;
+    let mut head = [0; 2048];
+    let len = read_start(&file, &mut head)?;
+    let head = &head[..len];
+    if head.is_empty() {
+        bail!("the file is empty");
+    }
+    if crate::sif::Sif::is_sif(head) || head.starts_with(b"#!/usr/bin/env run-singularity\n\0SIF") {
+        return Ok(Box::new(sif::SifImage::open(path, file)?));
+    }
+    file::detect(path, &file, head)
+}
+
+/// Says whether an image can run on this machine.
+///
+/// # Errors
+/// When it is for another architecture, naming both.
+pub fn check_arch(image: Option<&str>, host: &str) -> Result<()> {
+    let runs = |image: &str| image == host || image == "unknown" || matches!((host, image), ("amd64", "386") | ("arm64", "arm"));
+    match image.filter(|image| !runs(image)) {
+        Some(image) => bail!("the image is for {image}, this machine is {host}: use an image for {host}"),
+        None => Ok(()),
+    }
+}
+
+/// Reads from the start until the buffer is full or the file ends.
+fn read_start(file: &File, buffer: &mut [u8]) -> Result<usize> {
+    let mut len = 0;
+    while len < buffer.len() {
+        match file.read_at(&mut buffer[len..], len as u64)? {
+            0 => break,
+            more => len += more,
+        }
+    }
+    Ok(len)
+}
+
+/// The reader of a squashfs in `file`.
+fn archive(file: &Path, offset_bytes: u64, len_bytes: u64) -> Result<Archive> {
+    Ok(Archive::open(File::open(file)?, offset_bytes, Some(len_bytes))?)
+}
+
+fn read_squashfs(file: &Path, offset_bytes: u64, len_bytes: u64, path: &Path) -> Result<Option<Vec<u8>>> {
+    use std::os::unix::ffi::OsStrExt as _;
+    let archive = archive(file, offset_bytes, len_bytes)?;
+    let what = || format!("cannot read {} of {}", path.display(), file.display());
+    archive.read_file(path.as_os_str().as_bytes(), MAX_READ).with_context(what)
+}
+
+fn name(path: &Path) -> String {
+    path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+}
+
+/// The system's words without Rust's "(os error N)".
+fn plain(error: &std::io::Error) -> String {
+    let text = error.to_string();
+    let text = text.split(" (os error").next().unwrap_or_default();
+    let mut chars = text.chars();
+    chars.next().map_or_else(String::new, |first| first.to_lowercase().chain(chars).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn error_of(bytes: &[u8]) -> String {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("image");
+        std::fs::write(&path, bytes).unwrap();
+        match open(&path) {
+            Ok(_) => "opened".into(),
+            Err(error) => format!("{error:#}"),
+        }
+    }
+
+    #[test]
+    fn each_bad_file_has_its_sentence() {
+        assert!(error_of(b"").ends_with("the file is empty"));
+        assert!(error_of(b"text").contains("image format not recognized"));
+        assert!(error_of(&[0; 4096]).contains("image format not recognized"));
+        assert!(error_of(b"#!/usr/bin/env run-singularity\n\0SIF_MAGIC\0").contains("truncated"));
+        assert!(error_of(b"hsqs").contains("image format not recognized") || error_of(b"hsqs").contains("truncated"));
+        let missing = open(Path::new("/no/such/image")).err().map(|e| format!("{e:#}"));
+        assert_eq!(missing.as_deref(), Some("could not open image /no/such/image: no such file or directory"));
+    }
+
+    #[test]
+    fn architectures_that_run_here_are_let_through() {
+        assert!(check_arch(Some("amd64"), "amd64").is_ok());
+        assert!(check_arch(Some("386"), "amd64").is_ok());
+        assert!(check_arch(None, "amd64").is_ok());
+        let error = check_arch(Some("arm64"), "amd64").unwrap_err().to_string();
+        assert_eq!(error, "the image is for arm64, this machine is amd64: use an image for amd64");
+    }
+}

@@ -1,0 +1,57 @@
+//! A directory as an image.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+
+use super::{Facts, Image, MAX_READ, Root, name};
+
+/// See the module.
+pub struct Sandbox {
+    path: PathBuf,
+}
+
+impl Sandbox {
+    /// A directory that exists.
+    pub fn new(path: PathBuf) -> Sandbox {
+        Sandbox { path }
+    }
+}
+
+impl Image for Sandbox {
+    fn root(&self) -> Root {
+        Root::Directory(self.path.clone())
+    }
+
+    fn facts(&self) -> Facts {
+        Facts { arch: None, name: name(&self.path), path: self.path.clone(), overlays: Vec::new() }
+    }
+
+    fn read(&self, path: &Path) -> Result<Option<Vec<u8>>> {
+        let what = || format!("cannot read {} of {}", path.display(), self.path.display());
+        let root = File::open(&self.path).with_context(what)?;
+        let inside = path.strip_prefix("/").unwrap_or(path);
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let file = match rustix::fs::openat2(&root, inside, flags, Mode::empty(), ResolveFlags::IN_ROOT) {
+            Ok(fd) => File::from(fd),
+            Err(rustix::io::Errno::NOENT) => return Ok(None),
+            Err(error) => return Err(error).with_context(what),
+        };
+        if !file.metadata().with_context(what)?.is_file() {
+            bail!("{}: not a regular file", what());
+        }
+        let mut bytes = Vec::new();
+        file.take(MAX_READ + 1).read_to_end(&mut bytes).with_context(what)?;
+        if bytes.len() as u64 > MAX_READ {
+            bail!("{}: larger than {MAX_READ} bytes", what());
+        }
+        Ok(Some(bytes))
+    }
+
+    fn data(&self, _id: Option<u32>) -> Result<Root> {
+        bail!("{} is a directory: bind it without image-src or id", self.path.display())
+    }
+}

@@ -1,0 +1,249 @@
+//! The Singularity Image Format: a header, a table of descriptors, and the objects that these describe.
+//!
+//! ```text
+//!   0  launch script    32 bytes: what the kernel runs for `./image.sif`
+//!  32  magic            "SIF_MAGIC\0"
+//!  42  version          "01\0"
+//!  45  architecture     two digits and NUL
+//!  48  identity         UUID, 16 bytes
+//!  64  created, modified; free and total descriptors; offset and size of table and data: eight 64-bit numbers
+//! 128
+//!   …  descriptor table, from byte 4096: slots of 585 bytes
+//!   …  objects; partitions begin at multiples of 4096
+//! ```
+//!
+//! All numbers are little-endian, nothing is padded. This module knows nothing of containers.
+
+mod read;
+mod write;
+
+pub use read::Sif;
+pub use write::{Content, Draft, Stamp};
+
+use std::fmt;
+
+/// What the kernel and `run-singularity` make of an executable image.
+const LAUNCH: &[u8] = b"#!/usr/bin/env run-singularity\n";
+const MAGIC: &[u8; 10] = b"SIF_MAGIC\0";
+const VERSION: &[u8; 3] = b"01\0";
+/// Bytes of the header.
+const HEADER_LEN: usize = 128;
+/// Bytes of a descriptor.
+const DESCRIPTOR_LEN: usize = 585;
+/// Where writers put the table.
+const TABLE_OFFSET: u64 = 4096;
+/// Slots that writers make.
+const SLOTS: u64 = 48;
+/// Slots that are read at most: real images have 48, and the table of these is 2.4 MiB.
+const MAX_SLOTS: u64 = 4096;
+/// Partitions begin at multiples of this, so that a file system's blocks are the page cache's.
+const ALIGNMENT: u64 = 4096;
+/// The top bits of a group's number.
+const GROUP: u32 = 0xf000_0000;
+
+/// Go's names of the architectures, by SIF's codes.
+const ARCHITECTURES: [&str; 14] = [
+    "unknown", "386", "amd64", "arm", "arm64", "ppc64", "ppc64le", "mips", "mipsle", "mips64", "mips64le", "s390x",
+    "riscv64", "loong64",
+];
+
+/// Why a file cannot be read or written as a SIF.
+#[derive(Debug)]
+pub enum Error {
+    /// The operating system's word.
+    Io(std::io::Error),
+    /// The magic bytes are not there.
+    NotSif,
+    /// Another version of the format.
+    Version(String),
+    /// The file ends too early: bytes that are there, and that would have to be there.
+    Truncated {
+        /// What is cut.
+        what: String,
+        /// Bytes.
+        have: u64,
+        /// Bytes.
+        need: u64,
+    },
+    /// A field holds what it cannot hold.
+    Damaged(String),
+    /// More objects than a new image has slots for.
+    Full,
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Error::Io(error) => write!(f, "{error}"),
+            Error::NotSif => f.write_str("not a SIF: the magic bytes are missing"),
+            Error::Version(version) => write!(f, "SIF version {version:?} is not supported, only \"01\""),
+            Error::Truncated { what, have, need } => {
+                let missing = need - have;
+                let s = if missing == 1 { "" } else { "s" };
+                write!(f, "the SIF is truncated: {what} needs {missing} more byte{s} (the file has {have} of {need}); copy or pull it again")
+            }
+            Error::Damaged(what) => write!(f, "the SIF is damaged: {what}"),
+            Error::Full => write!(f, "a SIF holds at most {SLOTS} objects"),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<std::io::Error> for Error {
+    fn from(error: std::io::Error) -> Error {
+        Error::Io(error)
+    }
+}
+
+/// What an object is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DataType {
+    /// The definition that the image was built from.
+    Definition,
+    /// A file system.
+    Partition,
+    /// A signature over other objects.
+    Signature,
+    /// JSON of any kind.
+    GenericJson,
+    /// The root index of an OCI layout: an OCI-SIF.
+    OciRootIndex,
+    /// Any other, by its number.
+    Other(i32),
+}
+
+impl DataType {
+    fn code(self) -> i32 {
+        match self {
+            DataType::Definition => 0x4001,
+            DataType::Partition => 0x4004,
+            DataType::Signature => 0x4005,
+            DataType::GenericJson => 0x4006,
+            DataType::OciRootIndex => 0x400a,
+            DataType::Other(code) => code,
+        }
+    }
+
+    fn from_code(code: i32) -> DataType {
+        match code {
+            0x4001 => DataType::Definition,
+            0x4004 => DataType::Partition,
+            0x4005 => DataType::Signature,
+            0x4006 => DataType::GenericJson,
+            0x400a => DataType::OciRootIndex,
+            other => DataType::Other(other),
+        }
+    }
+}
+
+/// The file system of a partition.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FsType {
+    /// squashfs.
+    Squashfs,
+    /// ext3.
+    Ext3,
+    /// squashfs within LUKS or gocryptfs.
+    Encrypted,
+    /// Any other, by its number.
+    Other(i32),
+}
+
+impl FsType {
+    fn code(self) -> i32 {
+        match self {
+            FsType::Squashfs => 1,
+            FsType::Ext3 => 2,
+            FsType::Encrypted => 5,
+            FsType::Other(code) => code,
+        }
+    }
+
+    fn from_code(code: i32) -> FsType {
+        match code {
+            1 => FsType::Squashfs,
+            2 => FsType::Ext3,
+            5 | 6 => FsType::Encrypted,
+            other => FsType::Other(other),
+        }
+    }
+}
+
+/// What a partition is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PartType {
+    /// The image's root file system.
+    Primary,
+    /// For `--bind` with `image-src` or `id`.
+    Data,
+    /// Laid over the root.
+    Overlay,
+    /// Any other, by its number.
+    Other(i32),
+}
+
+impl PartType {
+    fn code(self) -> i32 {
+        match self {
+            PartType::Primary => 2,
+            PartType::Data => 3,
+            PartType::Overlay => 4,
+            PartType::Other(code) => code,
+        }
+    }
+
+    fn from_code(code: i32) -> PartType {
+        match code {
+            2 => PartType::Primary,
+            3 => PartType::Data,
+            4 => PartType::Overlay,
+            other => PartType::Other(other),
+        }
+    }
+}
+
+/// A partition's own fields.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Partition {
+    /// File system.
+    pub fs: FsType,
+    /// Use.
+    pub part: PartType,
+    /// Go's name of the architecture.
+    pub arch: &'static str,
+}
+
+/// One object.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Descriptor {
+    /// From 1.
+    pub id: u32,
+    /// Kind.
+    pub data_type: DataType,
+    /// Number of its group; `None` for none.
+    pub group: Option<u32>,
+    /// First byte in the file.
+    pub offset_bytes: u64,
+    /// Length; the reader has made sure that the file is that long.
+    pub len_bytes: u64,
+    /// Free text.
+    pub name: String,
+    /// Only of a partition.
+    pub partition: Option<Partition>,
+}
+
+fn arch_name(code: [u8; 3]) -> &'static str {
+    let digit = |b: u8| b.is_ascii_digit().then(|| usize::from(b - b'0'));
+    let number = digit(code[0]).zip(digit(code[1])).map(|(tens, ones)| tens * 10 + ones);
+    number.and_then(|n| ARCHITECTURES.get(n)).copied().unwrap_or("unknown")
+}
+
+fn arch_code(name: &str) -> [u8; 3] {
+    let number = ARCHITECTURES.iter().position(|a| *a == name).unwrap_or(0);
+    let digit = |n: usize| b'0' + u8::try_from(n % 10).unwrap_or(0);
+    [digit(number / 10), digit(number), 0]
+}
+
+#[cfg(test)]
+mod tests;
