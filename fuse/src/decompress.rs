@@ -2,8 +2,8 @@
 //!
 //! gzip goes to libdeflate, which is about twice as fast as zlib; zstd to the reference library with one
 //! context per thread; xz to liblzma with a memory limit, since a hostile stream may ask for a
-//! dictionary of 4 GiB; lz4 to `lz4_flex`; the compressor options are read by `backhand`. The output never grows: a block
-//! that does not fit is damaged.
+//! dictionary of 4 GiB; lz4 to `lz4_flex`; the compressor options to `backhand`. The output never grows:
+//! a block that does not fit is damaged.
 
 use std::cell::RefCell;
 use std::io::Cursor;

@@ -116,6 +116,7 @@ fn compare_xattrs(archive: &Archive, at: InodeRef, path: &Path) {
     }
 }
 
+/// All files are root's: in a user namespace without other ids nobody could read those of others.
 #[test]
 fn mount_shows_what_was_packed() {
     let dir = tempfile::tempdir().unwrap();
@@ -132,7 +133,11 @@ fn mount_shows_what_was_packed() {
             &["-b", "1M"],
         ] {
             let image = dir.path().join("image");
-            pack(&tree, &image, &[&["-comp", compressor], options].concat());
+            pack(
+                &tree,
+                &image,
+                &[&["-comp", compressor, "-all-root"], options].concat(),
+            );
             let got = with_mount(&image, 0, &script);
             assert!(
                 got == wanted,

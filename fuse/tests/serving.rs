@@ -434,6 +434,62 @@ fn an_ext_overlay_is_served_as_a_layer() {
     );
 }
 
+/// Walks all that is listed, a bounded way down; every request must be answered in time.
+fn walk(kernel: &Kernel, node: u64, depth: u32) -> usize {
+    let Ok(answer) = kernel.ask(READDIRPLUS, node, &read_request(0, 100_000)) else {
+        return 0;
+    };
+    let mut rest = answer.as_slice();
+    let mut files = 0;
+    while !rest.is_empty() {
+        let (child, mode) = (u64_at(rest, 0), u32_at(rest, 40 + 60));
+        let len = u32_at(rest, ENTRY_LEN + 16) as usize;
+        rest = &rest[(ENTRY_LEN + 24 + len).next_multiple_of(8)..];
+        if child == 0 {
+            continue;
+        }
+        files += 1;
+        let _any = kernel.ask(READ, child, &read_request(0, 65_536));
+        let _any = kernel.ask(READLINK, child, b"");
+        if mode & libc::S_IFMT == DIRECTORY && depth > 0 {
+            files += walk(kernel, child, depth - 1);
+        }
+    }
+    files
+}
+
+#[test]
+fn a_damaged_ext_overlay_is_answered_in_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = dir.path().join("tree");
+    fs::create_dir_all(tree.join("upper/a/b")).unwrap();
+    fs::write(tree.join("upper/a/file"), common::noise(300_000, 3)).unwrap();
+    std::os::unix::fs::symlink("a/file", tree.join("upper/link")).unwrap();
+    drop(ext(dir.path(), &tree));
+    let path = dir.path().join("ext");
+    let good = fs::read(&path).unwrap();
+    let used: Vec<usize> = (1024..good.len()).filter(|at| good[*at] != 0).collect();
+    let mut walked = 0;
+    for round in 0..200 {
+        let at = used[used.len().min(3000) * round / 200];
+        let mut bytes = good.clone();
+        bytes[at] ^= if round % 2 == 0 {
+            0xff
+        } else {
+            1 << (round % 8)
+        };
+        fs::write(&path, &bytes).unwrap();
+        let file = File::open(&path).unwrap();
+        if let Ok(server) = Server::ext(file, 0, None, "upper", STAGE) {
+            let kernel = Kernel::new(server);
+            if kernel.1.add_view(&[]).is_ok() {
+                walked += walk(&kernel, 1, 6);
+            }
+        }
+    }
+    assert!(walked > 200, "only {walked}");
+}
+
 #[test]
 fn what_is_no_ext_file_system_is_refused() {
     let dir = tempfile::tempdir().unwrap();

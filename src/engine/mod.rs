@@ -41,10 +41,11 @@ pub fn run(plan: &Plan, xdg: Option<&OsStr>) -> Result<u8> {
     rootfs::check_sources(plan)?;
     let points = rootfs::points(plan);
     let stage = enter_user_namespace(plan, &points, xdg)?;
+    let images = rootfs::images(plan, xdg)?;
     sys::forbid_tracing();
     if !plan.namespaces.pid {
         create_namespaces(plan)?;
-        return match inside(plan, stage, &points, xdg)? {
+        return match inside(plan, stage, &points, images)? {
             Next::End(status) => Ok(status),
             Next::Run(program) => never(process::exec(&program)),
         };
@@ -52,10 +53,10 @@ pub fn run(plan: &Plan, xdg: Option<&OsStr>) -> Result<u8> {
     let mask = wait::block()?;
     match sys::fork_into_pid_namespace()? {
         Fork::Parent(child) => {
-            drop(stage);
+            drop((stage, images));
             Ok(wait::end_like(wait::until_exit(child, false)?))
         }
-        Fork::Child => first_process(plan, stage, &points, xdg, &mask),
+        Fork::Child => first_process(plan, stage, &points, images, &mask),
     }
 }
 
@@ -64,12 +65,12 @@ fn first_process(
     plan: &Plan,
     stage: Option<server::Stage>,
     points: &[wire::Point],
-    xdg: Option<&OsStr>,
+    images: rootfs::Images,
     mask: &SigSet,
 ) -> Result<u8> {
     sys::die_with_parent();
     create_namespaces(plan)?;
-    match inside(plan, stage, points, xdg)? {
+    match inside(plan, stage, points, images)? {
         Next::End(status) => Ok(status),
         Next::Run(program) => match plan.process.init {
             Init::Appinit => never(init::run(&program, mask)),
@@ -97,7 +98,7 @@ fn enter_user_namespace(
         return Ok(None);
     }
     say::debug(format_args!("image server for {:?}", plan.root));
-    let stage = server::enter(&plan.root, &plan.ids, points, xdg)?;
+    let stage = server::enter(&plan.root, plan.ids, server::Namespace::New, points, xdg)?;
     setns(&stage.userns, CloneFlags::CLONE_NEWUSER)
         .context("cannot join the image server's user namespace (setns)")?;
     Ok(Some(stage))
@@ -126,9 +127,9 @@ fn inside(
     plan: &Plan,
     stage: Option<server::Stage>,
     points: &[wire::Point],
-    xdg: Option<&OsStr>,
+    images: rootfs::Images,
 ) -> Result<Next> {
-    let mut tree = rootfs::Tree::stack(plan, stage, points, xdg)?;
+    let mut tree = rootfs::Tree::stack(plan, stage, points, images)?;
     for mount in &plan.mounts {
         tree.apply(mount)?;
     }

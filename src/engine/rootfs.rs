@@ -18,7 +18,7 @@ use super::sys::{self, attr};
 use super::wire::Point;
 use super::{dev, server};
 use crate::image::Root;
-use crate::plan::{IdMap, Layer, Missing, Mount, Plan, Source, identity};
+use crate::plan::{Layer, Missing, Mount, Plan, Source, identity};
 use crate::say;
 
 /// The tree under construction.
@@ -34,9 +34,34 @@ pub struct Tree {
     count: usize,
     /// Mount points that did not exist in the image.
     made: Vec<PathBuf>,
-    /// For image binds.
-    ids: IdMap,
-    xdg: Option<std::ffi::OsString>,
+    /// Further images, for layers and binds: one for each use.
+    images: Images,
+}
+
+/// Further images as detached mounts.
+pub type Images = Vec<(Root, OwnedFd)>;
+
+/// Gets the images that the plan needs beside its root, before the mounts are changed: a server that has to be started
+/// must neither see them nor live in the container's pid namespace.
+///
+/// # Errors
+/// When one cannot be mounted.
+pub fn images(plan: &Plan, xdg: Option<&OsStr>) -> Result<Images> {
+    let layers = plan.layers.iter().filter_map(|layer| match layer {
+        Layer::Image(root) => Some(root),
+        _ => None,
+    });
+    let binds = plan.mounts.iter().filter_map(|mount| match &mount.source {
+        Source::Image(root, _) => Some(root),
+        _ => None,
+    });
+    let mounted = |root: &Root| {
+        Ok((
+            root.clone(),
+            server::enter(root, plan.ids, server::Namespace::Current, &[], xdg)?.tree,
+        ))
+    };
+    layers.chain(binds).map(mounted).collect()
 }
 
 /// The mount points that the image must show: those that no earlier mount covers.
@@ -122,7 +147,7 @@ impl Tree {
         plan: &Plan,
         stage: Option<server::Stage>,
         points: &[Point],
-        xdg: Option<&OsStr>,
+        images: Images,
     ) -> Result<Tree> {
         mount_change(
             "/",
@@ -151,8 +176,7 @@ impl Tree {
             session_dev,
             count: 0,
             made,
-            ids: plan.ids,
-            xdg: xdg.map(OsStr::to_owned),
+            images,
         };
         let sandbox = matches!(plan.root, Root::Directory(_));
         if sandbox {
@@ -227,7 +251,7 @@ impl Tree {
                     ));
                 }
                 Layer::Image(root) => {
-                    let fd = image_tree(root, &self.ids, self.xdg.as_deref())?;
+                    let fd = self.image(root)?;
                     self.park(&fd)?;
                     let path = hold(&mut held, fd);
                     let upper = PathBuf::from(format!("{path}/upper"));
@@ -392,7 +416,7 @@ impl Tree {
                 }
             },
             Source::Image(root, path) => {
-                let tree = image_tree(root, &self.ids, self.xdg.as_deref())?;
+                let tree = self.image(root)?;
                 if path == Path::new("/") {
                     (tree, 0)
                 } else {
@@ -410,6 +434,15 @@ impl Tree {
             sys::set_mount_attributes(tree.as_fd(), attributes)?;
         }
         Ok(Some(tree))
+    }
+
+    fn image(&mut self, root: &Root) -> Result<OwnedFd> {
+        let place = self
+            .images
+            .iter()
+            .position(|(r, _)| r == root)
+            .context("an image that was not asked for")?;
+        Ok(self.images.swap_remove(place).1)
     }
 
     /// A small text file of the image: regular, at most 1 MiB, and `None` when it is not there.
@@ -594,14 +627,6 @@ fn mount_overlay(
         ),
         _ => "cannot lay a layer over the image; the kernel must allow overlayfs in user namespaces (Linux 5.11)".into(),
     })
-}
-
-/// A further image, as a detached mount.
-fn image_tree(root: &Root, ids: &IdMap, xdg: Option<&OsStr>) -> Result<OwnedFd> {
-    match root {
-        Root::Directory(path) => sys::clone_tree(CWD, path),
-        _ => Ok(server::enter(root, ids, &[], xdg)?.tree),
-    }
 }
 
 /// Creates a mount point and the directories above it in an empty tree of ours.

@@ -55,6 +55,15 @@ const MOUNT_POINT: &str = "/m";
 /// The mount points asked for so far, for a worker that takes over.
 const VIEWS: &str = "/views";
 
+/// Whose user namespace a server lives in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Namespace {
+    /// One of its own, which its containers join.
+    New,
+    /// The caller's: for the layers over a root, whose namespace the caller has joined already.
+    Current,
+}
+
 /// What a container gets of a server.
 pub struct Stage {
     /// The user namespace to join.
@@ -71,20 +80,21 @@ pub struct Stage {
 /// When the image cannot be mounted: no user namespaces, no /dev/fuse, a damaged image.
 pub fn enter(
     root: &Root,
-    ids: &IdMap,
+    ids: IdMap,
+    namespace: Namespace,
     points: &[Point],
     xdg: Option<&std::ffi::OsStr>,
 ) -> Result<Stage> {
     let request = wire::encode_points(points)?;
-    let image = Image::open(root)?;
+    let image = Image::open(root, ids, namespace)?;
     let uid = rustix::process::getuid().as_raw();
     let Some(directory) = runtime::open(uid, xdg) else {
         say::verbose(format_args!(
             "no runtime directory: this container gets an image server of its own"
         ));
-        return start(&image, ids, None, &request);
+        return start(&image, None, &request);
     };
-    let name = image.socket_name(ids)?;
+    let name = image.socket_name()?;
     // A server may end between our connect and its answer; then the next round starts one.
     for _ in 0..10 {
         if let Some(server) = connect_to(&directory, &name) {
@@ -96,7 +106,7 @@ pub fn enter(
                         "the image server of {} does not answer: using another one",
                         image.path.display()
                     ));
-                    return start(&image, ids, None, &request);
+                    return start(&image, None, &request);
                 }
             }
         }
@@ -106,7 +116,7 @@ pub fn enter(
                 name: name.clone(),
                 listener,
             };
-            return start(&image, ids, Some(place), &request);
+            return start(&image, Some(place), &request);
         }
     }
     bail!(
@@ -122,10 +132,12 @@ struct Image<'a> {
     root: &'a Root,
     offset: u64,
     len: u64,
+    ids: IdMap,
+    namespace: Namespace,
 }
 
 impl<'a> Image<'a> {
-    fn open(root: &'a Root) -> Result<Image<'a>> {
+    fn open(root: &'a Root, ids: IdMap, namespace: Namespace) -> Result<Image<'a>> {
         let (path, offset, len) = match root {
             Root::Squashfs {
                 file,
@@ -150,11 +162,13 @@ impl<'a> Image<'a> {
             root,
             offset,
             len,
+            ids,
+            namespace,
         })
     }
 
     /// Equal for the callers that share a server, and different for all others.
-    fn socket_name(&self, ids: &IdMap) -> Result<String> {
+    fn socket_name(&self) -> Result<String> {
         use std::hash::{DefaultHasher, Hash, Hasher};
         let stat = rustix::fs::fstat(&self.file).context("cannot read the image's attributes")?;
         let userns = rustix::fs::stat("/proc/self/ns/user")
@@ -176,7 +190,7 @@ impl<'a> Image<'a> {
             self.len,
             gid,
             userns,
-            format!("{ids:?}"),
+            format!("{:?}", self.ids),
             cgroup_scope(),
         )
             .hash(&mut hash);
@@ -293,7 +307,7 @@ struct Place {
 }
 
 /// Starts a server and is its first client.
-fn start(image: &Image, ids: &IdMap, place: Option<Place>, request: &[u8]) -> Result<Stage> {
+fn start(image: &Image, place: Option<Place>, request: &[u8]) -> Result<Stage> {
     let (ours, first) = socketpair(
         AddressFamily::Unix,
         SockType::SeqPacket,
@@ -317,7 +331,7 @@ fn start(image: &Image, ids: &IdMap, place: Option<Place>, request: &[u8]) -> Re
         Fork::Child => {
             drop(ours);
             if matches!(sys::fork(), Ok(Fork::Child)) {
-                keep(image, ids, place, first);
+                keep(image, place, first);
             }
             sys::exit_now(0)
         }
@@ -325,9 +339,9 @@ fn start(image: &Image, ids: &IdMap, place: Option<Place>, request: &[u8]) -> Re
 }
 
 /// The keeper: makes namespaces and mount, starts workers. Does not return.
-fn keep(image: &Image, ids: &IdMap, place: Option<Place>, first: OwnedFd) {
+fn keep(image: &Image, place: Option<Place>, first: OwnedFd) {
     let _ = rustix::process::setsid();
-    let ready = prepare(image, ids, place.as_ref(), &first);
+    let ready = prepare(image, place.as_ref(), &first);
     let prepared = match ready {
         Ok(prepared) => prepared,
         Err(error) => return refuse(&first, place.as_ref(), &error),
@@ -339,7 +353,6 @@ fn keep(image: &Image, ids: &IdMap, place: Option<Place>, first: OwnedFd) {
             Ok(Fork::Child) => {
                 work(
                     image,
-                    ids,
                     &prepared,
                     place.as_ref(),
                     first.take(),
@@ -401,7 +414,7 @@ struct Prepared {
 }
 
 /// Namespaces, an empty file tree, and the image mounted in it.
-fn prepare(image: &Image, ids: &IdMap, place: Option<&Place>, first: &OwnedFd) -> Result<Prepared> {
+fn prepare(image: &Image, place: Option<&Place>, first: &OwnedFd) -> Result<Prepared> {
     sys::ignore_signals(&[
         Signal::SIGHUP,
         Signal::SIGINT,
@@ -422,8 +435,12 @@ fn prepare(image: &Image, ids: &IdMap, place: Option<&Place>, first: &OwnedFd) -
     sys::close_all_but(&keep);
     sys::set_title(&format!("capsid-image {}", image.path.display()));
     // The image is looked at before anything is mounted, so that a bad one costs nothing.
-    open_tree(image, ids)?;
-    userns::create(ids, CloneFlags::CLONE_NEWNS)?;
+    open_tree(image)?;
+    match image.namespace {
+        Namespace::New => userns::create(&image.ids, CloneFlags::CLONE_NEWNS)?,
+        Namespace::Current => nix::sched::unshare(CloneFlags::CLONE_NEWNS)
+            .context("cannot create a mount namespace")?,
+    }
     rustix::mount::mount_change(
         "/",
         rustix::mount::MountPropagationFlags::DOWNSTREAM
@@ -431,11 +448,11 @@ fn prepare(image: &Image, ids: &IdMap, place: Option<&Place>, first: &OwnedFd) -
     )
     .context("cannot make the mounts private")?;
     let userns = userns::current()?;
-    let (uid, gid) = match ids {
+    let (uid, gid) = match &image.ids {
         IdMap::Own { uid, gid } => (*uid, *gid),
         _ => (0, 0),
     };
-    let others = ids.has_others();
+    let others = image.ids.has_others();
     let mount = capsid_fuse::mount::fuse(&capsid_fuse::mount::MountOptions {
         uid,
         gid,
@@ -490,18 +507,24 @@ fn options(ids: &IdMap) -> Options {
     }
 }
 
-fn open_tree(image: &Image, ids: &IdMap) -> Result<Server> {
+fn open_tree(image: &Image) -> Result<Server> {
     let file = image
         .file
         .try_clone()
         .context("cannot duplicate a descriptor")?;
     let what = || format!("cannot read image {}", image.path.display());
     match image.root {
-        Root::Ext { .. } => Server::ext(file, image.offset, Some(image.len), "upper", options(ids))
-            .with_context(what),
+        Root::Ext { .. } => Server::ext(
+            file,
+            image.offset,
+            Some(image.len),
+            "upper",
+            options(&image.ids),
+        )
+        .with_context(what),
         _ => Ok(Server::squashfs(
             Archive::open(file, image.offset, Some(image.len)).with_context(what)?,
-            options(ids),
+            options(&image.ids),
         )),
     }
 }
@@ -509,13 +532,12 @@ fn open_tree(image: &Image, ids: &IdMap) -> Result<Server> {
 /// The worker: serves the image from threads, and clients from this one, until nobody is left.
 fn work(
     image: &Image,
-    ids: &IdMap,
     prepared: &Prepared,
     place: Option<&Place>,
     first: Option<OwnedFd>,
     fresh: bool,
 ) {
-    let server = match open_tree(image, ids) {
+    let server = match open_tree(image) {
         Ok(server) => Arc::new(server),
         Err(error) => {
             if let Some(first) = &first {
