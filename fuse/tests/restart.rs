@@ -32,7 +32,7 @@ fn a_request_that_a_dead_worker_had_read_is_answered_by_the_next_one() {
     }
     let (_dir, image) = image(&[]);
     run(Command::new("unshare")
-        .args(["-Urm", "timeout", "8"])
+        .args(["-Urm", "timeout", "60"])
         .arg(std::env::current_exe().unwrap())
         .args(["--exact", NAME])
         .env("TEST_IMAGE", image));
@@ -73,18 +73,28 @@ fn take_over(image: &std::path::Path) {
     };
     let server = Arc::new(Server::squashfs(open(image), options));
     let again = mounted.device.try_clone().unwrap();
-    //Server::resume(again.as_fd());
+    Server::resume(again.as_fd());
     let serving = std::thread::spawn(move || server.serve(mounted.device));
+    if !ends_soon(&reader) {
+        // Without this, the reader could not even be killed.
+        rustix::mount::unmount(point.path(), rustix::mount::UnmountFlags::FORCE).unwrap();
+        panic!("the request is not answered");
+    }
     assert_eq!(reader.join().unwrap().unwrap(), b"a small file\n");
 
     // And it ends when the last mount is gone.
     drop(mounted.tree);
     rustix::mount::unmount(point.path(), rustix::mount::UnmountFlags::DETACH).unwrap();
-    for _ in 0..100 {
-        if serving.is_finished() {
-            return serving.join().unwrap().unwrap();
+    assert!(ends_soon(&serving), "it goes on serving after the unmount");
+    serving.join().unwrap().unwrap();
+}
+
+fn ends_soon<T>(thread: &std::thread::JoinHandle<T>) -> bool {
+    for _ in 0..200 {
+        if thread.is_finished() {
+            return true;
         }
         std::thread::sleep(Duration::from_millis(50));
     }
-    panic!("it goes on serving after the unmount");
+    false
 }

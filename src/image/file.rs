@@ -33,11 +33,21 @@ pub fn detect(path: PathBuf, file: &File, head: &[u8]) -> Result<Box<dyn Image>>
         Some(offset_bytes) => {
             let len_bytes = len - offset_bytes;
             check_squashfs(file, offset_bytes, len_bytes)?;
-            Root::Squashfs { file: path.clone(), offset_bytes, len_bytes }
+            Root::Squashfs {
+                file: path.clone(),
+                offset_bytes,
+                len_bytes,
+            }
         }
         // The superblock of ext2, ext3 and ext4 lies at byte 1024, its magic number 56 bytes into it.
-        None if magic(1080, &[0x53, 0xef]) => Root::Ext { file: path.clone(), offset_bytes: 0, len_bytes: len },
-        None => bail!("image format not recognized: neither a SIF, nor a squashfs, nor an ext3 file system, nor a directory"),
+        None if magic(1080, &[0x53, 0xef]) => Root::Ext {
+            file: path.clone(),
+            offset_bytes: 0,
+            len_bytes: len,
+        },
+        None => bail!(
+            "image format not recognized: neither a SIF, nor a squashfs, nor an ext3 file system, nor a directory"
+        ),
     };
     Ok(Box::new(FileImage { root, path }))
 }
@@ -50,7 +60,11 @@ pub fn check_squashfs(file: &File, offset: u64, len: u64) -> Result<()> {
     }
     let superblock = Superblock::decode(&raw)?;
     if superblock.bytes_used > len {
-        return Err(capsid_fuse::Error::Truncated { need: superblock.bytes_used, have: len }.into());
+        return Err(capsid_fuse::Error::Truncated {
+            need: superblock.bytes_used,
+            have: len,
+        }
+        .into());
     }
     Ok(())
 }
@@ -61,19 +75,31 @@ impl Image for FileImage {
     }
 
     fn facts(&self) -> Facts {
-        Facts { arch: None, name: name(&self.path), path: self.path.clone(), overlays: Vec::new() }
+        Facts {
+            arch: None,
+            name: name(&self.path),
+            path: self.path.clone(),
+            overlays: Vec::new(),
+        }
     }
 
     fn read(&self, path: &Path) -> Result<Option<Vec<u8>>> {
         match &self.root {
-            Root::Squashfs { file, offset_bytes, len_bytes } => read_squashfs(file, *offset_bytes, *len_bytes, path),
+            Root::Squashfs {
+                file,
+                offset_bytes,
+                len_bytes,
+            } => read_squashfs(file, *offset_bytes, *len_bytes, path),
             _ => bail!("reading single files of an ext3 image is not supported: run it with exec"),
         }
     }
 
     fn data(&self, id: Option<u32>) -> Result<Root> {
         match id {
-            Some(id) => bail!("id={id} needs a SIF; {} is a bare file system", self.path.display()),
+            Some(id) => bail!(
+                "id={id} needs a SIF; {} is a bare file system",
+                self.path.display()
+            ),
             None => Ok(self.root()),
         }
     }

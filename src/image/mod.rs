@@ -84,7 +84,9 @@ pub const MAX_READ: u64 = 4 << 20;
 /// Naming the image and what is wrong with it.
 pub fn open(path: &Path) -> Result<Box<dyn Image>> {
     let what = || format!("could not open image {}", path.display());
-    let path = std::fs::canonicalize(path).map_err(|e| anyhow!(plain(&e))).with_context(what)?;
+    let path = std::fs::canonicalize(path)
+        .map_err(|e| anyhow!(plain(&e)))
+        .with_context(what)?;
     open_at(path).with_context(what)
 }
 
@@ -97,7 +99,9 @@ fn open_at(path: PathBuf) -> Result<Box<dyn Image>> {
         bail!("neither a regular file nor a directory");
     }
     let file = File::open(&path).map_err(|e| match e.kind() {
-        std::io::ErrorKind::PermissionDenied => anyhow!("not readable by the current user, check permissions"),
+        std::io::ErrorKind::PermissionDenied => {
+            anyhow!("not readable by the current user, check permissions")
+        }
         _ => anyhow!(plain(&e)),
     })?;
     let mut head = [0; 2048];
@@ -117,9 +121,15 @@ fn open_at(path: PathBuf) -> Result<Box<dyn Image>> {
 /// # Errors
 /// When it is for another architecture, naming both.
 pub fn check_arch(image: Option<&str>, host: &str) -> Result<()> {
-    let runs = |image: &str| image == host || image == "unknown" || matches!((host, image), ("amd64", "386") | ("arm64", "arm"));
+    let runs = |image: &str| {
+        image == host
+            || image == "unknown"
+            || matches!((host, image), ("amd64", "386") | ("arm64", "arm"))
+    };
     match image.filter(|image| !runs(image)) {
-        Some(image) => bail!("the image is for {image}, this machine is {host}: use an image for {host}"),
+        Some(image) => {
+            bail!("the image is for {image}, this machine is {host}: use an image for {host}")
+        }
         None => Ok(()),
     }
 }
@@ -138,18 +148,31 @@ fn read_start(file: &File, buffer: &mut [u8]) -> Result<usize> {
 
 /// The reader of a squashfs in `file`.
 fn archive(file: &Path, offset_bytes: u64, len_bytes: u64) -> Result<Archive> {
-    Ok(Archive::open(File::open(file)?, offset_bytes, Some(len_bytes))?)
+    Ok(Archive::open(
+        File::open(file)?,
+        offset_bytes,
+        Some(len_bytes),
+    )?)
 }
 
-fn read_squashfs(file: &Path, offset_bytes: u64, len_bytes: u64, path: &Path) -> Result<Option<Vec<u8>>> {
+fn read_squashfs(
+    file: &Path,
+    offset_bytes: u64,
+    len_bytes: u64,
+    path: &Path,
+) -> Result<Option<Vec<u8>>> {
     use std::os::unix::ffi::OsStrExt as _;
     let archive = archive(file, offset_bytes, len_bytes)?;
     let what = || format!("cannot read {} of {}", path.display(), file.display());
-    archive.read_file(path.as_os_str().as_bytes(), MAX_READ).with_context(what)
+    archive
+        .read_file(path.as_os_str().as_bytes(), MAX_READ)
+        .with_context(what)
 }
 
 fn name(path: &Path) -> String {
-    path.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+    path.file_name()
+        .map(|n| n.to_string_lossy().into_owned())
+        .unwrap_or_default()
 }
 
 /// The system's words without Rust's "(os error N)".
@@ -157,7 +180,9 @@ fn plain(error: &std::io::Error) -> String {
     let text = error.to_string();
     let text = text.split(" (os error").next().unwrap_or_default();
     let mut chars = text.chars();
-    chars.next().map_or_else(String::new, |first| first.to_lowercase().chain(chars).collect())
+    chars.next().map_or_else(String::new, |first| {
+        first.to_lowercase().chain(chars).collect()
+    })
 }
 
 #[cfg(test)]
@@ -180,9 +205,17 @@ mod tests {
         assert!(error_of(b"text").contains("image format not recognized"));
         assert!(error_of(&[0; 4096]).contains("image format not recognized"));
         assert!(error_of(b"#!/usr/bin/env run-singularity\n\0SIF_MAGIC\0").contains("truncated"));
-        assert!(error_of(b"hsqs").contains("image format not recognized") || error_of(b"hsqs").contains("truncated"));
-        let missing = open(Path::new("/no/such/image")).err().map(|e| format!("{e:#}"));
-        assert_eq!(missing.as_deref(), Some("could not open image /no/such/image: no such file or directory"));
+        assert!(
+            error_of(b"hsqs").contains("image format not recognized")
+                || error_of(b"hsqs").contains("truncated")
+        );
+        let missing = open(Path::new("/no/such/image"))
+            .err()
+            .map(|e| format!("{e:#}"));
+        assert_eq!(
+            missing.as_deref(),
+            Some("could not open image /no/such/image: no such file or directory")
+        );
     }
 
     #[test]
@@ -191,6 +224,9 @@ mod tests {
         assert!(check_arch(Some("386"), "amd64").is_ok());
         assert!(check_arch(None, "amd64").is_ok());
         let error = check_arch(Some("arm64"), "amd64").unwrap_err().to_string();
-        assert_eq!(error, "the image is for arm64, this machine is amd64: use an image for amd64");
+        assert_eq!(
+            error,
+            "the image is for arm64, this machine is amd64: use an image for amd64"
+        );
     }
 }

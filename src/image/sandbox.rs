@@ -27,7 +27,12 @@ impl Image for Sandbox {
     }
 
     fn facts(&self) -> Facts {
-        Facts { arch: None, name: name(&self.path), path: self.path.clone(), overlays: Vec::new() }
+        Facts {
+            arch: None,
+            name: name(&self.path),
+            path: self.path.clone(),
+            overlays: Vec::new(),
+        }
     }
 
     fn read(&self, path: &Path) -> Result<Option<Vec<u8>>> {
@@ -35,16 +40,19 @@ impl Image for Sandbox {
         let root = File::open(&self.path).with_context(what)?;
         let inside = path.strip_prefix("/").unwrap_or(path);
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let file = match rustix::fs::openat2(&root, inside, flags, Mode::empty(), ResolveFlags::IN_ROOT) {
-            Ok(fd) => File::from(fd),
-            Err(rustix::io::Errno::NOENT) => return Ok(None),
-            Err(error) => return Err(error).with_context(what),
-        };
+        let file =
+            match rustix::fs::openat2(&root, inside, flags, Mode::empty(), ResolveFlags::IN_ROOT) {
+                Ok(fd) => File::from(fd),
+                Err(rustix::io::Errno::NOENT) => return Ok(None),
+                Err(error) => return Err(error).with_context(what),
+            };
         if !file.metadata().with_context(what)?.is_file() {
             bail!("{}: not a regular file", what());
         }
         let mut bytes = Vec::new();
-        file.take(MAX_READ + 1).read_to_end(&mut bytes).with_context(what)?;
+        file.take(MAX_READ + 1)
+            .read_to_end(&mut bytes)
+            .with_context(what)?;
         if bytes.len() as u64 > MAX_READ {
             bail!("{}: larger than {MAX_READ} bytes", what());
         }
@@ -52,6 +60,9 @@ impl Image for Sandbox {
     }
 
     fn data(&self, _id: Option<u32>) -> Result<Root> {
-        bail!("{} is a directory: bind it without image-src or id", self.path.display())
+        bail!(
+            "{} is a directory: bind it without image-src or id",
+            self.path.display()
+        )
     }
 }

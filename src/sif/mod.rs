@@ -43,8 +43,8 @@ const GROUP: u32 = 0xf000_0000;
 
 /// Go's names of the architectures, by SIF's codes.
 const ARCHITECTURES: [&str; 14] = [
-    "unknown", "386", "amd64", "arm", "arm64", "ppc64", "ppc64le", "mips", "mipsle", "mips64", "mips64le", "s390x",
-    "riscv64", "loong64",
+    "unknown", "386", "amd64", "arm", "arm64", "ppc64", "ppc64le", "mips", "mipsle", "mips64",
+    "mips64le", "s390x", "riscv64", "loong64",
 ];
 
 /// Why a file cannot be read or written as a SIF.
@@ -76,11 +76,16 @@ impl fmt::Display for Error {
         match self {
             Error::Io(error) => write!(f, "{error}"),
             Error::NotSif => f.write_str("not a SIF: the magic bytes are missing"),
-            Error::Version(version) => write!(f, "SIF version {version:?} is not supported, only \"01\""),
+            Error::Version(version) => {
+                write!(f, "SIF version {version:?} is not supported, only \"01\"")
+            }
             Error::Truncated { what, have, need } => {
                 let missing = need - have;
                 let s = if missing == 1 { "" } else { "s" };
-                write!(f, "the SIF is truncated: {what} needs {missing} more byte{s} (the file has {have} of {need}); copy or pull it again")
+                write!(
+                    f,
+                    "the SIF is truncated: {what} needs {missing} more byte{s} (the file has {have} of {need}); copy or pull it again"
+                )
             }
             Error::Damaged(what) => write!(f, "the SIF is damaged: {what}"),
             Error::Full => write!(f, "a SIF holds at most {SLOTS} objects"),
@@ -235,8 +240,13 @@ pub struct Descriptor {
 
 fn arch_name(code: [u8; 3]) -> &'static str {
     let digit = |b: u8| b.is_ascii_digit().then(|| usize::from(b - b'0'));
-    let number = digit(code[0]).zip(digit(code[1])).map(|(tens, ones)| tens * 10 + ones);
-    number.and_then(|n| ARCHITECTURES.get(n)).copied().unwrap_or("unknown")
+    let number = digit(code[0])
+        .zip(digit(code[1]))
+        .map(|(tens, ones)| tens * 10 + ones);
+    number
+        .and_then(|n| ARCHITECTURES.get(n))
+        .copied()
+        .unwrap_or("unknown")
 }
 
 fn arch_code(name: &str) -> [u8; 3] {

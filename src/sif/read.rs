@@ -4,8 +4,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 
 use super::{
-    DESCRIPTOR_LEN, DataType, Descriptor, Error, FsType, GROUP, HEADER_LEN, MAGIC, MAX_SLOTS, PartType, Partition,
-    VERSION, arch_name,
+    DESCRIPTOR_LEN, DataType, Descriptor, Error, FsType, GROUP, HEADER_LEN, MAGIC, MAX_SLOTS,
+    PartType, Partition, VERSION, arch_name,
 };
 
 /// What a SIF holds.
@@ -38,23 +38,31 @@ impl Sif {
         let mut fields = Fields(&head[42..]);
         let version = fields.bytes::<3>();
         if version != *VERSION {
-            return Err(Error::Version(String::from_utf8_lossy(&version[..2]).into_owned()));
+            return Err(Error::Version(
+                String::from_utf8_lossy(&version[..2]).into_owned(),
+            ));
         }
         let arch = arch_name(fields.bytes());
         fields.bytes::<16>(); // identity
         let [_created, _modified, _free, total, table, table_len] = [(); 6].map(|()| fields.u64());
         if total > MAX_SLOTS {
-            return Err(Error::Damaged(format!("{total} descriptors; at most {MAX_SLOTS} are allowed")));
+            return Err(Error::Damaged(format!(
+                "{total} descriptors; at most {MAX_SLOTS} are allowed"
+            )));
         }
         let len = total * DESCRIPTOR_LEN as u64;
         if table_len < len {
-            return Err(Error::Damaged(format!("a table of {table_len} bytes for {total} descriptors")));
+            return Err(Error::Damaged(format!(
+                "a table of {table_len} bytes for {total} descriptors"
+            )));
         }
         require("the table of descriptors", have, end(table, len)?)?;
         let mut raw = vec![0; usize::try_from(len).unwrap_or(0)];
         file.read_exact_at(&mut raw, table)?;
         let slots = raw.chunks_exact(DESCRIPTOR_LEN).filter(|slot| slot[4] != 0);
-        let objects = slots.map(|slot| decode(slot, have)).collect::<Result<_, _>>()?;
+        let objects = slots
+            .map(|slot| decode(slot, have))
+            .collect::<Result<_, _>>()?;
         Ok(Sif { arch, objects })
     }
 
@@ -65,7 +73,9 @@ impl Sif {
 
     /// The partitions of a use, in order.
     pub fn partitions(&self, part: PartType) -> impl Iterator<Item = (&Descriptor, Partition)> {
-        self.objects.iter().filter_map(move |d| Some((d, d.partition.filter(|p| p.part == part)?)))
+        self.objects
+            .iter()
+            .filter_map(move |d| Some((d, d.partition.filter(|p| p.part == part)?)))
     }
 }
 
@@ -102,12 +112,22 @@ fn decode(slot: &[u8], have: u64) -> Result<Descriptor, Error> {
 
 fn end(offset: u64, len: u64) -> Result<u64, Error> {
     // The numbers are signed in the format.
-    let end = offset.checked_add(len).filter(|end| i64::try_from(*end).is_ok());
+    let end = offset
+        .checked_add(len)
+        .filter(|end| i64::try_from(*end).is_ok());
     end.ok_or_else(|| Error::Damaged(format!("a part of {len} bytes at byte {offset}")))
 }
 
 fn require(what: &str, have: u64, need: u64) -> Result<(), Error> {
-    if have >= need { Ok(()) } else { Err(Error::Truncated { what: what.into(), have, need }) }
+    if have >= need {
+        Ok(())
+    } else {
+        Err(Error::Truncated {
+            what: what.into(),
+            have,
+            need,
+        })
+    }
 }
 
 /// Takes fields off the front. Callers hand in enough bytes; what lies behind the end reads as zeros.

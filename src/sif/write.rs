@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 
 use super::{
-    ALIGNMENT, DESCRIPTOR_LEN, DataType, Error, GROUP, HEADER_LEN, LAUNCH, MAGIC, PartType, Partition, SLOTS, TABLE_OFFSET,
-    VERSION, arch_code,
+    ALIGNMENT, DESCRIPTOR_LEN, DataType, Error, GROUP, HEADER_LEN, LAUNCH, MAGIC, PartType,
+    Partition, SLOTS, TABLE_OFFSET, VERSION, arch_code,
 };
 
 /// When an image was made, and its identity: given by the caller, so that two builds can be alike.
@@ -41,7 +41,8 @@ impl Draft {
 
     /// Adds a partition. A primary one sets the image's architecture.
     pub fn add_partition(&mut self, partition: Partition, content: Content) -> &mut Draft {
-        self.objects.push((DataType::Partition, Some(partition), String::new(), content));
+        self.objects
+            .push((DataType::Partition, Some(partition), String::new(), content));
         self
     }
 
@@ -54,15 +55,30 @@ impl Draft {
         if used > SLOTS {
             return Err(Error::Full);
         }
-        let primary = self.objects.iter().filter_map(|o| o.1).find(|p| p.part == PartType::Primary);
+        let primary = self
+            .objects
+            .iter()
+            .filter_map(|o| o.1)
+            .find(|p| p.part == PartType::Primary);
         let data = TABLE_OFFSET + SLOTS * DESCRIPTOR_LEN as u64;
         let mut table = Vec::new();
         let mut at = data;
         for (index, (data_type, partition, name, content)) in self.objects.into_iter().enumerate() {
-            let start = if partition.is_some() { at.next_multiple_of(ALIGNMENT) } else { at };
+            let start = if partition.is_some() {
+                at.next_multiple_of(ALIGNMENT)
+            } else {
+                at
+            };
             out.seek(SeekFrom::Start(start))?;
             let len = copy(content, out)?;
-            table.extend(descriptor(index as u32 + 1, data_type, partition, &name, (start, len, start + len - at), stamp));
+            table.extend(descriptor(
+                index as u32 + 1,
+                data_type,
+                partition,
+                &name,
+                (start, len, start + len - at),
+                stamp,
+            ));
             at = start + len;
         }
         // An image that ends in a hole would be shorter than its header says.
@@ -70,7 +86,13 @@ impl Draft {
         out.seek(SeekFrom::Start(TABLE_OFFSET))?;
         out.write_all(&table)?;
         out.seek(SeekFrom::Start(0))?;
-        out.write_all(&header(primary.map_or("unknown", |p| p.arch), used, data, at - data, stamp))?;
+        out.write_all(&header(
+            primary.map_or("unknown", |p| p.arch),
+            used,
+            data,
+            at - data,
+            stamp,
+        ))?;
         Ok(())
     }
 }
@@ -85,7 +107,15 @@ fn copy(content: Content, out: &mut File) -> Result<u64, Error> {
             file.seek(SeekFrom::Start(0))?;
             let len = file.metadata()?.len();
             let copied = std::io::copy(&mut file.take(len), out)?;
-            if copied == len { Ok(len) } else { Err(Error::Truncated { what: "an object".into(), have: copied, need: len }) }
+            if copied == len {
+                Ok(len)
+            } else {
+                Err(Error::Truncated {
+                    what: "an object".into(),
+                    have: copied,
+                    need: len,
+                })
+            }
         }
     }
 }
@@ -100,14 +130,28 @@ fn header(arch: &str, used: u64, data: u64, data_len: u64, stamp: Stamp) -> Vec<
     header.extend(stamp.identity);
     header.extend(stamp.time_s.to_le_bytes());
     header.extend(stamp.time_s.to_le_bytes());
-    for number in [SLOTS - used, SLOTS, TABLE_OFFSET, SLOTS * DESCRIPTOR_LEN as u64, data, data_len] {
+    for number in [
+        SLOTS - used,
+        SLOTS,
+        TABLE_OFFSET,
+        SLOTS * DESCRIPTOR_LEN as u64,
+        data,
+        data_len,
+    ] {
         header.extend(number.to_le_bytes());
     }
     header
 }
 
 /// `place`: offset, length, and length with the padding before it.
-fn descriptor(id: u32, data_type: DataType, partition: Option<Partition>, name: &str, place: (u64, u64, u64), stamp: Stamp) -> Vec<u8> {
+fn descriptor(
+    id: u32,
+    data_type: DataType,
+    partition: Option<Partition>,
+    name: &str,
+    place: (u64, u64, u64),
+    stamp: Stamp,
+) -> Vec<u8> {
     let mut slot = Vec::with_capacity(DESCRIPTOR_LEN);
     slot.extend(data_type.code().to_le_bytes());
     slot.push(1);

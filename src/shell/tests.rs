@@ -1,0 +1,194 @@
+//! The same scripts in this shell and in the machine's `/bin/sh`: the same variables.
+
+use std::process::Command;
+
+use super::*;
+
+struct Machine;
+
+impl Files for Machine {
+    fn test(&self, test: u8, path: &[u8]) -> Option<bool> {
+        let path = std::path::Path::new(std::str::from_utf8(path).ok()?);
+        match test {
+            b'e' => Some(path.exists()),
+            b'd' => Some(path.is_dir()),
+            b'f' => Some(path.is_file()),
+            _ => None,
+        }
+    }
+    fn read(&self, _: &[u8]) -> Option<Vec<u8>> {
+        None
+    }
+}
+
+const START: [(&str, &str); 4] = [
+    ("PATH", "/usr/bin:/bin"),
+    ("HOME", "/home/x"),
+    ("EMPTY", ""),
+    ("HOST", "a  b*"),
+];
+
+fn here(script: &str) -> Result<Vec<String>, Unsupported> {
+    let mut state = State {
+        params: vec![b"one".to_vec(), b"two words".to_vec()],
+        ..State::default()
+    };
+    for (name, value) in START {
+        state.export(name.as_bytes(), value.as_bytes());
+    }
+    run(script.as_bytes(), &mut state, &Machine)?;
+    let mut lines = vec![format!("out={}", String::from_utf8_lossy(&state.out))];
+    lines.extend(
+        state
+            .vars
+            .iter()
+            .filter(|(_, v)| v.exported)
+            .filter_map(|(name, var)| {
+                Some(format!(
+                    "{}={}",
+                    String::from_utf8_lossy(name),
+                    String::from_utf8_lossy(var.value.as_ref()?)
+                ))
+            }),
+    );
+    Ok(lines)
+}
+
+fn there(script: &str) -> Vec<String> {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("script");
+    std::fs::write(&file, script).unwrap();
+    let line = format!(
+        ". {} ; /usr/bin/env -0 > {}/env",
+        file.display(),
+        dir.path().display()
+    );
+    let out = Command::new("/bin/sh")
+        .args(["-c", &line, "sh", "one", "two words"])
+        .env_clear()
+        .envs(START)
+        .output()
+        .unwrap();
+    let text = std::fs::read_to_string(dir.path().join("env")).unwrap();
+    let mut vars: Vec<String> = text
+        .split_terminator('\0')
+        .filter(|l| !l.starts_with("PWD="))
+        .map(str::to_owned)
+        .collect();
+    vars.sort();
+    let mut lines = vec![format!("out={}", String::from_utf8_lossy(&out.stdout))];
+    lines.extend(vars);
+    lines
+}
+
+const SCRIPTS: &[&str] = &[
+    "A=1\nexport A B=2 C",
+    "export PATH=/opt/bin:$PATH",
+    "export A=\"it's $HOME\" B='$HOME' C=a\\ b D=\\$x",
+    "export A=${X:-default} B=${X-default} C=${EMPTY:-e} D=${EMPTY-e} E=${HOME:+set} F=${X:+set}",
+    "export OCI=\"${OCI:-\"oci value\"}\"",
+    "export Q=\"${Q:-\"it's \\\\\\\"q\\\\\\\" \\\\$HOME\"}\"",
+    "export A=\"${X:-a b}\" B=\"${X:-'s'}\" C=${X:-'s  t'} D=${X:-$HOME/x}",
+    ": ${NEW:=value}\nexport NEW",
+    "export L=${#HOME} P=${PATH%%:*} S=${PATH##*:} M=${HOME#/home/} E=${PATH%:*}",
+    "if [ -z \"${X:-}\" ]; then A=empty; else A=full; fi; export A",
+    "if test -n \"$HOME\" && [ \"$HOME\" = /home/x ]; then export A=yes; elif false; then export A=no; fi",
+    "if [ -d /etc ]; then export D=1; fi; if [ ! -f /etc ]; then export F=1; fi",
+    "[ -z \"$X\" ] || export A=1\n[ -n \"$X\" ] || export B=1",
+    "for i in a \"b c\" $HOST2 d; do R=\"$R[$i]\"; done; export R",
+    "for i; do R=\"$R[$i]\"; done; export R",
+    "for i in \"$@\"; do R=\"$R[$i]\"; done; export R N=$#",
+    "S=\"a b  c\"\nfor i in $S; do R=\"$R[$i]\"; done; export R",
+    "case \"$HOME\" in /root) A=1;; /home/*|/usr/*) A=2;; *) A=3;; esac; export A",
+    "case x in (y) export A=1 ;; x) export A=2 ;; esac",
+    "export A=1 # comment\n# whole line\n\nexport B=a#b",
+    "export A=one\\\ntwo",
+    "export LD=\"${LD:+$LD:}/lib\"",
+    "unset HOME; export A=${HOME-gone}",
+    "A=1; export A; unset A",
+    "! false && export A=1; ! true || export B=2",
+    "{ export A=1; export B=2; }; export C=3",
+    "echo hello  \"two  words\" $EMPTY x; export A=1",
+    "echo quiet >/dev/null 2>&1; export A=1",
+    "export A=1; return 0; export A=2",
+    "if false; then :; fi; export S=$?",
+    "false; export S=$?",
+    "export A=\"$HOST\" B=$HOST",
+    "A=\"x\"y'z'; export A",
+    "export A=$ B=\"$\" C=\"a\\b\" D=\"\\\"\"",
+    "export N=$(( 1",
+    "test 3 -gt 2 && export A=gt; [ 1 -eq 2 ] || export B=ne",
+    "if [ \"$HOME\" != \"/\" ]\nthen\n  export A=1\nfi\n",
+    "export A=\"line one\nline two\"",
+    "export EQ=a=b=c",
+    "true && { export A=1\n}\n",
+];
+
+#[test]
+fn variables_are_those_of_a_real_shell() {
+    for script in SCRIPTS {
+        match here(script) {
+            Ok(lines) => assert_eq!(lines, there(script), "{script}"),
+            Err(error) => assert!(script.contains("$(("), "{script}: {error}"),
+        }
+    }
+}
+
+#[test]
+fn what_is_not_known_is_left_to_a_real_shell() {
+    for script in [
+        "export A=$(date)",
+        "A=`date`",
+        "ls",
+        "a | b",
+        "sleep 1 &",
+        "f() { :; }",
+        "while true; do :; done",
+        "[[ -n x ]]",
+        "A=(1 2)",
+        "IFS=:",
+        "eval x",
+        "export A=~/x",
+        "for f in /etc/*; do :; done",
+        "cat <<E\nE",
+        "A=1 env",
+        "(A=1)",
+        "set -e",
+        "if",
+        "\"",
+        "${",
+        "echo 'a\\n'",
+        "x() { :; }; x",
+        "trap : EXIT",
+        "cd /",
+        ". file",
+        "[ a -o b ]",
+        "export $'A'",
+    ] {
+        assert!(here(script).is_err(), "{script}");
+    }
+}
+
+#[test]
+fn nothing_runs_for_ever() {
+    assert!(run(&b"{ ".repeat(10_000), &mut State::default(), &NoFiles).is_err());
+    let doubling = "A=xxxxxxxx\n".to_owned() + &"A=$A$A\n".repeat(60);
+    assert!(run(doubling.as_bytes(), &mut State::default(), &NoFiles).is_err());
+    let nested = (0..7).fold(":".to_owned(), |body, _| {
+        format!("for i in 1 2 3 4 5 6 7 8 9 10; do {body}; done")
+    });
+    assert!(run(nested.as_bytes(), &mut State::default(), &NoFiles).is_err());
+}
+
+#[test]
+fn text_is_expanded_as_within_double_quotes() {
+    let mut state = State::default();
+    state.export(b"HOME", b"/home/x");
+    let mut get = |text: &str| {
+        expand(text.as_bytes(), &mut state).map(|v| String::from_utf8_lossy(&v).into_owned())
+    };
+    assert_eq!(get("it's \"$HOME\""), Ok("it's \"/home/x\"".into()));
+    assert_eq!(get("\\$HOME ${X:-y}"), Ok("$HOME y".into()));
+    assert_eq!(get("plain 'text' *"), Ok("plain 'text' *".into()));
+    assert!(get("$(date)").is_err());
+}
