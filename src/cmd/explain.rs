@@ -82,6 +82,14 @@ pub fn lines(plan: &Plan) -> Vec<String> {
             value.display()
         ));
     }
+    for (name, value) in &plan.environment.host {
+        lines.push(format!(
+            "{:<9}{}={}  (unless the image sets it)",
+            "env",
+            name.display(),
+            value.display()
+        ));
+    }
     for (name, value) in &plan.environment.overrides {
         lines.push(format!(
             "{:<9}{}={}  (over the image's)",

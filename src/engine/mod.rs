@@ -135,8 +135,8 @@ fn inside(
     }
     rootfs::pivot(&tree.root, 1)?; // the session lies over the host's root
     drop(tree);
-    process::enter_directory(&plan.process)?;
-    let next = process::resolve(plan)?;
+    let cwd = process::enter_directory(&plan.process)?;
+    let next = process::resolve(plan, &cwd)?;
     if matches!(next, Next::Run(_)) {
         process::restrict(&plan.ids, &plan.process, plan.process.close_descriptors)?;
     }

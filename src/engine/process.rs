@@ -10,7 +10,7 @@ use rustix::fs::Mode;
 
 use super::environment::{self, Dispatch, Finished};
 use super::sys;
-use crate::plan::{IdMap, Plan, Process};
+use crate::plan::{IdMap, Plan, Process, Verb};
 use crate::say;
 
 /// What `execve(2)` gets.
@@ -28,11 +28,12 @@ pub enum Next {
     End(u8),
 }
 
-/// Enters the working directory: the one wanted, else home, else `/`, saying so.
+/// Enters the working directory: the one wanted, else home, else `/`, saying so. Gives the one entered.
 ///
 /// # Errors
 /// When `--cwd` named it and it cannot be entered, or when it lies outside the container.
-pub fn enter_directory(process: &Process) -> Result<()> {
+pub fn enter_directory(process: &Process) -> Result<PathBuf> {
+    let mut entered = process.cwd.as_path();
     if let Err(error) = rustix::process::chdir(&process.cwd) {
         if process.cwd_required {
             bail!(
@@ -52,6 +53,7 @@ pub fn enter_directory(process: &Process) -> Result<()> {
             process.cwd.display(),
             plain(error)
         ));
+        entered = instead;
     }
     // A directory outside the root shows itself by this prefix (getcwd(2)).
     let inside =
@@ -62,7 +64,7 @@ pub fn enter_directory(process: &Process) -> Result<()> {
             process.cwd.display()
         );
     }
-    Ok(())
+    Ok(entered.to_owned())
 }
 
 /// The kernel's word for an error, as C programs and Go print it.
@@ -100,7 +102,7 @@ pub fn restrict(ids: &IdMap, process: &Process, private_keys: bool) -> Result<()
 ///
 /// # Errors
 /// When there is nothing to run, in the peers' words.
-pub fn resolve(plan: &Plan) -> Result<Next> {
+pub fn resolve(plan: &Plan, cwd: &Path) -> Result<Next> {
     let process = &plan.process;
     let argv = match environment::dispatch(
         process.verb.name(),
@@ -108,7 +110,12 @@ pub fn resolve(plan: &Plan) -> Result<Next> {
         process.shell.as_deref(),
         &process.args,
     ) {
-        Dispatch::Exec(argv) => argv,
+        Dispatch::Exec(argv, notice) => {
+            if let Some(notice) = notice {
+                say::info(format_args!("{notice}"));
+            }
+            argv
+        }
         Dispatch::Message {
             level,
             text,
@@ -123,15 +130,18 @@ pub fn resolve(plan: &Plan) -> Result<Next> {
             return Ok(Next::End(status));
         }
     };
-    match environment::finish(&plan.environment)? {
-        Finished::Ready(env) => program(argv, env).map(Next::Run),
+    match environment::finish(&plan.environment, cwd)? {
+        Finished::Ready(mut env) => {
+            if process.verb == Verb::Shell {
+                env.retain(|(name, _)| name != "SHELL");
+                env.push(("SHELL".into(), argv.first().cloned().unwrap_or_default()));
+            }
+            program(argv, env).map(Next::Run)
+        }
+        Finished::Ended(status) => Ok(Next::End(status)),
         Finished::Shell { script, vars } => {
-            let mut words: Vec<OsString> = vec![
-                "/bin/sh".into(),
-                "-c".into(),
-                script.into(),
-                "capsid".into(),
-            ];
+            let mut words: Vec<OsString> =
+                vec!["/bin/sh".into(), "-c".into(), script, "capsid".into()];
             words.extend(argv);
             Ok(Next::Run(Program {
                 path: "/bin/sh".into(),
@@ -148,7 +158,7 @@ fn program(argv: Vec<OsString>, env: Vec<(OsString, OsString)>) -> Result<Progra
         .iter()
         .find(|(k, _)| k == "PATH")
         .map_or(OsStr::new(""), |(_, v)| v.as_os_str());
-    let path = environment::find_program(name, path, Path::new("."))?;
+    let path = environment::find_program(name, path)?;
     Ok(Program { path, argv, env })
 }
 

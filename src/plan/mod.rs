@@ -284,7 +284,6 @@ pub fn plan(
         image: &facts.path,
         name: &facts.name,
         binds: &binds,
-        instance: None,
         args: &request.args,
     })?;
     warnings.extend(more);

@@ -66,6 +66,7 @@ impl Machine<'_> {
         fields: &mut Vec<Vec<u8>>,
     ) -> Result<(), Unsupported> {
         let mut field: Option<Vec<u8>> = None;
+        let mut bracket = false; // a `[` alone is the command of that name
         for piece in self.pieces(word, line)? {
             if piece.breaks {
                 fields.extend(field.take());
@@ -77,8 +78,12 @@ impl Machine<'_> {
             for byte in piece.bytes {
                 match byte {
                     b' ' | b'\t' | b'\n' => fields.extend(field.take()),
-                    b'*' | b'?' | b'[' => return Err(unsupported(line, "a pattern of file names")),
-                    byte => field.get_or_insert_default().push(byte),
+                    b'*' | b'?' => return Err(unsupported(line, "a pattern of file names")),
+                    b']' if bracket => return Err(unsupported(line, "a pattern of file names")),
+                    byte => {
+                        bracket |= byte == b'[';
+                        field.get_or_insert_default().push(byte);
+                    }
                 }
             }
         }
@@ -139,8 +144,15 @@ impl Machine<'_> {
                 let present = value.as_ref().is_some_and(|v| !colon || !v.is_empty());
                 match (sign, present) {
                     (b'+', true) | (b'-', false) => {
-                        // The word keeps its own quotes.
+                        // The word keeps its own quotes; within quotes even an empty one makes a field.
                         let more = self.pieces(word, line)?;
+                        if quoted && more.is_empty() {
+                            pieces.push(Piece {
+                                bytes: Vec::new(),
+                                quoted,
+                                breaks: false,
+                            });
+                        }
                         pieces.extend(more.into_iter().map(|p| Piece {
                             quoted: p.quoted || quoted,
                             ..p

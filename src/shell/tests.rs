@@ -121,6 +121,7 @@ const SCRIPTS: &[&str] = &[
     "if [ \"$HOME\" != \"/\" ]\nthen\n  export A=1\nfi\n",
     "export A=\"line one\nline two\"",
     "export EQ=a=b=c",
+    "test -n \"${X:-}\" || export A=1; [ -n \"${HOME:+}\" ] || export B=1",
     "true && { export A=1\n}\n",
 ];
 

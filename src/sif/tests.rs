@@ -89,7 +89,7 @@ fn places_are_those_of_the_format() {
     );
     assert_eq!(head[112..120], 32176u64.to_le_bytes());
     assert_eq!(Sif::read(&file).unwrap().objects[0].offset_bytes, 32176);
-    assert_eq!(Sif::read(&file).unwrap().objects[2].offset_bytes, 36864);
+    assert_eq!(Sif::read(&file).unwrap().objects[2].offset_bytes, 32768);
 }
 
 #[test]
