@@ -10,7 +10,10 @@ use std::process::{Command, Stdio};
 use criterion::{Criterion, criterion_group, criterion_main};
 
 fn quiet(command: &mut Command) {
-    let status = command.stdin(Stdio::null()).status().expect("the program starts");
+    let status = command
+        .stdin(Stdio::null())
+        .status()
+        .expect("the program starts");
     assert!(status.success(), "{command:?}");
 }
 
@@ -22,7 +25,9 @@ fn tool(name: &str, args: &[&str]) -> Command {
 
 /// A tree with busybox, as a directory, a squashfs and (by the demo's own packer) nothing else.
 fn tree(root: &Path) {
-    for dir in ["bin", "dev", "etc", "home", "proc", "sys", "tmp", "usr", "var/tmp"] {
+    for dir in [
+        "bin", "dev", "etc", "home", "proc", "sys", "tmp", "usr", "var/tmp",
+    ] {
         std::fs::create_dir_all(root.join(dir)).expect("mkdir");
     }
     std::fs::copy("/bin/busybox", root.join("bin/true")).expect("busybox-static is installed");
@@ -35,16 +40,41 @@ fn start(c: &mut Criterion) {
     let root = dir.path().join("tree");
     tree(&root);
     let squashfs = dir.path().join("image.squashfs");
-    let (root, squashfs) = (root.to_str().expect("UTF-8"), squashfs.to_str().expect("UTF-8"));
-    quiet(&mut tool("mksquashfs", &[root, squashfs, "-quiet", "-no-progress", "-all-root"]));
+    let (root, squashfs) = (
+        root.to_str().expect("UTF-8"),
+        squashfs.to_str().expect("UTF-8"),
+    );
+    quiet(&mut tool(
+        "mksquashfs",
+        &[root, squashfs, "-quiet", "-no-progress", "-all-root"],
+    ));
     let capsid = env!("CARGO_BIN_EXE_capsid");
     let mut group = c.benchmark_group("start");
     group.bench_function("bwrap/directory", |b| {
-        b.iter(|| quiet(black_box(&mut tool("bwrap", &["--unshare-user", "--bind", root, "/", "--proc", "/proc", "--dev", "/dev", "/bin/true"]))));
+        b.iter(|| {
+            quiet(black_box(&mut tool(
+                "bwrap",
+                &[
+                    "--unshare-user",
+                    "--bind",
+                    root,
+                    "/",
+                    "--proc",
+                    "/proc",
+                    "--dev",
+                    "/dev",
+                    "/bin/true",
+                ],
+            )))
+        });
     });
-    group.bench_function("capsid/directory", |b| b.iter(|| quiet(&mut tool(capsid, &["-q", "exec", root, "/bin/true"]))));
+    group.bench_function("capsid/directory", |b| {
+        b.iter(|| quiet(&mut tool(capsid, &["-q", "exec", root, "/bin/true"])))
+    });
     quiet(&mut tool(capsid, &["-q", "exec", squashfs, "/bin/true"]));
-    group.bench_function("capsid/squashfs/warm", |b| b.iter(|| quiet(&mut tool(capsid, &["-q", "exec", squashfs, "/bin/true"]))));
+    group.bench_function("capsid/squashfs/warm", |b| {
+        b.iter(|| quiet(&mut tool(capsid, &["-q", "exec", squashfs, "/bin/true"])))
+    });
     let mut count = 0;
     group.bench_function("capsid/squashfs/cold", |b| {
         b.iter_batched(
@@ -55,11 +85,18 @@ fn start(c: &mut Criterion) {
                 std::fs::copy(squashfs, &copy).expect("copy");
                 copy
             },
-            |copy| quiet(&mut tool(capsid, &["-q", "exec", copy.to_str().expect("UTF-8"), "/bin/true"])),
+            |copy| {
+                quiet(&mut tool(
+                    capsid,
+                    &["-q", "exec", copy.to_str().expect("UTF-8"), "/bin/true"],
+                ))
+            },
             criterion::BatchSize::PerIteration,
         );
     });
-    group.bench_function("capsid/version", |b| b.iter(|| quiet(tool(capsid, &["--version"]).stdout(Stdio::null()))));
+    group.bench_function("capsid/version", |b| {
+        b.iter(|| quiet(tool(capsid, &["--version"]).stdout(Stdio::null())))
+    });
     group.finish();
 }
 

@@ -11,6 +11,8 @@
 //! [`cmd`] holds what was typed, [`host`] and [`image`] what was found out, [`plan`] what will happen, and [`engine`]
 //! makes it happen. Everything else prepares an image for such a run.
 
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
 pub mod build;
 pub mod cmd;
 pub mod engine;

@@ -1,4 +1,5 @@
 //! Bad images and impossible requests: one clear line, status 255, nothing left behind.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 
@@ -34,7 +35,12 @@ fn cut_images_say_how_much_is_missing() {
     let env = Env::new();
     let image = env.image();
     let whole = fs::read(&image).unwrap();
-    for (keep, words) in [(40, "truncated"), (4096, "truncated"), (whole.len() / 2, "more bytes"), (whole.len() - 1, "1 more byte")] {
+    for (keep, words) in [
+        (40, "truncated"),
+        (4096, "truncated"),
+        (whole.len() / 2, "more bytes"),
+        (whole.len() - 1, "1 more byte"),
+    ] {
         let path = env.path("cut.sif");
         fs::write(&path, &whole[..keep]).unwrap();
         let out = exec(&env, path.to_str().unwrap());
@@ -50,7 +56,11 @@ fn compressor_that_is_not_supported_is_named() {
     let tree = env.path("small");
     write(&tree.join("file"), &"text ".repeat(5000));
     for compressor in ["lzo", "lzma"] {
-        let image = env.squashfs(&tree, &format!("{compressor}.squashfs"), &["-comp", compressor]);
+        let image = env.squashfs(
+            &tree,
+            &format!("{compressor}.squashfs"),
+            &["-comp", compressor],
+        );
         exec(&env, image.to_str().unwrap()).fatal(&[compressor, "gzip"]);
     }
 }
@@ -60,11 +70,11 @@ fn other_architecture_is_an_error_that_names_both() {
     let env = Env::new();
     let image = env.image();
     let mut bytes = fs::read(&image).unwrap();
-    // The architecture of the partition stands in its descriptor's `extra` field, as in the header at byte 42.
+    // The architecture of the partition stands in its descriptor's `extra` field, as in the header at byte 45.
     let arm64 = b"04\0";
-    let host = bytes[42..45].to_vec();
+    let host = bytes[45..48].to_vec();
     assert_ne!(host, arm64);
-    bytes[42..45].copy_from_slice(arm64);
+    bytes[45..48].copy_from_slice(arm64);
     for i in 0..bytes.len().min(32768).saturating_sub(3) {
         if i > 4096 && bytes[i..i + 3] == host[..] {
             bytes[i..i + 3].copy_from_slice(arm64);
@@ -80,11 +90,21 @@ fn usage_errors_end_with_one() {
     let env = Env::new();
     let out = env.run(["exec", "only-image.sif"]);
     assert_eq!(out.status, 1);
-    assert!(out.stderr.contains("Error for command \"exec\": requires at least 2 arg(s), only received 1"), "{out}");
+    assert!(
+        out.stderr
+            .contains("Error for command \"exec\": requires at least 2 arg(s), only received 1"),
+        "{out}"
+    );
     let out = env.run(["exec", "--no-such-flag", "x", "y"]);
-    assert!(out.status == 1 && out.stderr.contains("unknown flag: --no-such-flag"), "{out}");
+    assert!(
+        out.status == 1 && out.stderr.contains("unknown flag: --no-such-flag"),
+        "{out}"
+    );
     let out = env.run(["nosuch"]);
-    assert!(out.status == 1 && out.stderr.contains("unknown command \"nosuch\""), "{out}");
+    assert!(
+        out.status == 1 && out.stderr.contains("unknown command \"nosuch\""),
+        "{out}"
+    );
     let none: [&str; 0] = [];
     assert_eq!(env.run(none).status, 1);
 }
@@ -101,13 +121,19 @@ fn control_bytes_of_names_do_not_reach_the_terminal() {
 fn damaged_blocks_give_an_error_to_the_reader_and_nothing_else() {
     let env = Env::new();
     let tree = env.tree("tree");
-    let numbers: String = (0..60_000u64).map(|i| format!("{}\n", i.wrapping_mul(6_364_136_223_846_793_005) >> 40)).collect();
+    let numbers: String = (0..60_000u64)
+        .map(|i| format!("{}\n", i.wrapping_mul(6_364_136_223_846_793_005) >> 40))
+        .collect();
     write(&tree.join("opt/big"), &numbers);
     let image = env.sif_with(&tree, "image.sif", &["-comp", "gzip", "-no-fragments"]);
     let mut bytes = fs::read(&image).unwrap();
     let start = bytes.windows(4).position(|w| w == b"hsqs").unwrap();
     // Byte 64 of the superblock: where the inode table begins, behind all data. The last large file lies just before.
-    let inodes = start + usize::try_from(u64::from_le_bytes(bytes[start + 64..start + 72].try_into().unwrap())).unwrap();
+    let inodes = start
+        + usize::try_from(u64::from_le_bytes(
+            bytes[start + 64..start + 72].try_into().unwrap(),
+        ))
+        .unwrap();
     for byte in &mut bytes[inodes - 20_000..inodes - 19_000] {
         *byte = !*byte;
     }
@@ -116,9 +142,17 @@ fn damaged_blocks_give_an_error_to_the_reader_and_nothing_else() {
     for _ in 0..3 {
         let out = env.run(["exec", path.to_str().unwrap(), "cat", "/opt/big"]);
         assert_eq!(out.status, 1, "{}", out.stderr);
-        assert!(out.stderr.contains("Input/output error") || out.stderr.contains("I/O error"), "{}", out.stderr);
+        assert!(
+            out.stderr.contains("Input/output error") || out.stderr.contains("I/O error"),
+            "{}",
+            out.stderr
+        );
         assert!(numbers.starts_with(&out.stdout), "no wrong bytes");
-        assert_eq!(env.run(["exec", path.to_str().unwrap(), "cat", "/opt/hello.txt"]).ok(), "hello");
+        assert_eq!(
+            env.run(["exec", path.to_str().unwrap(), "cat", "/opt/hello.txt"])
+                .ok(),
+            "hello"
+        );
     }
     env.assert_nothing_left();
 }

@@ -1,14 +1,23 @@
 //! Who may use whom. The arrows here are the architecture; a new one is a decision, made in this list.
+#![allow(clippy::unwrap_used)]
 
 use std::fs;
 use std::path::Path;
 
 /// Each module of the program, and the modules that it may use.
 const ARROWS: &[(&str, &[&str])] = &[
-    ("cmd", &["build", "engine", "exit", "gpu", "host", "image", "metadir", "plan", "say", "sif"]),
+    (
+        "cmd",
+        &[
+            "build", "engine", "exit", "gpu", "host", "image", "metadir", "plan", "say", "sif",
+        ],
+    ),
     ("build", &["image", "metadir", "sif"]),
     ("plan", &["host", "image", "metadir", "shell"]),
-    ("engine", &["exit", "image", "metadir", "plan", "say", "shell"]),
+    (
+        "engine",
+        &["exit", "image", "metadir", "plan", "say", "shell"],
+    ),
     ("image", &["metadir", "sif"]),
     ("gpu", &[]),
     ("host", &[]),
@@ -21,7 +30,15 @@ const ARROWS: &[(&str, &[&str])] = &[
 
 /// Where nothing may touch the machine.
 const PURE: &[&str] = &["plan", "shell"];
-const EFFECTS: &[&str] = &["std::fs", "std::env", "std::process", "std::time", "nix::", "libc::", "rustix::"];
+const EFFECTS: &[&str] = &[
+    "std::fs",
+    "std::env",
+    "std::process",
+    "std::time",
+    "nix::",
+    "libc::",
+    "rustix::",
+];
 
 fn sources(path: &Path, found: &mut Vec<(String, String)>) {
     if path.is_dir() {
@@ -31,7 +48,11 @@ fn sources(path: &Path, found: &mut Vec<(String, String)>) {
     } else if path.extension().is_some_and(|e| e == "rs") {
         let text = fs::read_to_string(path).expect("a source file");
         // Tests may use what they like.
-        let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default().to_owned();
+        let code = text
+            .split("#[cfg(test)]\nmod tests {")
+            .next()
+            .unwrap_or_default()
+            .to_owned();
         found.push((path.display().to_string(), code));
     }
 }
@@ -41,9 +62,19 @@ fn each(check: &mut dyn FnMut(&str, &str, &str)) {
     for (module, _) in ARROWS {
         let mut found = Vec::new();
         let directory = src.join(module);
-        sources(&if directory.is_dir() { directory } else { src.join(format!("{module}.rs")) }, &mut found);
+        sources(
+            &if directory.is_dir() {
+                directory
+            } else {
+                src.join(format!("{module}.rs"))
+            },
+            &mut found,
+        );
         assert!(!found.is_empty(), "no module {module}");
-        for (path, code) in found.iter().filter(|(path, _)| !path.ends_with("/tests.rs")) {
+        for (path, code) in found
+            .iter()
+            .filter(|(path, _)| !path.ends_with("/tests.rs"))
+        {
             check(module, path, code);
         }
     }
@@ -54,9 +85,15 @@ fn modules_use_only_what_they_may() {
     each(&mut |module, path, code| {
         let allowed = ARROWS.iter().find(|(m, _)| *m == module).expect("listed").1;
         for (at, _) in code.match_indices("crate::") {
-            let name: String = code[at + 7..].chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+            let name: String = code[at + 7..]
+                .chars()
+                .take_while(|c| c.is_alphanumeric() || *c == '_')
+                .collect();
             let known = ARROWS.iter().any(|(m, _)| *m == name);
-            assert!(!known || name == module || allowed.contains(&name.as_str()), "{path} uses crate::{name}");
+            assert!(
+                !known || name == module || allowed.contains(&name.as_str()),
+                "{path} uses crate::{name}"
+            );
         }
     });
 }
@@ -76,6 +113,9 @@ fn planning_touches_nothing() {
 fn unsafe_code_is_in_one_file() {
     each(&mut |_, path, code| {
         let excused = path.ends_with("engine/sys.rs");
-        assert!(excused || !code.contains("unsafe {"), "{path} has unsafe code");
+        assert!(
+            excused || !code.contains("unsafe {"),
+            "{path} has unsafe code"
+        );
     });
 }

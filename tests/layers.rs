@@ -1,4 +1,5 @@
 //! Writable and read-only layers over the image.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 
@@ -12,12 +13,47 @@ fn throw_away_layer_takes_writes_and_forgets_them() {
     let env = Env::new();
     let image = env.image();
     let image = image.to_str().unwrap();
-    let out = env.run(["exec", "--writable-tmpfs", image, "sh", "-c", "echo new > /opt/hello.txt && rm /bin/ls && mkdir /made && cat /opt/hello.txt"]);
+    let out = env.run([
+        "exec",
+        "--writable-tmpfs",
+        image,
+        "sh",
+        "-c",
+        "echo new > /opt/hello.txt && rm /bin/ls && mkdir /made && cat /opt/hello.txt",
+    ]);
     assert_eq!(out.ok(), "new");
-    assert_eq!(env.run(["exec", "--writable-tmpfs", image, "cat", "/opt/hello.txt"]).ok(), "hello");
-    let out = env.run(["exec", "--writable-tmpfs", "--writable-tmpfs-size", "1M", image, "dd", "if=/dev/zero", "of=/big", "bs=1M", "count=2"]);
-    assert!(out.status == 1 && out.stderr.contains("No space left"), "{out}");
-    env.run(["exec", "--writable-tmpfs", image, "dd", "if=/dev/zero", "of=/big", "bs=1M", "count=100"]).ok();
+    assert_eq!(
+        env.run(["exec", "--writable-tmpfs", image, "cat", "/opt/hello.txt"])
+            .ok(),
+        "hello"
+    );
+    let out = env.run([
+        "exec",
+        "--writable-tmpfs",
+        "--writable-tmpfs-size",
+        "1M",
+        image,
+        "dd",
+        "if=/dev/zero",
+        "of=/big",
+        "bs=1M",
+        "count=2",
+    ]);
+    assert!(
+        out.status == 1 && out.stderr.contains("No space left"),
+        "{out}"
+    );
+    env.run([
+        "exec",
+        "--writable-tmpfs",
+        image,
+        "dd",
+        "if=/dev/zero",
+        "of=/big",
+        "bs=1M",
+        "count=100",
+    ])
+    .ok();
 }
 
 #[test]
@@ -28,14 +64,36 @@ fn overlay_directory_keeps_changes() {
     let dir = env.path("overlay");
     fs::create_dir(&dir).unwrap();
     let dir = dir.to_str().unwrap();
-    env.run(["exec", "--overlay", dir, image, "sh", "-c", "echo kept > /opt/kept; rm /opt/hello.txt"]).ok();
-    assert_eq!(env.run(["exec", "--overlay", dir, image, "ls", "/opt"]).ok(), "kept");
+    env.run([
+        "exec",
+        "--overlay",
+        dir,
+        image,
+        "sh",
+        "-c",
+        "echo kept > /opt/kept; rm /opt/hello.txt",
+    ])
+    .ok();
+    assert_eq!(
+        env.run(["exec", "--overlay", dir, image, "ls", "/opt"])
+            .ok(),
+        "kept"
+    );
     let read_only = format!("{dir}:ro");
-    assert_eq!(env.run(["exec", "--overlay", &read_only, image, "ls", "/opt"]).ok(), "kept", "deletions hold read-only too");
+    assert_eq!(
+        env.run(["exec", "--overlay", &read_only, image, "ls", "/opt"])
+            .ok(),
+        "kept",
+        "deletions hold read-only too"
+    );
     let out = env.run(["exec", "--overlay", &read_only, image, "touch", "/opt/x"]);
-    assert!(out.status == 1 && out.stderr.contains("Read-only file system"), "{out}");
+    assert!(
+        out.status == 1 && out.stderr.contains("Read-only file system"),
+        "{out}"
+    );
     assert_eq!(env.run(["exec", image, "ls", "/opt"]).ok(), "hello.txt");
-    env.run(["exec", "--overlay", "/no/such/overlay", image, "true"]).fatal(&["/no/such/overlay", "no such file or directory"]);
+    env.run(["exec", "--overlay", "/no/such/overlay", image, "true"])
+        .fatal(&["/no/such/overlay", "no such file or directory"]);
 }
 
 #[test]
@@ -45,9 +103,26 @@ fn overlay_works_beside_binds_and_fakeroot() {
     let image = image.to_str().unwrap();
     write(&env.path("data/file"), "bound\n");
     let bind = format!("{}:/new/place", env.path("data").display());
-    let out = env.run(["exec", "--writable-tmpfs", "-B", &bind, image, "sh", "-c", "cat /new/place/file; touch /x"]);
+    let out = env.run([
+        "exec",
+        "--writable-tmpfs",
+        "-B",
+        &bind,
+        image,
+        "sh",
+        "-c",
+        "cat /new/place/file; touch /x",
+    ]);
     assert_eq!(out.ok(), "bound");
-    let out = env.run(["exec", "--fakeroot", "--writable-tmpfs", image, "sh", "-c", "chown 33:33 /opt/hello.txt && stat -c %u /opt/hello.txt"]);
+    let out = env.run([
+        "exec",
+        "--fakeroot",
+        "--writable-tmpfs",
+        image,
+        "sh",
+        "-c",
+        "chown 33:33 /opt/hello.txt && stat -c %u /opt/hello.txt",
+    ]);
     assert_eq!(out.ok(), "33");
 }
 
@@ -61,7 +136,14 @@ fn ext3(env: &Env) -> std::path::PathBuf {
     write(&dir.join("upper/srv/mine"), "");
     fs::create_dir_all(dir.join("work")).unwrap();
     let image = env.path("overlay.img");
-    output(Command::new("mkfs.ext3").args(["-q", "-F", "-d"]).arg(&dir).arg(&image).arg("8M")).ok();
+    output(
+        Command::new("mkfs.ext3")
+            .args(["-q", "-F", "-d"])
+            .arg(&dir)
+            .arg(&image)
+            .arg("8M"),
+    )
+    .ok();
     image
 }
 
@@ -73,13 +155,27 @@ fn ext3_overlay_is_read_with_its_whiteouts() {
     let image = env.sif(&tree, "image.sif");
     let overlay = ext3(&env);
     let option = format!("{}:ro", overlay.display());
-    let out = env.run(["exec", "--overlay", &option, image.to_str().unwrap(), "sh", "-c", "cat /opt/note; ls -A /opt; ls -A /srv"]);
+    let out = env.run([
+        "exec",
+        "--overlay",
+        &option,
+        image.to_str().unwrap(),
+        "sh",
+        "-c",
+        "cat /opt/note; ls -A /opt; ls -A /srv",
+    ]);
     assert_eq!(out.ok(), "from the overlay\nnote\nmine");
     // Embedded in the SIF it needs no option.
     let squashfs = env.squashfs(&tree, "again.squashfs", &[]);
     let embedded = env.path("embedded.sif");
     common::wrap(&squashfs, &embedded, &[&overlay]);
-    let out = env.run(["exec", embedded.to_str().unwrap(), "sh", "-c", "cat /opt/note; ls -A /opt; ls -A /srv"]);
+    let out = env.run([
+        "exec",
+        embedded.to_str().unwrap(),
+        "sh",
+        "-c",
+        "cat /opt/note; ls -A /opt; ls -A /srv",
+    ]);
     assert_eq!(out.ok(), "from the overlay\nnote\nmine");
     env.assert_nothing_left();
 }
@@ -89,9 +185,17 @@ fn writing_where_nothing_can_be_written_is_an_error() {
     let env = Env::new();
     let image = env.image();
     let image = image.to_str().unwrap();
-    env.run(["exec", "--writable", image, "true"]).fatal(&["image.sif", "--writable"]);
+    env.run(["exec", "--writable", image, "true"])
+        .fatal(&["image.sif", "--writable"]);
     let squashfs = env.squashfs(&env.path("tree"), "layer.squashfs", &[]);
-    env.run(["exec", "--overlay", squashfs.to_str().unwrap(), image, "true"]).fatal(&["layer.squashfs", ":ro"]);
+    env.run([
+        "exec",
+        "--overlay",
+        squashfs.to_str().unwrap(),
+        image,
+        "true",
+    ])
+    .fatal(&["layer.squashfs", ":ro"]);
 }
 
 #[test]
@@ -101,7 +205,14 @@ fn squashfs_is_a_layer_too() {
     write(&env.path("layer/opt/more"), "more\n");
     let layer = env.squashfs(&env.path("layer"), "layer.squashfs", &[]);
     let option = format!("{}:ro", layer.display());
-    let out = env.run(["exec", "--overlay", &option, image.to_str().unwrap(), "ls", "/opt"]);
+    let out = env.run([
+        "exec",
+        "--overlay",
+        &option,
+        image.to_str().unwrap(),
+        "ls",
+        "/opt",
+    ]);
     assert_eq!(out.ok(), "hello.txt\nmore");
 }
 
@@ -112,6 +223,13 @@ fn part_of_an_image_can_be_bound() {
     write(&env.path("layer/data/file"), "from an image\n");
     let layer = env.squashfs(&env.path("layer"), "data.squashfs", &[]);
     let bind = format!("{}:/mnt:image-src=/data", layer.display());
-    let out = env.run(["exec", "-B", &bind, image.to_str().unwrap(), "cat", "/mnt/file"]);
+    let out = env.run([
+        "exec",
+        "-B",
+        &bind,
+        image.to_str().unwrap(),
+        "cat",
+        "/mnt/file",
+    ]);
     assert_eq!(out.ok(), "from an image");
 }

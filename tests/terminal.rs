@@ -1,4 +1,5 @@
 //! Signals, terminals and job control, on a pseudo-terminal as a person has it.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 
@@ -10,7 +11,16 @@ use nix::unistd::Pid;
 
 /// A container that says when it runs.
 fn started(env: &Env, options: &[&str], image: &str, script: &str) -> Child {
-    let mut child = env.command(["exec"].iter().chain(options).chain(&[image, "sh", "-c", script])).stdout(Stdio::piped()).spawn().unwrap();
+    let mut child = env
+        .command(
+            ["exec"]
+                .iter()
+                .chain(options)
+                .chain(&[image, "sh", "-c", script]),
+        )
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
     let mut byte = [0];
     std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut byte).unwrap();
     child
@@ -22,7 +32,12 @@ fn signals_to_the_program_reach_the_payload() {
     let image = env.image();
     let image = image.to_str().unwrap();
     for options in [&[][..], &["--pid"]] {
-        for (signal, name) in [(Signal::SIGTERM, "TERM"), (Signal::SIGINT, "INT"), (Signal::SIGHUP, "HUP"), (Signal::SIGUSR1, "USR1")] {
+        for (signal, name) in [
+            (Signal::SIGTERM, "TERM"),
+            (Signal::SIGINT, "INT"),
+            (Signal::SIGHUP, "HUP"),
+            (Signal::SIGUSR1, "USR1"),
+        ] {
             let script = format!("trap 'exit 33' {name}; echo; while :; do sleep 0.05; done");
             let mut child = started(&env, options, image, &script);
             kill(Pid::from_raw(child.id().cast_signed()), signal).unwrap();
@@ -37,11 +52,24 @@ fn killed_program_leaves_no_payload() {
     let image = env.image();
     let mark = format!("77.{}", std::process::id());
     for options in [&[][..], &["--pid"]] {
-        let mut child = started(&env, options, image.to_str().unwrap(), &format!("echo; exec sleep {mark}"));
-        wait_until("the payload", || processes().iter().any(|(_, line)| line == &format!("sleep {mark}")));
+        let mut child = started(
+            &env,
+            options,
+            image.to_str().unwrap(),
+            &format!("echo; exec sleep {mark}"),
+        );
+        wait_until("the payload", || {
+            processes()
+                .iter()
+                .any(|(_, line)| line == &format!("sleep {mark}"))
+        });
         child.kill().unwrap();
         child.wait().unwrap();
-        wait_until("the payload's end", || !processes().iter().any(|(_, line)| line == &format!("sleep {mark}")));
+        wait_until("the payload's end", || {
+            !processes()
+                .iter()
+                .any(|(_, line)| line == &format!("sleep {mark}"))
+        });
     }
     env.assert_nothing_left();
 }
@@ -50,7 +78,11 @@ fn killed_program_leaves_no_payload() {
 fn ignored_hangup_stays_ignored() {
     let env = Env::new();
     let image = env.image();
-    let line = format!("nohup {} exec {} sh -c 'kill -HUP $$; echo alive'", env!("CARGO_BIN_EXE_capsid"), image.display());
+    let line = format!(
+        "nohup {} exec {} sh -c 'kill -HUP $$; echo alive'",
+        env!("CARGO_BIN_EXE_capsid"),
+        image.display()
+    );
     let out = output(&mut env.command_as("/bin/sh".as_ref(), ["-c", &line]));
     assert_eq!(out.ok(), "alive");
 }
@@ -59,7 +91,11 @@ fn ignored_hangup_stays_ignored() {
 fn broken_pipe_ends_the_payload_quietly() {
     let env = Env::new();
     let image = env.image();
-    let line = format!("{} exec {} yes | head -n 1; echo ${{PIPESTATUS[0]}}", env!("CARGO_BIN_EXE_capsid"), image.display());
+    let line = format!(
+        "{} exec {} yes | head -n 1; echo ${{PIPESTATUS[0]}}",
+        env!("CARGO_BIN_EXE_capsid"),
+        image.display()
+    );
     let out = output(&mut env.command_as("/bin/bash".as_ref(), ["-c", &line]));
     assert_eq!(out.ok(), "y\n141");
 }
@@ -68,7 +104,15 @@ fn broken_pipe_ends_the_payload_quietly() {
 fn on_a_terminal(env: &Env, image: &str, options: &str) {
     let script = env.path("pty.py");
     common::write(&script, PTY);
-    let out = output(&mut env.command_as("/usr/bin/python3".as_ref(), [script.to_str().unwrap(), env!("CARGO_BIN_EXE_capsid"), image, options]));
+    let out = output(&mut env.command_as(
+        "/usr/bin/python3".as_ref(),
+        [
+            script.to_str().unwrap(),
+            env!("CARGO_BIN_EXE_capsid"),
+            image,
+            options,
+        ],
+    ));
     assert_eq!(out.ok(), "done");
 }
 
@@ -135,7 +179,13 @@ fn terminal_cannot_be_typed_into() {
          for (int i = 0; i < 4; i++) { long r = syscall(SYS_ioctl, 0, numbers[i], &c); bad |= !(r == -1 && errno == EPERM); }\n\
          return bad; }\n",
     );
-    output(std::process::Command::new("gcc").args(["-static", "-o"]).arg(tree.join("bin/sti")).arg(&source)).ok();
+    output(
+        std::process::Command::new("gcc")
+            .args(["-static", "-o"])
+            .arg(tree.join("bin/sti"))
+            .arg(&source),
+    )
+    .ok();
     let image = env.sif(&tree, "image.sif");
     env.run(["exec", image.to_str().unwrap(), "sti"]).ok();
 }
@@ -144,7 +194,11 @@ fn terminal_cannot_be_typed_into() {
 fn closed_standard_descriptors_are_no_trouble() {
     let env = Env::new();
     let image = env.image();
-    let line = format!("{} exec {} sh -c 'exit 5' <&- >&- 2>&-; echo $?", env!("CARGO_BIN_EXE_capsid"), image.display());
+    let line = format!(
+        "{} exec {} sh -c 'exit 5' <&- >&- 2>&-; echo $?",
+        env!("CARGO_BIN_EXE_capsid"),
+        image.display()
+    );
     let out = output(&mut env.command_as("/bin/sh".as_ref(), ["-c", &line]));
     assert_eq!(out.ok(), "5");
 }
@@ -153,8 +207,14 @@ fn closed_standard_descriptors_are_no_trouble() {
 fn descriptors_of_the_caller_pass_but_directories_do_not() {
     let env = Env::new();
     let image = env.image();
-    let line = format!("exec 7</etc/hostname 8</etc; {} exec $0 {} sh -c 'ls /proc/$$/fd'", env!("CARGO_BIN_EXE_capsid"), image.display());
-    let run = |options: &str| output(&mut env.command_as("/bin/bash".as_ref(), ["-c", &line.replace("$0", options)]));
+    let line = format!(
+        "exec 7</etc/hostname 8</etc; {} exec $0 {} sh -c 'ls /proc/$$/fd'",
+        env!("CARGO_BIN_EXE_capsid"),
+        image.display()
+    );
+    let run = |options: &str| {
+        output(&mut env.command_as("/bin/bash".as_ref(), ["-c", &line.replace("$0", options)]))
+    };
     assert_eq!(run("").ok(), "0\n1\n2\n7");
     assert_eq!(run("--containall").ok(), "0\n1\n2");
 }

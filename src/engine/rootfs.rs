@@ -629,6 +629,23 @@ fn mount_overlay(
     })
 }
 
+/// Whether overlayfs can be mounted in the namespaces of this process, which are its own to spoil.
+///
+/// # Errors
+/// The kernel's refusal.
+pub fn try_overlay() -> Result<()> {
+    let tree = throw_away(None)?;
+    sys::attach_over_root(tree.as_fd())?;
+    let path = format!("/proc/self/fd/{}", tree.as_raw_fd());
+    rustix::fs::mkdirat(&tree, "lower", Mode::RWXU).context("cannot create a directory")?;
+    let writable = (
+        format!("{path}/upper"),
+        format!("{path}/work"),
+        PathBuf::from("memory"),
+    );
+    mount_overlay(&[format!("{path}/lower")], Some(&writable)).map(drop)
+}
+
 /// Creates a mount point and the directories above it in an empty tree of ours.
 fn make_point(tree: &OwnedFd, path: &Path, directory: bool) -> Result<()> {
     let what = || format!("cannot create the mount point {}", path.display());

@@ -252,8 +252,11 @@ fn replace(all: &mut Vec<Variable>, name: OsString, value: OsString) {
 
 /// What a file in shell syntax sets. It sees the host's variables and runs no program.
 fn from_file(request: &Request, path: &Path, text: &[u8]) -> Result<Vec<Variable>> {
-    let mut state = shell::State::default();
-    state.params = request.args.iter().map(|a| a.as_bytes().to_vec()).collect();
+    let params = request.args.iter().map(|a| a.as_bytes().to_vec()).collect();
+    let mut state = shell::State {
+        params,
+        ..shell::State::default()
+    };
     for (name, value) in request
         .host
         .iter()

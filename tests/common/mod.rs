@@ -31,7 +31,11 @@ pub struct Output {
 
 impl fmt::Display for Output {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        write!(f, "status {}\n--- stdout\n{}\n--- stderr\n{}", self.status, self.stdout, self.stderr)
+        write!(
+            f,
+            "status {}\n--- stdout\n{}\n--- stderr\n{}",
+            self.status, self.stdout, self.stderr
+        )
     }
 }
 
@@ -47,7 +51,11 @@ impl Output {
     #[track_caller]
     pub fn fatal(&self, words: &[&str]) {
         assert_eq!(self.status, 255, "{self}");
-        let lines: Vec<&str> = self.stderr.lines().filter(|l| !l.starts_with("WARNING:") && !l.starts_with("INFO:")).collect();
+        let lines: Vec<&str> = self
+            .stderr
+            .lines()
+            .filter(|l| !l.starts_with("WARNING:") && !l.starts_with("INFO:"))
+            .collect();
         assert_eq!(lines.len(), 1, "one line of error: {self}");
         assert!(lines[0].starts_with("FATAL:   "), "{self}");
         for word in words {
@@ -59,11 +67,18 @@ impl Output {
 impl Env {
     /// Fails loudly on a machine that cannot run the tests.
     pub fn new() -> Env {
-        assert!(!nix::unistd::getuid().is_root(), "the tests run as a normal user: start them with tests/run");
-        let dir = tempfile::Builder::new().prefix("capsid-test.").tempdir().expect("a scratch directory");
+        assert!(
+            !nix::unistd::getuid().is_root(),
+            "the tests run as a normal user: start them with tests/run"
+        );
+        let dir = tempfile::Builder::new()
+            .prefix("capsid-test.")
+            .tempdir()
+            .expect("a scratch directory");
         for (name, mode) in [("home", 0o755), ("run", 0o700), ("work", 0o755)] {
             fs::create_dir(dir.path().join(name)).expect("mkdir");
-            fs::set_permissions(dir.path().join(name), fs::Permissions::from_mode(mode)).expect("chmod");
+            fs::set_permissions(dir.path().join(name), fs::Permissions::from_mode(mode))
+                .expect("chmod");
         }
         Env { dir }
     }
@@ -89,7 +104,11 @@ impl Env {
     }
 
     /// The same through another name of the program, or another program.
-    pub fn command_as<S: AsRef<OsStr>>(&self, program: &Path, args: impl IntoIterator<Item = S>) -> Command {
+    pub fn command_as<S: AsRef<OsStr>>(
+        &self,
+        program: &Path,
+        args: impl IntoIterator<Item = S>,
+    ) -> Command {
         let mut command = Command::new(program);
         command
             .args(args)
@@ -113,10 +132,14 @@ impl Env {
     /// A directory tree with busybox and what Apptainer's builder puts into an image.
     pub fn tree(&self, name: &str) -> PathBuf {
         let root = self.path(name);
-        for dir in ["bin", "dev", "etc", "home", "proc", "root", "sys", "tmp", "usr/bin", "var/tmp", "opt", "mnt"] {
+        for dir in [
+            "bin", "dev", "etc", "home", "proc", "root", "sys", "tmp", "usr/bin", "var/tmp", "opt",
+            "mnt",
+        ] {
             fs::create_dir_all(root.join(dir)).expect("mkdir");
         }
-        fs::copy("/bin/busybox", root.join("bin/busybox")).expect("busybox-static is not installed");
+        fs::copy("/bin/busybox", root.join("bin/busybox"))
+            .expect("busybox-static is not installed");
         let applets = output(Command::new("/bin/busybox").arg("--list"));
         for applet in applets.ok().lines().filter(|a| *a != "busybox") {
             symlink("busybox", root.join("bin").join(applet)).expect("symlink");
@@ -144,7 +167,13 @@ impl Env {
     /// Packs a tree with `mksquashfs`.
     pub fn squashfs(&self, root: &Path, name: &str, options: &[&str]) -> PathBuf {
         let path = self.path(name);
-        let made = output(Command::new("mksquashfs").arg(root).arg(&path).args(["-quiet", "-no-progress", "-all-root", "-noappend"]).args(options));
+        let made = output(
+            Command::new("mksquashfs")
+                .arg(root)
+                .arg(&path)
+                .args(["-quiet", "-no-progress", "-all-root", "-noappend"])
+                .args(options),
+        );
         made.ok();
         path
     }
@@ -158,14 +187,20 @@ impl Env {
     /// Processes of image servers of this environment (keeper and worker of each).
     pub fn servers(&self) -> Vec<i32> {
         let prefix = format!("capsid-image {}", self.dir.path().display());
-        processes().into_iter().filter(|(_, line)| line.starts_with(&prefix)).map(|(pid, _)| pid).collect()
+        processes()
+            .into_iter()
+            .filter(|(_, line)| line.starts_with(&prefix))
+            .map(|(pid, _)| pid)
+            .collect()
     }
 
     /// Waits until nothing of the environment runs, and checks that no file is left in the runtime directory.
     #[track_caller]
     pub fn assert_nothing_left(&self) {
         wait_until("image servers to end", || self.servers().is_empty());
-        let left: Vec<_> = fs::read_dir(self.runtime()).map(|d| d.flatten().map(|e| e.file_name()).collect()).unwrap_or_default();
+        let left: Vec<_> = fs::read_dir(self.runtime())
+            .map(|d| d.flatten().map(|e| e.file_name()).collect())
+            .unwrap_or_default();
         assert!(left.is_empty(), "left in the runtime directory: {left:?}");
     }
 }
@@ -175,7 +210,10 @@ impl Env {
 pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
-        assert!(start.elapsed() < Duration::from_secs(20), "waited for {what} in vain");
+        assert!(
+            start.elapsed() < Duration::from_secs(20),
+            "waited for {what} in vain"
+        );
         std::thread::sleep(Duration::from_millis(20));
     }
 }
@@ -183,10 +221,17 @@ pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
 /// All processes of the machine with their command lines.
 pub fn processes() -> Vec<(i32, String)> {
     let entries = fs::read_dir("/proc").expect("/proc");
-    let pids = entries.flatten().filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
+    let pids = entries
+        .flatten()
+        .filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok());
     pids.filter_map(|pid| {
         let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
-        Some((pid, String::from_utf8_lossy(&line).trim_end_matches('\0').replace('\0', " ")))
+        Some((
+            pid,
+            String::from_utf8_lossy(&line)
+                .trim_end_matches('\0')
+                .replace('\0', " "),
+        ))
     })
     .collect()
 }
@@ -194,9 +239,14 @@ pub fn processes() -> Vec<(i32, String)> {
 /// Runs a command to its end.
 pub fn output(command: &mut Command) -> Output {
     use std::os::unix::process::ExitStatusExt as _;
-    let out = command.output().unwrap_or_else(|e| panic!("cannot start {command:?}: {e}"));
+    let out = command
+        .output()
+        .unwrap_or_else(|e| panic!("cannot start {command:?}: {e}"));
     Output {
-        status: out.status.code().unwrap_or_else(|| 128 + out.status.signal().unwrap_or(0)),
+        status: out
+            .status
+            .code()
+            .unwrap_or_else(|| 128 + out.status.signal().unwrap_or(0)),
         stdout: String::from_utf8_lossy(&out.stdout).into_owned(),
         stderr: String::from_utf8_lossy(&out.stderr).into_owned(),
     }
@@ -220,20 +270,75 @@ pub fn script(path: &Path, text: &str) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("chmod");
 }
 
-/// What Apptainer's builder writes for a definition file with all sections.
+/// What a builder writes for a definition file with all sections.
 fn singularity(root: &Path) {
-    let dir = root.join(".singularity.d");
-    script(&dir.join("env/90-environment.sh"), "#!/bin/sh\nexport GREETING=\"hello from environment\"\nexport PATH=/opt/bin:$PATH\nexport KEPT=${KEPT:-default}\n");
-    script(&dir.join("runscript"), "#!/bin/sh\necho \"runscript args: $*\"\necho \"count: $#\"\nexit 3\n");
-    script(&dir.join("test"), "#!/bin/sh\ntest -d /opt && echo tested \"$@\"\n");
-    write(&dir.join("runscript.help"), "This is the help.\n");
-    script(&root.join("scif/apps/foo/scif/runscript"), "#!/bin/sh\necho foo $SCIF_APPNAME \"$@\"\nfoo-tool\nexit 7\n");
-    script(&root.join("scif/apps/foo/bin/foo-tool"), "#!/bin/sh\necho the tool of $FOO_VAR\n");
-    script(&root.join("scif/apps/foo/scif/env/90-environment.sh"), "#!/bin/sh\nexport FOO_VAR=foo\n");
-    write(&root.join("scif/apps/foo/scif/runscript.help"), "Help of foo.\n");
+    let contents = capsid::metadir::Contents {
+        environment: "export GREETING=\"hello from environment\"\nexport PATH=/opt/bin:$PATH\nexport KEPT=${KEPT:-default}".into(),
+        runscript: Some("#!/bin/sh\necho \"runscript args: $*\"\necho \"count: $#\"\nexit 3\n".into()),
+        test: Some("#!/bin/sh\ntest -d /opt && echo tested \"$@\"\n".into()),
+        help: Some("This is the help.\n".into()),
+        ..capsid::metadir::Contents::default()
+    };
+    capsid::metadir::write(root, &contents).expect("the image's own directory");
+    let app = root.join("scif/apps/foo");
+    script(
+        &app.join("scif/runscript"),
+        "#!/bin/sh\necho foo $SCIF_APPNAME \"$@\"\nfoo-tool\nexit 7\n",
+    );
+    script(
+        &app.join("bin/foo-tool"),
+        "#!/bin/sh\necho the tool of $FOO_VAR\n",
+    );
+    script(
+        &app.join("scif/env/01-base.sh"),
+        "#!/bin/sh\nSCIF_APPNAME=foo\nexport SCIF_APPNAME\n",
+    );
+    script(
+        &app.join("scif/env/90-environment.sh"),
+        "#!/bin/sh\nexport FOO_VAR=foo\n",
+    );
+    write(&app.join("scif/runscript.help"), "Help of foo.\n");
 }
 
 /// Puts a squashfs, and more partitions of the given kinds, into a SIF.
 pub fn wrap(squashfs: &Path, sif: &Path, overlays: &[&Path]) {
-    todo!()
+    use capsid::sif::{Content, DataType, Draft, FsType, PartType, Partition, Stamp};
+    let open = |path: &Path| Content::File(fs::File::open(path).expect("a partition"));
+    let arch = capsid::host::go_arch(std::env::consts::ARCH);
+    let mut draft = Draft::default();
+    draft.add(
+        DataType::Definition,
+        "",
+        Content::Bytes(b"bootstrap: scratch\n".to_vec()),
+    );
+    draft.add_partition(
+        Partition {
+            fs: FsType::Squashfs,
+            part: PartType::Primary,
+            arch,
+        },
+        open(squashfs),
+    );
+    for overlay in overlays {
+        draft.add_partition(
+            Partition {
+                fs: FsType::Ext3,
+                part: PartType::Overlay,
+                arch,
+            },
+            open(overlay),
+        );
+    }
+    let mut out = fs::File::create(sif).expect("a SIF");
+    draft
+        .write(
+            &mut out,
+            Stamp {
+                time_s: 1_700_000_000,
+                identity: [1; 16],
+            },
+        )
+        .expect("a SIF");
+    out.set_permissions(fs::Permissions::from_mode(0o755))
+        .expect("chmod");
 }

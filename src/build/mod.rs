@@ -1,0 +1,3 @@
+//! Making images.
+
+pub mod pack;

@@ -1,0 +1,375 @@
+//! `capsid doctor`: what this machine offers, found out by trying, and for each lack the line that an administrator types.
+
+use std::fs;
+use std::io::{Read as _, Write as _};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use nix::sched::CloneFlags;
+use serde::Serialize;
+
+use crate::engine::sys::{self, Fork};
+use crate::engine::{rootfs, runtime, userns};
+use crate::exit;
+use crate::host::Host;
+use crate::plan::IdMap;
+
+/// Options of `doctor`.
+#[derive(clap::Args, Debug)]
+pub struct DoctorArgs {
+    /// Print JSON
+    #[arg(short, long)]
+    json: bool,
+}
+
+/// How a check went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum State {
+    /// As it should be.
+    Ok,
+    /// Something that some commands need is missing.
+    Warn,
+    /// Containers cannot run.
+    Fail,
+    /// Neither good nor bad.
+    Info,
+}
+
+/// One line of the table.
+#[derive(Debug, Serialize)]
+struct Check {
+    check: &'static str,
+    state: State,
+    detail: String,
+    /// What an administrator has to type.
+    remedy: Option<String>,
+}
+
+impl Check {
+    fn new(
+        check: &'static str,
+        state: State,
+        detail: impl Into<String>,
+        remedy: Option<&str>,
+    ) -> Check {
+        Check {
+            check,
+            state,
+            detail: detail.into(),
+            remedy: remedy.map(str::to_owned),
+        }
+    }
+
+    /// What was tried worked, or not, with this remedy.
+    fn tried(check: &'static str, result: Result<()>, bad: State, remedy: &str) -> Check {
+        match result {
+            Ok(()) => Check::new(check, State::Ok, "usable", None),
+            Err(error) => Check::new(check, bad, format!("{error:#}"), Some(remedy)),
+        }
+    }
+}
+
+/// Runs the checks. Status 0 when `exec` of an image can work here, else 1.
+///
+/// # Errors
+/// When the checks themselves cannot be made.
+pub fn run(args: &DoctorArgs) -> Result<u8> {
+    let host = Host::read()?;
+    // Forks first: the library that reads the machine's figures may start threads.
+    let mut checks = vec![namespaces(&host), fuse(&host), overlay(&host)];
+    checks.push(subordinate_ids(&host));
+    checks.extend([runtime_directory(&host), cgroups(), slurm(&host), gpus()]);
+    checks.insert(0, machine());
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&checks)?);
+    } else {
+        print(&checks);
+    }
+    let usable = checks.iter().all(|c| c.state != State::Fail);
+    Ok(if usable { exit::OK } else { exit::USAGE })
+}
+
+fn print(checks: &[Check]) {
+    for check in checks {
+        let state = match check.state {
+            State::Ok => "ok",
+            State::Warn => "warn",
+            State::Fail => "FAIL",
+            State::Info => "info",
+        };
+        println!("{state:<5} {:<18} {}", check.check, check.detail);
+        if let Some(remedy) = &check.remedy {
+            println!("{:24} as root: {remedy}", "");
+        }
+    }
+}
+
+fn machine() -> Check {
+    let memory = sysinfo::System::new().map_or(0, |mut system| {
+        system.refresh_memory();
+        system.total_memory()
+    });
+    let kernel = sysinfo::System::kernel_version().unwrap_or_default();
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let detail = format!(
+        "Linux {kernel}, {cpus} CPUs, {} MiB of memory",
+        memory >> 20
+    );
+    let mut numbers = kernel
+        .split(['.', '-'])
+        .map(|n| n.parse::<u32>().unwrap_or(0));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    // mount_setattr(2) came with 5.12.
+    if version >= (5, 12) {
+        return Check::new("machine", State::Ok, detail, None);
+    }
+    Check::new(
+        "machine",
+        State::Fail,
+        format!("{detail}; Linux 5.12 or later is needed"),
+        Some("install a newer kernel"),
+    )
+}
+
+/// Tries something in a process of its own, which may change its namespaces.
+fn in_child(attempt: impl FnOnce() -> Result<()>) -> Result<()> {
+    let (mut answer, mut reply) = std::io::pipe().context("cannot create a pipe")?;
+    match sys::fork()? {
+        Fork::Child => {
+            let text = attempt()
+                .err()
+                .map(|e| format!("{e:#}"))
+                .unwrap_or_default();
+            let _ = reply.write_all(text.as_bytes());
+            sys::exit_now(0)
+        }
+        Fork::Parent(child) => {
+            drop(reply);
+            let mut text = String::new();
+            answer
+                .read_to_string(&mut text)
+                .context("cannot hear from the child")?;
+            nix::sys::wait::waitpid(child, None).context("cannot wait for the child")?;
+            if text.is_empty() {
+                Ok(())
+            } else {
+                Err(anyhow::anyhow!("{text}"))
+            }
+        }
+    }
+}
+
+fn own_ids(host: &Host) -> IdMap {
+    if host.uid == 0 {
+        IdMap::All
+    } else {
+        IdMap::Own {
+            uid: host.uid,
+            gid: host.gid,
+        }
+    }
+}
+
+fn namespaces(host: &Host) -> Check {
+    let result = in_child(|| userns::create(&own_ids(host), CloneFlags::CLONE_NEWNS));
+    Check::tried(
+        "user namespaces",
+        result,
+        State::Fail,
+        "sysctl -w user.max_user_namespaces=65536 (or see the detail)",
+    )
+}
+
+fn fuse(host: &Host) -> Check {
+    let result = in_child(|| {
+        userns::create(&own_ids(host), CloneFlags::CLONE_NEWNS)?;
+        let options = capsid_fuse::mount::MountOptions {
+            uid: host.uid,
+            gid: host.gid,
+            allow_other: false,
+            default_permissions: false,
+            source: "doctor".into(),
+        };
+        capsid_fuse::mount::fuse(&options)?;
+        Ok(())
+    });
+    let remedy = if Path::new("/dev/fuse").exists() {
+        "chmod 0666 /dev/fuse"
+    } else {
+        "modprobe fuse"
+    };
+    Check::tried("FUSE", result, State::Fail, remedy)
+}
+
+fn overlay(host: &Host) -> Check {
+    let result = in_child(|| {
+        userns::create(&own_ids(host), CloneFlags::CLONE_NEWNS)?;
+        rootfs::try_overlay()
+    });
+    Check::tried(
+        "overlayfs",
+        result,
+        State::Warn,
+        "modprobe overlay (needed for --overlay, --writable-tmpfs and directories)",
+    )
+}
+
+fn subordinate_ids(host: &Host) -> Check {
+    const NAME: &str = "subordinate ids";
+    for helper in ["newuidmap", "newgidmap"] {
+        if userns::helper(helper).is_none() {
+            let detail = format!("{helper} is missing: --fakeroot has only one user inside");
+            return Check::new(
+                NAME,
+                State::Warn,
+                detail,
+                Some("apt-get install uidmap (or dnf install shadow-utils)"),
+            );
+        }
+    }
+    let user = &host.user.name;
+    match userns::subordinate_ids(user, host.uid) {
+        None => {
+            let remedy =
+                format!("usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}");
+            Check::new(
+                NAME,
+                State::Warn,
+                format!("none for {user}: --fakeroot has only one user inside"),
+                Some(&remedy),
+            )
+        }
+        Some(sub) if host.uid != 0 => {
+            let map = IdMap::Ranges {
+                uid: host.uid,
+                gid: host.gid,
+                sub,
+            };
+            match in_child(|| userns::create(&map, CloneFlags::empty())) {
+                Ok(()) => Check::new(
+                    NAME,
+                    State::Ok,
+                    format!(
+                        "users {}+{}, groups {}+{}",
+                        sub.uids.0, sub.uids.1, sub.gids.0, sub.gids.1
+                    ),
+                    None,
+                ),
+                Err(error) => Check::new(
+                    NAME,
+                    State::Warn,
+                    format!("{error:#}"),
+                    Some("chmod u+s /usr/bin/newuidmap /usr/bin/newgidmap"),
+                ),
+            }
+        }
+        Some(_) => Check::new(NAME, State::Ok, "root needs none", None),
+    }
+}
+
+fn runtime_directory(host: &Host) -> Check {
+    match runtime::open(host.uid, host.var("XDG_RUNTIME_DIR")) {
+        Some(directory) => Check::new(
+            "runtime directory",
+            State::Ok,
+            directory.path.display().to_string(),
+            None,
+        ),
+        None => Check::new(
+            "runtime directory",
+            State::Warn,
+            "none can be used: each container gets an image server of its own",
+            Some("loginctl enable-linger USER, or a private XDG_RUNTIME_DIR"),
+        ),
+    }
+}
+
+fn cgroups() -> Check {
+    let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let unified = own.lines().find_map(|line| line.strip_prefix("0::"));
+    let top = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
+        .into_iter()
+        .find(|p| Path::new(p).join("cgroup.controllers").exists());
+    let kind = match (top, own.lines().count()) {
+        (Some("/sys/fs/cgroup"), _) => "version 2",
+        (Some(_), _) => "hybrid",
+        (None, 0) => "none",
+        (None, _) => "version 1",
+    };
+    let delegated = top.zip(unified).is_some_and(|(top, path)| {
+        rustix::fs::access(
+            format!("{top}{path}/cgroup.procs"),
+            rustix::fs::Access::WRITE_OK,
+        )
+        .is_ok()
+    });
+    let detail = format!(
+        "{kind}, {}",
+        if delegated {
+            "this session's cgroup is delegated to the user"
+        } else {
+            "not delegated to the user"
+        }
+    );
+    Check::new("cgroups", State::Info, detail, None)
+}
+
+fn slurm(host: &Host) -> Check {
+    let path = host
+        .var("PATH")
+        .map(std::env::split_paths)
+        .into_iter()
+        .flatten()
+        .find(|d| d.join("scontrol").exists());
+    let job = host
+        .var("SLURM_JOB_ID")
+        .map(|id| format!("; this is job {}", id.display()))
+        .unwrap_or_default();
+    match path {
+        Some(directory) => Check::new(
+            "Slurm",
+            State::Info,
+            format!("{}{job}", directory.join("scontrol").display()),
+            None,
+        ),
+        None => Check::new(
+            "Slurm",
+            State::Info,
+            format!("no scontrol on PATH{job}"),
+            None,
+        ),
+    }
+}
+
+fn gpus() -> Check {
+    let devices = |prefix: &str| {
+        let entries = fs::read_dir("/dev").into_iter().flatten().flatten();
+        entries
+            .filter(|e| {
+                e.file_name()
+                    .to_str()
+                    .and_then(|n| n.strip_prefix(prefix))
+                    .is_some_and(|n| n.parse::<u32>().is_ok())
+            })
+            .count()
+    };
+    let mut found = Vec::new();
+    match devices("nvidia") {
+        0 => {}
+        n => found.push(format!("{n} NVIDIA (--nv)")),
+    }
+    if Path::new("/dev/kfd").exists() {
+        found.push("AMD (--rocm)".into());
+    }
+    Check::new(
+        "GPUs",
+        State::Info,
+        if found.is_empty() {
+            "none".into()
+        } else {
+            found.join(", ")
+        },
+        None,
+    )
+}
