@@ -35,9 +35,9 @@ const EFFECTS: &[&str] = &[
     "std::env",
     "std::process",
     "std::time",
-    "nix::",
-    "libc::",
-    "rustix::",
+    " nix::",
+    " libc::",
+    " rustix::",
 ];
 
 fn sources(path: &Path, found: &mut Vec<(String, String)>) {
@@ -47,12 +47,23 @@ fn sources(path: &Path, found: &mut Vec<(String, String)>) {
         }
     } else if path.extension().is_some_and(|e| e == "rs") {
         let text = fs::read_to_string(path).expect("a source file");
-        // Tests may use what they like.
+        // Tests may use what they like, and documentation may speak of everything.
         let code = text
-            .split("#[cfg(test)]\nmod tests {")
+            .split(
+                "#[cfg(test)]
+mod tests {",
+            )
             .next()
-            .unwrap_or_default()
-            .to_owned();
+            .unwrap_or_default();
+        let lines = code.lines().filter(|l| !l.trim_start().starts_with("//"));
+        let code: String = lines
+            .flat_map(|l| {
+                [
+                    l, "
+",
+                ]
+            })
+            .collect();
         found.push((path.display().to_string(), code));
     }
 }

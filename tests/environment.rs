@@ -150,7 +150,7 @@ fn container_is_told_about_itself() {
     assert_eq!(get("SINGULARITY_CONTAINER").as_deref(), Some(image));
     assert_eq!(get("APPTAINER_NAME").as_deref(), Some("image.sif"));
     assert_eq!(get("APPTAINER_COMMAND").as_deref(), Some("exec"));
-    assert_eq!(get("HOME").as_deref(), env.path("home").to_str());
+    assert_eq!(get("HOME").as_deref(), common::home().to_str());
     assert_eq!(get("PS1").as_deref(), Some("Apptainer> "));
 }
 
@@ -177,7 +177,7 @@ fn scripts_that_need_a_shell_are_run_by_the_images_own() {
     assert_eq!(get("LAST", &[]).as_deref(), Some("hello"));
     assert_eq!(
         get("LAST", &["--env", "LAST=it's \"$HOME\""]).as_deref(),
-        Some(&*format!("it's \"{}\"", env.path("home").display()))
+        Some(&*format!("it's \"{}\"", common::home().display()))
     );
     assert_eq!(
         get("LAST", &["--no-eval", "--env", "LAST=it's \"$HOME\""]).as_deref(),

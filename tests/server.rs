@@ -149,7 +149,7 @@ fn daemon_left_behind_keeps_its_root() {
     let env = Env::new();
     let image = env.image();
     let image = image.to_str().unwrap();
-    let out = env.path("home/out");
+    let out = env.path("work/out");
     let line = format!(
         "(sleep 6; cat /opt/hello.txt > {0}.new; mv {0}.new {0}) > /dev/null 2>&1 &",
         out.display()

@@ -102,7 +102,7 @@ fn broken_pipe_ends_the_payload_quietly() {
 
 /// Drives a shell with job control on a pseudo-terminal; see the script.
 fn on_a_terminal(env: &Env, image: &str, options: &str) {
-    let script = env.path("pty.py");
+    let script = env.path("drive.py");
     common::write(&script, PTY);
     let out = output(&mut env.command_as(
         "/usr/bin/python3".as_ref(),
@@ -208,7 +208,7 @@ fn descriptors_of_the_caller_pass_but_directories_do_not() {
     let env = Env::new();
     let image = env.image();
     let line = format!(
-        "exec 7</etc/hostname 8</etc; {} exec $0 {} sh -c 'ls /proc/$$/fd'",
+        "exec 7</etc/hostname 8</etc; {} exec $0 {} sh -c 'ls /proc/$$/fd; true'",
         env!("CARGO_BIN_EXE_capsid"),
         image.display()
     );

@@ -323,7 +323,7 @@ fn env(options: &[String]) -> Result<Vec<(String, OsString)>> {
     let mut env = Vec::new();
     for option in options {
         let fields = match option.matches('=').count() {
-            1 => vec![option.trim_matches('"').to_owned()],
+            1 => vec![unquoted(option).to_owned()],
             _ => bind::csv_fields(option)?,
         };
         for field in fields {
@@ -341,6 +341,13 @@ fn env(options: &[String]) -> Result<Vec<(String, OsString)>> {
         }
     }
     Ok(env)
+}
+
+/// Without the quotes around the whole.
+fn unquoted(text: &str) -> &str {
+    text.strip_prefix('"')
+        .and_then(|t| t.strip_suffix('"'))
+        .unwrap_or(text)
 }
 
 fn env_files(paths: &[PathBuf], host: &Host) -> Result<Vec<(PathBuf, Vec<u8>)>> {

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
-/// A scratch directory, a home and a runtime directory for one test.
+/// A scratch directory and a runtime directory for one test.
 pub struct Env {
     dir: TempDir,
 }
@@ -75,7 +75,7 @@ impl Env {
             .prefix("capsid-test.")
             .tempdir()
             .expect("a scratch directory");
-        for (name, mode) in [("home", 0o755), ("run", 0o700), ("work", 0o755)] {
+        for (name, mode) in [("run", 0o700), ("work", 0o755)] {
             fs::create_dir(dir.path().join(name)).expect("mkdir");
             fs::set_permissions(dir.path().join(name), fs::Permissions::from_mode(mode))
                 .expect("chmod");
@@ -114,7 +114,7 @@ impl Env {
             .args(args)
             .env_clear()
             .env("PATH", "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin")
-            .env("HOME", self.path("home"))
+            .env("HOME", home())
             .env("USER", user_name())
             .env("LANG", "C.UTF-8")
             .env("TERM", "xterm")
@@ -249,6 +249,41 @@ pub fn output(command: &mut Command) -> Output {
             .unwrap_or_else(|| 128 + out.status.signal().unwrap_or(0)),
         stdout: String::from_utf8_lossy(&out.stdout).into_owned(),
         stderr: String::from_utf8_lossy(&out.stderr).into_owned(),
+    }
+}
+
+/// The test user's home directory: the user database's, whatever `$HOME` says.
+pub fn home() -> PathBuf {
+    nix::unistd::User::from_uid(nix::unistd::getuid())
+        .expect("passwd")
+        .expect("the user is in passwd")
+        .dir
+}
+
+/// A file in the home directory that goes with this value.
+pub struct HomeFile(pub PathBuf);
+
+impl HomeFile {
+    /// An empty file with a name of its own.
+    pub fn new() -> HomeFile {
+        let path = home().join(format!("capsid-test-{}", uuid::Uuid::new_v4()));
+        fs::write(&path, "").expect("the home directory can be written");
+        HomeFile(path)
+    }
+
+    /// Its name.
+    pub fn name(&self) -> String {
+        self.0
+            .file_name()
+            .expect("a name")
+            .to_string_lossy()
+            .into_owned()
+    }
+}
+
+impl Drop for HomeFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
     }
 }
 
