@@ -9,7 +9,6 @@ const COMPARE: &str = r#"
 import hashlib, json, os, stat, sys
 root, manifest = sys.argv[1:]
 wrong = []
-times = {"old": 1, "y2038": 2**31, "y2099": 4102358400, "sym-rel": 981173106}
 for line in open(manifest):
     entry = json.loads(line)
     if "many_files" in entry:
@@ -19,7 +18,7 @@ for line in open(manifest):
             names.sort()
             for name in sorted(files):
                 path = os.path.join(directory, name)
-                digest.update(os.path.relpath(path, top).encode() + b"\0" + open(path, "rb").read() + b"\0")
+                digest.update(os.path.relpath(path, root).encode() + b"\0" + open(path, "rb").read() + b"\0")
                 count += 1
         if count != entry["many_files"] or digest.hexdigest() != entry["sha256_of_relpath_NUL_content_NUL_in_walk_order"]:
             wrong.append(("many", count, digest.hexdigest()))
@@ -34,14 +33,10 @@ for line in open(manifest):
         seen["nlink"] = st.st_nlink
     if stat.S_ISLNK(st.st_mode):
         target = os.readlink(path).decode("utf-8", "surrogateescape")
-        for key in entry:
-            if key in ("target", "link"):
-                seen[key] = target
+        seen["target"] = target
     if "xattr_hex" in entry:
         seen["xattr_hex"] = {n: os.getxattr(path, n, follow_symlinks=False).hex() for n in os.listxattr(path, follow_symlinks=False)}
-    base = os.path.basename(entry["path"])
-    if base in times and int(st.st_mtime) != times[base]:
-        wrong.append((entry["path"], "mtime", st.st_mtime))
+    seen["mtime"] = int(st.st_mtime)
     for key, value in seen.items():
         if key in entry and entry[key] != value:
             wrong.append((entry["path"], key, value, entry[key]))
