@@ -4,9 +4,11 @@
 //! * `views`: mount points that the image lacks;
 //! * `protocol`: one request in, one answer out;
 //! * `threads`: the request loops, and how many there are;
-//! * `ahead`: decompresses what a sequential reader will want next.
+//! * `ahead`: decompresses what a sequential reader will want next;
+//! * `habits`: whether listings should carry attributes.
 
 mod ahead;
+mod habits;
 mod protocol;
 mod threads;
 mod tree;
@@ -24,6 +26,7 @@ use crate::error::Result;
 use crate::ext::Ext;
 
 use ahead::Ahead;
+use habits::Habits;
 use tree::Tree;
 pub(crate) use tree::{Entry, Place, Stat};
 use views::Views;
@@ -65,6 +68,7 @@ pub struct Server {
     views: Views,
     options: Options,
     ahead: Option<Ahead>,
+    habits: Habits,
 }
 
 impl Server {
@@ -99,6 +103,7 @@ impl Server {
             views: Views::default(),
             options,
             ahead,
+            habits: Habits::default(),
         }
     }
 

@@ -240,7 +240,10 @@ impl Server {
             Node::In(id, dir) => (id, self.view(id)?.lookup(&self.tree, dir, name)?),
         };
         let entry = match spot {
-            Some(spot) => self.entry(id, spot)?,
+            Some(spot) => {
+                self.habits.looked_up();
+                self.entry(id, spot)?
+            }
             // Node 0 means: no such name, and this may be kept.
             None => EntryOut {
                 entry_valid: FOREVER_S,
@@ -363,11 +366,19 @@ impl Server {
             max: (asked.size as usize).min(LIST_MAX),
             style,
             reply,
+            names: 0,
         };
-        match self.node(number)? {
-            Node::Stage => self.list_stage(asked.offset, &mut list),
-            Node::In(id, spot) => self.list_view(id, spot, asked.offset, &mut list),
+        if style == Style::Entries && !self.habits.wants_attributes() {
+            list.style = Style::Bare;
         }
+        match self.node(number)? {
+            Node::Stage => self.list_stage(asked.offset, &mut list)?,
+            Node::In(id, spot) => self.list_view(id, spot, asked.offset, &mut list)?,
+        }
+        if list.style != Style::Entries {
+            self.habits.listed_bare(list.names);
+        }
+        Ok(())
     }
 
     fn list_stage(&self, from: u64, list: &mut List<'_>) -> Outcome {
@@ -528,6 +539,8 @@ enum Style {
     Names,
     /// All that a lookup would answer.
     Entries,
+    /// As `Entries`, with the entries left empty: the kernel then looks up what it needs.
+    Bare,
 }
 
 /// An answer that lists names.
@@ -535,6 +548,8 @@ struct List<'a> {
     max: usize,
     style: Style,
     reply: &'a mut Reply,
+    /// Names added.
+    names: u32,
 }
 
 impl List<'_> {
@@ -548,16 +563,19 @@ impl List<'_> {
     ) -> bool {
         let plus = match self.style {
             Style::Names => 0,
-            Style::Entries => size_of::<EntryOut>(),
+            Style::Entries | Style::Bare => size_of::<EntryOut>(),
         };
         let len = (plus + size_of::<Dirent>() + name.len()).next_multiple_of(8);
         let end = self.reply.bytes.len() + len;
         if end > self.max {
             return false;
         }
-        if self.style == Style::Entries {
-            self.reply.push(&entry());
+        match self.style {
+            Style::Names => {}
+            Style::Entries => self.reply.push(&entry()),
+            Style::Bare => self.reply.push(&EntryOut::default()),
         }
+        self.names += 1;
         self.reply.push(&Dirent {
             ino: number,
             off: next,
