@@ -60,8 +60,8 @@ pub fn fuse(options: &MountOptions) -> Result<Mount> {
 }
 
 fn open_device() -> Result<OwnedFd> {
-    rustix::fs::open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).map_err(|errno| {
-        match errno {
+    let device = rustix::fs::open("/dev/fuse", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|errno| match errno {
             Errno::NOENT | Errno::NODEV | Errno::NXIO => Error::Fuse(
                 "there is no /dev/fuse: ask an administrator to load the kernel module fuse",
             ),
@@ -69,8 +69,16 @@ fn open_device() -> Result<OwnedFd> {
                 "/dev/fuse may not be opened: ask an administrator to set its mode to 0666",
             ),
             errno => Error::sys("open /dev/fuse", errno),
-        }
-    })
+        })?;
+    // Character device 10:229 (Documentation/admin-guide/devices.txt).
+    let is_fuse =
+        rustix::fs::fstat(&device).is_ok_and(|s| s.st_rdev == rustix::fs::makedev(10, 229));
+    if !is_fuse {
+        return Err(Error::Fuse(
+            "/dev/fuse is not the FUSE device: ask an administrator for mknod -m 666 /dev/fuse c 10 229",
+        ));
+    }
+    Ok(device)
 }
 
 fn configure(

@@ -460,7 +460,7 @@ fn prepare(image: &Image, place: Option<&Place>, first: &OwnedFd) -> Result<Prep
         default_permissions: others,
         source: image.path.to_string_lossy().into_owned(),
     })?;
-    enter_empty_tree(&mount.tree)?;
+    // While /dev/fuse can still be seen.
     let threads = std::thread::available_parallelism()
         .map_or(1, usize::from)
         .min(8);
@@ -471,6 +471,8 @@ fn prepare(image: &Image, place: Option<&Place>, first: &OwnedFd) -> Result<Prep
             Err(_) => break, // before Linux 4.2; one descriptor serves all the same
         }
     }
+    enter_empty_tree(&mount.tree)?;
+    sys::confine_server();
     Ok(Prepared { devices, userns })
 }
 

@@ -20,35 +20,45 @@ use crate::plan::{IdMap, SubIds};
 /// Where the machine forbids it, with the setting that does.
 pub fn create(ids: &IdMap, more: CloneFlags) -> Result<()> {
     let mapper = match ids {
-        IdMap::Ranges { uid, gid, sub } => Some(Mapper::start(*uid, *gid, *sub)?),
-        _ => None,
+        IdMap::Ranges { .. } | IdMap::All => Some(Mapper::start(*ids)?),
+        IdMap::Own { .. } | IdMap::Root { .. } => None,
     };
     unshare(CloneFlags::CLONE_NEWUSER | more).map_err(explain)?;
-    match (ids, mapper) {
-        (_, Some(mapper)) => mapper.map(),
-        (IdMap::Own { uid, gid }, _) => {
-            write_maps(&format!("{uid} {uid} 1"), &format!("{gid} {gid} 1"), true)
-        }
-        (IdMap::Root { uid, gid }, _) => {
-            write_maps(&format!("0 {uid} 1"), &format!("0 {gid} 1"), true)
-        }
-        (IdMap::All | IdMap::Ranges { .. }, _) => {
-            write_maps("0 0 4294967295", "0 0 4294967295", false)
-        }
+    if let Some(mapper) = mapper {
+        return mapper.map();
+    }
+    match ids {
+        IdMap::Root { uid, gid } => write_maps(&format!("0 {uid} 1"), &format!("0 {gid} 1")),
+        IdMap::Own { uid, gid } => write_maps(&format!("{uid} {uid} 1"), &format!("{gid} {gid} 1")),
+        IdMap::Ranges { .. } | IdMap::All => Ok(()),
     }
 }
 
-fn write_maps(uids: &str, gids: &str, deny_setgroups: bool) -> Result<()> {
-    let write = |file: &str, text: &str| {
-        std::fs::write(format!("/proc/self/{file}"), text)
-            .with_context(|| format!("cannot write {text:?} to /proc/self/{file}"))
-    };
-    if deny_setgroups {
-        // Asked for by the kernel before an unprivileged gid_map (CVE-2014-8989).
-        write("setgroups", "deny")?;
+fn write_maps(uids: &str, gids: &str) -> Result<()> {
+    // Asked for by the kernel before an unprivileged gid_map (CVE-2014-8989).
+    write_map("self", "setgroups", "deny")?;
+    write_map("self", "uid_map", uids)?;
+    write_map("self", "gid_map", gids)
+}
+
+fn write_map(pid: &str, file: &str, text: &str) -> Result<()> {
+    let path = format!("/proc/{pid}/{file}");
+    std::fs::write(&path, text).with_context(|| format!("cannot write {text:?} to {path}"))
+}
+
+/// Maps every id of this namespace onto itself in the namespace of `pid`: what root does, who needs no helper.
+fn map_all(pid: i32) -> Result<()> {
+    for file in ["uid_map", "gid_map"] {
+        let own = std::fs::read_to_string(format!("/proc/self/{file}"))
+            .with_context(|| format!("cannot read {file}"))?;
+        let lines = own.lines().filter_map(|line| {
+            let mut fields = line.split_ascii_whitespace();
+            let (first, count) = (fields.next()?, fields.nth(1)?);
+            Some(format!("{first} {first} {count}\n"))
+        });
+        write_map(&pid.to_string(), file, &lines.collect::<String>())?;
     }
-    write("uid_map", uids)?;
-    write("gid_map", gids)
+    Ok(())
 }
 
 /// A refusal of user namespaces, with what refuses them and what an administrator can do.
@@ -76,7 +86,7 @@ fn explain(error: nix::Error) -> anyhow::Error {
     anyhow!("cannot create a user namespace: {error}; {hint}")
 }
 
-/// The process that runs newuidmap and newgidmap from outside.
+/// The process that maps ids from outside, where it is still permitted.
 struct Mapper {
     pid: nix::unistd::Pid,
     start: std::io::PipeWriter,
@@ -84,7 +94,7 @@ struct Mapper {
 }
 
 impl Mapper {
-    fn start(uid: u32, gid: u32, sub: SubIds) -> Result<Mapper> {
+    fn start(ids: IdMap) -> Result<Mapper> {
         let (mut go, start) = std::io::pipe().context("cannot create a pipe")?;
         let (answer, mut reply) = std::io::pipe().context("cannot create a pipe")?;
         let target = rustix::process::getpid().as_raw_nonzero().get();
@@ -94,8 +104,13 @@ impl Mapper {
                 drop((start, answer));
                 // A closed pipe means that the parent failed: go away.
                 if go.read_exact(&mut [0]).is_ok() {
-                    let done = run_helper("newuidmap", target, uid, sub.uids)
-                        .and_then(|()| run_helper("newgidmap", target, gid, sub.gids));
+                    let done = match ids {
+                        IdMap::Ranges { uid, gid, sub } => {
+                            run_helper("newuidmap", target, uid, sub.uids)
+                                .and_then(|()| run_helper("newgidmap", target, gid, sub.gids))
+                        }
+                        _ => map_all(target),
+                    };
                     if let Err(error) = done {
                         let _ = reply.write_all(format!("{error:#}").as_bytes());
                     }
@@ -129,7 +144,10 @@ pub fn helper(name: &str) -> Option<String> {
     HELPER_DIRECTORIES
         .iter()
         .map(|d| format!("{d}/{name}"))
-        .find(|p| std::path::Path::new(p).exists())
+        .find(|p| {
+            rustix::fs::access(p, rustix::fs::Access::EXEC_OK).is_ok()
+                && std::path::Path::new(p).is_file()
+        })
 }
 
 fn run_helper(name: &str, pid: i32, own: u32, (start, count): (u32, u32)) -> Result<()> {
@@ -153,7 +171,11 @@ fn run_helper(name: &str, pid: i32, own: u32, (start, count): (u32, u32)) -> Res
         .with_context(|| format!("cannot run {program}"))?;
     if !out.status.success() {
         let said = String::from_utf8_lossy(&out.stderr);
-        bail!("{program} {} failed: {}", words.join(" "), said.trim());
+        bail!(
+            "{program} {} failed: {}; is it setuid root, and does the range in /etc/subuid and /etc/subgid stand?",
+            words.join(" "),
+            said.trim()
+        );
     }
     Ok(())
 }
