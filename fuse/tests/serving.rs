@@ -340,9 +340,19 @@ fn entries_carry_what_a_lookup_answers() {
     let kernel = stage(&image);
     kernel.1.add_view(&[]).unwrap();
     let (root, _) = kernel.lookup(1, "0").unwrap();
-    let answer = kernel
-        .ask(READDIRPLUS, root, &read_request(0, 1 << 20))
-        .unwrap();
+    let list = || {
+        kernel
+            .ask(READDIRPLUS, root, &read_request(0, 1 << 20))
+            .unwrap()
+    };
+    // Listings begin bare; those who look up what was listed then get attributes at once.
+    for _ in 0..16 {
+        list();
+        kernel.lookup(root, "small").unwrap();
+        kernel.lookup(root, "deep").unwrap();
+        kernel.lookup(root, "link").unwrap();
+    }
+    let answer = list();
     let mut rest = answer.as_slice();
     let mut found = 0;
     while !rest.is_empty() {
@@ -442,8 +452,15 @@ fn walk(kernel: &Kernel, node: u64, depth: u32) -> usize {
     let mut rest = answer.as_slice();
     let mut files = 0;
     while !rest.is_empty() {
-        let (child, mode) = (u64_at(rest, 0), u32_at(rest, 40 + 60));
+        let (mut child, mut mode) = (u64_at(rest, 0), u32_at(rest, 40 + 60));
         let len = u32_at(rest, ENTRY_LEN + 16) as usize;
+        let name = &rest[ENTRY_LEN + 24..ENTRY_LEN + 24 + len];
+        if child == 0 && name != b"." && name != b".." {
+            // As the kernel does when a listing carries no attributes.
+            if let Ok(entry) = kernel.ask(LOOKUP, node, &[name, b"\0"].concat()) {
+                (child, mode) = (u64_at(&entry, 0), u32_at(&entry, 40 + 60));
+            }
+        }
         rest = &rest[(ENTRY_LEN + 24 + len).next_multiple_of(8)..];
         if child == 0 {
             continue;

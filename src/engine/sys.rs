@@ -457,7 +457,12 @@ pub fn confine_server() {
         "aarch64" => 0xc000_00b7,
         _ => return,
     };
-    let op = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter { code: code as u16, jt, jf, k };
+    let op = |code: u32, jt: u8, jf: u8, k: u32| libc::sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    };
     let mut filter = vec![
         op(BPF_LD | BPF_W | BPF_ABS, 0, 0, ARCH),
         op(BPF_JMP | BPF_JEQ | BPF_K, 1, 0, arch),
@@ -466,13 +471,28 @@ pub fn confine_server() {
     ];
     for call in DENIED {
         filter.push(op(BPF_JMP | BPF_JEQ | BPF_K, 0, 1, call as u32));
-        filter.push(op(BPF_RET | BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32));
+        filter.push(op(
+            BPF_RET | BPF_K,
+            0,
+            0,
+            libc::SECCOMP_RET_ERRNO | libc::EPERM as u32,
+        ));
     }
     filter.push(op(BPF_RET | BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW));
     let _ = rustix::thread::set_no_new_privs(true);
-    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    let program = libc::sock_fprog {
+        len: filter.len() as u16,
+        filter: filter.as_mut_ptr(),
+    };
     // SAFETY: the program and the filter it points to live through the call; the kernel copies them.
-    unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW, &raw const program) };
+    unsafe {
+        libc::syscall(
+            libc::SYS_seccomp,
+            libc::SECCOMP_SET_MODE_FILTER,
+            libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW,
+            &raw const program,
+        )
+    };
 }
 
 /// Until the next `execve(2)` no other process of the user may trace this one or open its descriptors
