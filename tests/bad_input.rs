@@ -156,3 +156,98 @@ fn damaged_blocks_give_an_error_to_the_reader_and_nothing_else() {
     }
     env.assert_nothing_left();
 }
+
+/// Runs the program on a machine that was spoilt: as root of a throw-away namespace for `spoil`, then as oneself.
+fn spoilt(env: &Env, spoil: &str, args: &[&str]) -> Output {
+    let (uid, gid) = (nix::unistd::getuid(), nix::unistd::getgid());
+    let script = format!("{spoil} && exec unshare -U --map-user={uid} --map-group={gid} -- \"$@\"");
+    let words = [
+        "-Urm",
+        "sh",
+        "-c",
+        &script,
+        "sh",
+        env!("CARGO_BIN_EXE_capsid"),
+    ];
+    let mut command = env.command_as("/usr/bin/unshare".as_ref(), words.iter().chain(args));
+    common::output(&mut command)
+}
+
+#[test]
+fn machine_that_lacks_something_gets_the_remedy() {
+    let env = Env::new();
+    let image = env.image();
+    let image = image.to_str().unwrap();
+    let exec = ["exec", image, "true"];
+    spoilt(&env, "mount --bind /dev/null /dev/fuse", &exec).fatal(&["/dev/fuse", "mknod"]);
+    spoilt(&env, "mount -t tmpfs none /dev", &exec)
+        .fatal(&["no /dev/fuse", "load the kernel module fuse"]);
+    let limit = "echo 0 > /proc/sys/user/max_user_namespaces; exec \"$@\"";
+    let words = [
+        "-Ur",
+        "sh",
+        "-c",
+        limit,
+        "sh",
+        env!("CARGO_BIN_EXE_capsid"),
+        "exec",
+        image,
+        "true",
+    ];
+    let out = common::output(&mut env.command_as("/usr/bin/unshare".as_ref(), words));
+    out.fatal(&["user namespace", "sysctl -w user.max_user_namespaces"]);
+    // Without the helpers, or without a range, root is alone inside, and is told so.
+    let fakeroot = ["exec", "--fakeroot", image, "id", "-u"];
+    for lack in [
+        "mount --bind /dev/null /usr/bin/newuidmap",
+        "mount --bind /dev/null /etc/subuid",
+    ] {
+        let out = spoilt(&env, lack, &fakeroot);
+        assert_eq!(out.ok(), "0", "{lack}");
+        assert!(out.stderr.contains("WARNING: no subordinate ids"), "{out}");
+    }
+    env.assert_nothing_left();
+}
+
+#[test]
+fn read_only_and_missing_homes_are_no_obstacle() {
+    let env = Env::new();
+    let image = env.image();
+    let spoil = "mount --bind \"$HOME\" \"$HOME\" && mount -o remount,bind,ro \"$HOME\"";
+    spoilt(&env, spoil, &["exec", image.to_str().unwrap(), "true"]).ok();
+    spoilt(
+        &env,
+        "mount -t tmpfs none /home",
+        &["exec", image.to_str().unwrap(), "true"],
+    )
+    .ok();
+}
+
+#[test]
+fn hostile_files_in_the_image_stay_inside() {
+    let env = Env::new();
+    let tree = env.tree("tree");
+    let canary = env.path("canary");
+    write(&canary, "untouched");
+    fs::remove_file(tree.join("etc/passwd")).unwrap();
+    std::os::unix::fs::symlink(&canary, tree.join("etc/passwd")).unwrap();
+    fs::remove_file(tree.join("etc/group")).unwrap();
+    nix::unistd::mkfifo(
+        &tree.join("etc/group"),
+        nix::sys::stat::Mode::from_bits_truncate(0o644),
+    )
+    .unwrap();
+    fs::remove_file(tree.join("etc/hosts")).unwrap();
+    fs::create_dir(tree.join("etc/hosts")).unwrap();
+    fs::remove_dir(tree.join("tmp")).unwrap();
+    std::os::unix::fs::symlink("/../../../../opt", tree.join("tmp")).unwrap();
+    let image = env.sif(&tree, "image.sif");
+    let start = std::time::Instant::now();
+    let out = env.run(["exec", image.to_str().unwrap(), "true"]);
+    assert!(out.status == 0 || out.status == 255, "{out}");
+    assert!(
+        start.elapsed().as_secs() < 10,
+        "it does not wait for the fifo"
+    );
+    assert_eq!(fs::read_to_string(&canary).unwrap(), "untouched");
+}

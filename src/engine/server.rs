@@ -561,7 +561,12 @@ fn work(
         let server = Arc::clone(&server);
         std::thread::Builder::new()
             .name("serve".into())
-            .spawn(move || drop(server.serve_on(devices)))
+            .spawn(move || {
+                if server.serve_on(devices).is_err() {
+                    // The keeper replaces a worker that dies so.
+                    let _ = nix::sys::signal::kill(nix::unistd::getpid(), Signal::SIGKILL);
+                }
+            })
     };
     let Ok(serving) = serving else { return };
     let mut desk = Desk {

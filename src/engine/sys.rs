@@ -154,7 +154,7 @@ pub fn open_in_root(root: BorrowedFd, path: &Path, flags: OFlags) -> io::Result<
             ResolveFlags::IN_ROOT,
         ) {
             // A rename elsewhere on the machine while `..` was resolved.
-            Err(rustix::io::Errno::AGAIN) => {}
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
             other => return Ok(other?),
         }
     }

@@ -138,9 +138,11 @@ pub fn check_arch(image: Option<&str>, host: &str) -> Result<()> {
 fn read_start(file: &File, buffer: &mut [u8]) -> Result<usize> {
     let mut len = 0;
     while len < buffer.len() {
-        match file.read_at(&mut buffer[len..], len as u64)? {
-            0 => break,
-            more => len += more,
+        match file.read_at(&mut buffer[len..], len as u64) {
+            Ok(0) => break,
+            Ok(more) => len += more,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error.into()),
         }
     }
     Ok(len)

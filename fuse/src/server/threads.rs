@@ -19,6 +19,8 @@ use crate::file::Piece;
 
 /// Bytes of a request, at most: the kernel demands room for 4 KiB of data, which a read-only tree is never sent.
 const REQUEST_MAX: usize = 16 << 10;
+/// Unexpected errors in a row after which a thread gives up: who waits for an answer must not wait for ever.
+const FAILURES_MAX: u32 = 16;
 /// What holes are written from.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 /// Parts of one write, at most (IOV_MAX).
@@ -55,6 +57,7 @@ impl Pool<'_> {
         };
         let mut request = vec![0; REQUEST_MAX];
         let mut reply = Reply::default();
+        let mut failures = 0;
         loop {
             self.idle.fetch_add(1, Ordering::SeqCst);
             let read = rustix::io::read(device, request.as_mut_slice());
@@ -65,8 +68,15 @@ impl Pool<'_> {
                 // Interrupted requests, by us or by who made them.
                 Err(Errno::INTR | Errno::AGAIN | Errno::NOENT) => continue,
                 Err(Errno::NODEV) => return Ok(()),
-                Err(errno) => return Err(Error::sys("read from the FUSE device", errno)),
+                Err(errno) => {
+                    failures += 1;
+                    if failures > FAILURES_MAX {
+                        return Err(Error::sys("read from the FUSE device", errno));
+                    }
+                    continue;
+                }
             };
+            failures = 0;
             if was_last {
                 self.grow(scope);
             }
