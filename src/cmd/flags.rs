@@ -52,7 +52,7 @@ pub struct ActionArgs {
         help_heading = "Mounts"
     )]
     pub overlay: Vec<String>,
-    /// Make the image itself writable (a directory, or an overlay partition in the SIF)
+    /// Write to the image itself: a directory
     #[arg(short = 'w', long, help_heading = "Mounts")]
     pub writable: bool,
     /// Lay a throw-away writable layer in memory over the root

@@ -1,0 +1,109 @@
+//! The texts that people read, compared with files in `golden/`; `UPDATE_GOLDEN=1` writes these anew, for review.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::fs;
+use std::path::Path;
+
+use common::Env;
+
+fn golden(name: &str, text: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(name);
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, text).unwrap();
+    }
+    let expected = fs::read_to_string(&path).unwrap_or_default();
+    assert_eq!(
+        text,
+        expected,
+        "{} differs: UPDATE_GOLDEN=1 writes it anew",
+        path.display()
+    );
+}
+
+#[test]
+fn help_texts() {
+    let env = Env::new();
+    for command in ["exec", "run", "shell", "test", "run-help", "doctor", "demo"] {
+        let out = env.run([command, "--help"]);
+        assert_eq!(out.status, 0, "{out}");
+        golden(&format!("help-{command}"), &out.stdout);
+        assert_eq!(env.run(["help", command]).stdout, out.stdout);
+    }
+    golden("help", &env.run(["--help"]).stdout);
+}
+
+#[test]
+fn plan_of_a_fixed_request() {
+    let env = Env::new();
+    let image = env.image();
+    let out = env.run([
+        "--explain",
+        "exec",
+        "--contain",
+        "--no-home",
+        "--pid",
+        "--hostname",
+        "box",
+        "-B",
+        "/usr:/mnt:ro",
+        image.to_str().unwrap(),
+        "true",
+    ]);
+    // What depends on the machine, the user and the place is left out.
+    let text = out.ok().lines().filter(|l| {
+        !l.starts_with("env ")
+            && !l.starts_with("root ")
+            && !l.contains("localtime")
+            && !l.contains("resolv.conf")
+            && !l.contains("/etc/group")
+    });
+    let text: Vec<String> = text
+        .map(|l| {
+            l.replace(common::home().to_str().unwrap(), "HOME")
+                .replace(env.work().to_str().unwrap(), "WORK")
+                .replace(&common::user_name(), "USER")
+                .replace(&nix::unistd::getuid().to_string(), "UID")
+        })
+        .collect();
+    golden("plan", &text.join("\n"));
+}
+
+#[test]
+fn demo_shows_that_containers_work_and_cleans_up() {
+    let env = Env::new();
+    let out = env.run(["demo"]);
+    assert!(
+        out.ok().contains("hello from the container") && out.stdout.contains("Everything works."),
+        "{out}"
+    );
+    let left = fs::read_dir(std::env::temp_dir())
+        .unwrap()
+        .flatten()
+        .any(|e| e.file_name().to_string_lossy().starts_with("capsid-demo."));
+    assert!(!left, "the demo's directory is gone");
+}
+
+#[test]
+fn doctor_finds_a_usable_machine() {
+    let env = Env::new();
+    let out = env.run(["doctor", "--json"]);
+    let checks: serde_json::Value = serde_json::from_str(out.ok()).unwrap();
+    let state = |name: &str| {
+        checks
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|c| c["check"] == name)
+            .unwrap()["state"]
+            .clone()
+    };
+    for check in ["user namespaces", "FUSE", "overlayfs", "subordinate ids"] {
+        assert_eq!(state(check), "ok", "{check}: {out}");
+    }
+    assert!(env.run(["doctor"]).ok().contains("user namespaces"));
+}
