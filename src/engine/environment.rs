@@ -13,7 +13,7 @@ use rustix::fs::Access;
 
 use crate::plan::env::{DEFAULT_PATH, Environment, LIBS};
 use crate::say;
-use crate::shell::{self, End, Files, State};
+use crate::shell::{self, End, Files, State, Var};
 
 const DIRECTORY: &str = "/.singularity.d/env";
 /// Scripts of images from before 2017.
@@ -47,11 +47,7 @@ pub enum Finished {
 /// # Errors
 /// When a script needs a shell and the image has none.
 pub fn finish(environment: &Environment, cwd: &Path) -> Result<Finished> {
-    let mut state = State::default();
-    for (name, value) in &environment.vars {
-        state.export(name.as_bytes(), value.as_bytes());
-    }
-    state.export(b"PWD", cwd.as_os_str().as_bytes());
+    let state = start(environment, cwd);
     let scripts = scripts();
     match natively(environment, &scripts, &mut state.clone()) {
         Ok(finished) => Ok(finished),
@@ -62,9 +58,7 @@ pub fn finish(environment: &Environment, cwd: &Path) -> Result<Finished> {
             say::verbose(format_args!(
                 "the image's own shell evaluates its environment: {why}"
             ));
-            let vars = state.vars.into_iter().filter_map(|(name, var)| {
-                Some((OsString::from_vec(name), OsString::from_vec(var.value?)))
-            });
+            let vars = exported(state);
             let script = for_shell(environment, &scripts);
             if script.len() > MAX_SHELL_BYTES {
                 bail!(
@@ -74,10 +68,42 @@ pub fn finish(environment: &Environment, cwd: &Path) -> Result<Finished> {
             }
             Ok(Finished::Shell {
                 script: OsString::from_vec(script),
-                vars: vars.collect(),
+                vars,
             })
         }
     }
+}
+
+/// What the scripts begin with.
+fn start(environment: &Environment, cwd: &Path) -> State {
+    let mut state = State::default();
+    for (name, value) in &environment.vars {
+        state.export(name.as_bytes(), value.as_bytes());
+    }
+    state.export(b"PWD", cwd.as_os_str().as_bytes());
+    for (name, id) in ids() {
+        let var = Var {
+            value: Some(id.to_string().into_bytes()),
+            ..Var::default()
+        };
+        state.vars.insert(name.into(), var);
+    }
+    state
+}
+
+/// Numbers that scripts may ask for; they are not handed on to programs.
+fn ids() -> [(&'static str, u32); 3] {
+    let uid = rustix::process::geteuid().as_raw();
+    let gid = rustix::process::getegid().as_raw();
+    [("UID", uid), ("EUID", uid), ("GID", gid)]
+}
+
+/// What programs get of the variables.
+fn exported(state: State) -> Vec<(OsString, OsString)> {
+    let exported = state.vars.into_iter().filter(|(_, var)| var.exported);
+    exported
+        .filter_map(|(name, var)| Some((OsString::from_vec(name), OsString::from_vec(var.value?))))
+        .collect()
 }
 
 /// The image's scripts in the order of their names.
@@ -89,7 +115,12 @@ fn scripts() -> Vec<PathBuf> {
             .collect();
     };
     let mut scripts: Vec<PathBuf> = entries.flatten().map(|e| e.path()).collect();
-    scripts.retain(|p| p.extension().is_some_and(|e| e == "sh") && !p.ends_with(RUNTIME_SCRIPT));
+    scripts.retain(|p| {
+        p.extension().is_some_and(|e| e == "sh")
+            && !is(p, ".")
+            && !p.ends_with(RUNTIME_SCRIPT)
+            && p.is_file()
+    });
     scripts.sort();
     scripts
 }
@@ -112,7 +143,7 @@ fn natively(environment: &Environment, scripts: &[PathBuf], state: &mut State) -
         let end = shell::run(&text, state, &Container)
             .map_err(|error| anyhow!("{}: {error}", script.display()))?;
         if let End::Exit(status) = end {
-            print(&state.out);
+            print(state);
             return Ok(Finished::Ended(status));
         }
         if is(script, "10-docker") {
@@ -135,33 +166,24 @@ fn natively(environment: &Environment, scripts: &[PathBuf], state: &mut State) -
             Some(_) => {}
         }
     }
-    for (name, value) in [
-        ("LD_LIBRARY_PATH", LIBS),
-        ("PS1", PROMPT),
-        ("PROMPT_COMMAND", PROMPT_COMMAND),
-    ] {
-        if state.get(name.as_bytes()).is_none() || name == "PROMPT_COMMAND" {
-            state.export(name.as_bytes(), value.as_bytes());
-        }
-    }
-    print(&state.out);
-    let exported = std::mem::take(&mut state.vars)
-        .into_iter()
-        .filter(|(_, var)| var.exported);
-    Ok(Finished::Ready(
-        exported
-            .filter_map(|(name, var)| {
-                Some((OsString::from_vec(name), OsString::from_vec(var.value?)))
-            })
-            .collect(),
-    ))
+    let libs = state.get(b"LD_LIBRARY_PATH");
+    let libs = libs.unwrap_or(LIBS.as_bytes()).to_vec();
+    let prompt = state.get(b"PS1").filter(|prompt| !prompt.is_empty());
+    let prompt = prompt.unwrap_or(PROMPT.as_bytes()).to_vec();
+    state.export(b"LD_LIBRARY_PATH", &libs);
+    state.export(b"PS1", &prompt);
+    state.export(b"PROMPT_COMMAND", PROMPT_COMMAND.as_bytes());
+    print(state);
+    Ok(Finished::Ready(exported(std::mem::take(state))))
 }
 
 /// What a script says is the payload's output, as it would be with a real shell.
-fn print(out: &[u8]) {
+fn print(state: &State) {
     use std::io::Write as _;
     let mut stdout = std::io::stdout().lock();
-    let _ = stdout.write_all(out).and_then(|()| stdout.flush());
+    // Nobody is left to tell when the caller does not listen.
+    let _ = stdout.write_all(&state.out).and_then(|()| stdout.flush());
+    let _ = std::io::stderr().lock().write_all(&state.err);
 }
 
 fn evaluated(environment: &Environment, value: &OsStr, state: &mut State) -> Result<Vec<u8>> {
@@ -176,6 +198,16 @@ fn apply(environment: &Environment, state: &mut State) -> Result<()> {
     for (name, value) in &environment.overrides {
         let value = evaluated(environment, value, state)?;
         state.export(name.as_bytes(), &value);
+    }
+    let libs = state.get(b"LD_LIBRARY_PATH").filter(|l| !l.is_empty());
+    let mut libs = libs.unwrap_or(LIBS.as_bytes()).to_vec();
+    if let Some(more) = &environment.prepend_libs {
+        libs = [evaluated(environment, more, state)?, libs].join(&b':');
+        state.export(b"LD_LIBRARY_PATH", &libs);
+    }
+    if let Some(more) = &environment.append_libs {
+        libs = [libs, evaluated(environment, more, state)?].join(&b':');
+        state.export(b"LD_LIBRARY_PATH", &libs);
     }
     Ok(())
 }
@@ -211,7 +243,12 @@ fn with_defaults(path: &[u8]) -> Vec<u8> {
 
 /// The same steps as [`natively`], for a real shell.
 fn for_shell(environment: &Environment, scripts: &[PathBuf]) -> Vec<u8> {
-    let mut text = Vec::new();
+    // Shells have prompts of their own, which the image's scripts would keep.
+    let mut text = b"PS1=\n".to_vec();
+    for (name, id) in ids() {
+        // Some shells know these and let nobody set them.
+        text.extend(format!(": \"${{{name}:={id}}}\"\n").bytes());
+    }
     let mut overridden = false;
     for script in scripts {
         if is(script, "90-") {
@@ -233,20 +270,12 @@ fn for_shell(environment: &Environment, scripts: &[PathBuf]) -> Vec<u8> {
     if !overridden {
         overrides_for_shell(environment, &mut text);
     }
-    for (value, line) in [
-        (
-            &environment.prepend_path,
-            &b"PATH=\"$CAPSID_PATH:$PATH\"\n"[..],
-        ),
-        (&environment.append_path, b"PATH=\"$PATH:$CAPSID_PATH\"\n"),
-        (&environment.path, b"PATH=\"$CAPSID_PATH\"\n"),
+    for (value, around) in [
+        (&environment.prepend_path, ["", ":\"$PATH\""]),
+        (&environment.append_path, ["\"$PATH\":", ""]),
+        (&environment.path, ["", ""]),
     ] {
-        if let Some(value) = value {
-            text.extend(b"CAPSID_PATH=");
-            text.extend(value_for_shell(environment, value));
-            text.push(b'\n');
-            text.extend(line);
-        }
+        set_for_shell(environment, "PATH", value.as_ref(), around, &mut text);
     }
     for (name, value) in &environment.host {
         let name = name.to_string_lossy();
@@ -254,7 +283,7 @@ fn for_shell(environment: &Environment, scripts: &[PathBuf]) -> Vec<u8> {
         text.extend(quoted(value.as_bytes()));
         text.extend(format!("; elif [ -z \"${name}\" ]; then unset {name}; fi\n").bytes());
     }
-    text.extend(format!("unset CAPSID_PATH\nexport PATH LD_LIBRARY_PATH=\"${{LD_LIBRARY_PATH-{LIBS}}}\" PS1=\"${{PS1:-{PROMPT}}}\" PROMPT_COMMAND=").bytes());
+    text.extend(format!("export PATH LD_LIBRARY_PATH=\"${{LD_LIBRARY_PATH-{LIBS}}}\" PS1=\"${{PS1:-{PROMPT}}}\" PROMPT_COMMAND=").bytes());
     text.extend(quoted(PROMPT_COMMAND.as_bytes()));
     text.extend(b"\ncommand -v \"$1\" >/dev/null 2>&1 || { echo \"FATAL:   \\\"$1\\\": executable file not found in \\$PATH\" >&2; exit 255; }\nexec \"$@\"\n");
     text
@@ -268,6 +297,29 @@ fn overrides_for_shell(environment: &Environment, text: &mut Vec<u8>) {
         text.extend(value_for_shell(environment, value));
         text.push(b'\n');
     }
+    let libs = format!("\"${{LD_LIBRARY_PATH:-{LIBS}}}\"");
+    for (value, [before, behind]) in [
+        (&environment.prepend_libs, ["", &format!(":{libs}")]),
+        (&environment.append_libs, [&format!("{libs}:"), ""]),
+    ] {
+        let around = [before, behind];
+        set_for_shell(environment, "LD_LIBRARY_PATH", value.as_ref(), around, text);
+    }
+}
+
+/// An assignment of the value with text around it, if there is one.
+fn set_for_shell(
+    environment: &Environment,
+    name: &str,
+    value: Option<&OsString>,
+    [before, behind]: [&str; 2],
+    text: &mut Vec<u8>,
+) {
+    if let Some(value) = value {
+        text.extend(format!("{name}={before}").bytes());
+        text.extend(value_for_shell(environment, value));
+        text.extend(format!("{behind}\n").bytes());
+    }
 }
 
 fn value_for_shell(environment: &Environment, value: &OsStr) -> Vec<u8> {
@@ -276,13 +328,25 @@ fn value_for_shell(environment: &Environment, value: &OsStr) -> Vec<u8> {
         return quoted(value);
     }
     // A substitution has quotes of its own.
-    let substitutes = value.windows(2).any(|w| w == b"$(") || value.contains(&b'`');
+    let (mut parentheses, mut dollar) = (0_usize, false);
     let mut text = vec![b'"'];
-    for byte in value {
-        if *byte == b'"' && !substitutes {
-            text.push(b'\\');
+    let mut bytes = value.iter().copied();
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b'"' if parentheses == 0 => text.push(b'\\'),
+            b'(' if parentheses > 0 || dollar => parentheses += 1,
+            b')' => parentheses = parentheses.saturating_sub(1),
+            // What is escaped stays so, and the last one does not escape our quote.
+            b'\\' => {
+                text.push(byte);
+                text.push(bytes.next().unwrap_or(byte));
+                dollar = false;
+                continue;
+            }
+            _ => {}
         }
-        text.push(*byte);
+        dollar = byte == b'$';
+        text.push(byte);
     }
     text.push(b'"');
     text
@@ -321,6 +385,13 @@ impl Files for Container {
             b'x' => may(Access::EXEC_OK),
             _ => return None,
         })
+    }
+
+    fn names(&self, directory: &[u8]) -> Option<Vec<Vec<u8>>> {
+        let entries = std::fs::read_dir(OsStr::from_bytes(directory));
+        let entries = entries.into_iter().flatten().flatten();
+        let names = entries.map(|e| e.file_name().into_vec());
+        Some(names.take(shell::MAX_NAMES + 1).collect())
     }
 
     fn read(&self, path: &[u8]) -> Option<Vec<u8>> {
@@ -488,6 +559,234 @@ pub fn find_program(name: &OsStr, path: &OsStr) -> Result<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    type Vars = std::collections::BTreeMap<OsString, OsString>;
+
+    /// An environment that uses everything, and images' scripts.
+    fn example(scripts: &[(&str, &str)]) -> (Environment, tempfile::TempDir, Vec<PathBuf>) {
+        let vars = |pairs: &[(&str, &str)]| {
+            let pairs = pairs.iter().map(|(n, v)| (n.into(), v.into()));
+            pairs.collect::<Vec<(OsString, OsString)>>()
+        };
+        let environment = Environment {
+            vars: vars(&[
+                ("HOME", "/home/x"),
+                ("PATH", DEFAULT_PATH),
+                ("TOLD", "it's"),
+            ]),
+            host: vars(&[
+                ("HOST", "a 'b'\nc $HOME"),
+                ("IMAGE", "host"),
+                ("BLANK", "host"),
+                ("TAKEN", "host"),
+            ]),
+            overrides: vars(&[
+                ("TAKEN", "option"),
+                ("EVALUATED", "$HOME \"q\" 'r' ${NO:-d} $IMAGE"),
+                (
+                    "ESCAPED",
+                    "\\$HOME say \\\"hi\\\" \\$(no \"q\") \\\\ \\n end\\",
+                ),
+                ("STAR", "a  *  b"),
+            ]),
+            prepend_path: Some("$HOME/bin".into()),
+            append_path: Some("/a b".into()),
+            prepend_libs: Some("/lib first".into()),
+            append_libs: Some("$HOME/lib".into()),
+            ..Environment::default()
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let mut paths = Vec::new();
+        for (name, text) in scripts {
+            paths.push(dir.path().join(name));
+            std::fs::write(dir.path().join(name), text).unwrap();
+        }
+        (environment, dir, paths)
+    }
+
+    fn started(environment: &Environment) -> State {
+        start(environment, Path::new("/"))
+    }
+
+    fn here(environment: &Environment, scripts: &[PathBuf]) -> Vars {
+        match natively(environment, scripts, &mut started(environment)).unwrap() {
+            Finished::Ready(vars) => comparable(vars),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn there(shell: &str, environment: &Environment, scripts: &[PathBuf]) -> Vars {
+        let script = OsString::from_vec(for_shell(environment, scripts));
+        let out = std::process::Command::new(shell)
+            .arg("-c")
+            .arg(script)
+            .args(["capsid", "/usr/bin/env", "-0"])
+            .env_clear()
+            .envs(exported(started(environment)))
+            .output()
+            .unwrap();
+        assert!(out.status.success() && out.stderr.is_empty(), "{out:?}");
+        let lines = out.stdout.split(|b| *b == 0).filter(|l| !l.is_empty());
+        let vars = lines.map(|line| {
+            let sign = line.iter().position(|b| *b == b'=').unwrap();
+            let text = |bytes: &[u8]| OsString::from_vec(bytes.to_vec());
+            (text(&line[..sign]), text(&line[sign + 1..]))
+        });
+        comparable(vars.collect())
+    }
+
+    /// Without what shells add.
+    fn comparable(vars: Vec<(OsString, OsString)>) -> Vars {
+        let added = ["PWD", "OLDPWD", "SHLVL", "_"];
+        vars.into_iter()
+            .filter(|(name, _)| !added.iter().any(|a| name == *a))
+            .collect()
+    }
+
+    #[test]
+    fn a_real_shell_is_told_to_do_the_same() {
+        let (mut environment, _dir, scripts) = example(&[
+            ("10-docker2singularity.sh", "export PATH=/opt/bin:/bin\n"),
+            (
+                "90-environment.sh",
+                "export IMAGE=image BLANK= CACHE=/tmp/$UID\n",
+            ),
+            (
+                "99-base.sh",
+                "LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/libs\n\
+                 [ -n \"${PS1:-}\" ] || PS1='Prompt> '\nexport LD_LIBRARY_PATH PS1\n",
+            ),
+        ]);
+        for no_eval in [false, true] {
+            environment.no_eval = no_eval;
+            if no_eval {
+                environment.overrides.push(("PS1".into(), "".into()));
+            }
+            let vars = here(&environment, &scripts);
+            for shell in ["/bin/sh", "/bin/bash"] {
+                assert_eq!(vars, there(shell, &environment, &scripts), "{shell}");
+            }
+            let get = |name: &str| vars.get(OsStr::new(name)).and_then(|v| v.to_str());
+            assert_eq!(get("IMAGE"), Some("image"), "the image's before the host's");
+            assert_eq!(get("TAKEN"), Some("option"), "the option's before all");
+            assert_eq!(get("BLANK"), None, "what is left empty is unset");
+            assert_eq!(get("HOST"), Some("a 'b'\nc $HOME"), "the host's as it is");
+            assert_eq!(
+                get("PS1"),
+                Some(if no_eval { PROMPT } else { "Prompt> " }),
+                "no shell's own prompt"
+            );
+            let uid = rustix::process::geteuid().as_raw();
+            assert_eq!(get("CACHE"), Some(&*format!("/tmp/{uid}")));
+            assert_eq!(get("UID"), None, "not handed on");
+            if no_eval {
+                assert_eq!(get("EVALUATED"), Some("$HOME \"q\" 'r' ${NO:-d} $IMAGE"));
+            } else {
+                assert_eq!(get("EVALUATED"), Some("/home/x \"q\" 'r' d image"));
+                assert_eq!(
+                    get("ESCAPED"),
+                    Some("$HOME say \"hi\" $(no \"q\") \\ \\n end\\")
+                );
+                assert_eq!(get("LD_LIBRARY_PATH"), Some("/lib first:/libs:/home/x/lib"));
+                let path = get("PATH").unwrap();
+                assert!(path.starts_with("/home/x/bin:/opt/bin:/bin:"), "{path}");
+                assert!(path.ends_with(":/a b"), "{path}");
+            }
+        }
+    }
+
+    #[test]
+    fn value_with_a_substitution_keeps_its_quotes() {
+        let environment = Environment {
+            overrides: vec![("A".into(), "say \"$(echo \"x  y\")\" `echo \"z\"`".into())],
+            ..Environment::default()
+        };
+        assert!(natively(&environment, &[], &mut State::default()).is_err());
+        let vars = there("/bin/sh", &environment, &[]);
+        assert_eq!(vars.get(OsStr::new("A")), Some(&"say \"x  y\" z".into()));
+    }
+
+    #[test]
+    fn script_that_ends_the_run_gives_its_status() {
+        let (environment, _dir, scripts) = example(&[("95-apps.sh", "exit 7\n")]);
+        let end = natively(&environment, &scripts, &mut started(&environment)).unwrap();
+        assert!(matches!(end, Finished::Ended(7)), "{end:?}");
+    }
+
+    #[test]
+    fn scripts_find_files_by_patterns_and_may_complain() {
+        let (environment, dir, scripts) = example(&[("90-environment.sh", "")]);
+        for name in ["b.sh", "a.sh", ".hidden.sh", "other"] {
+            let line = format!("R=\"$R {name}\"\n");
+            std::fs::write(dir.path().join(name), line).unwrap();
+        }
+        let text = format!(
+            "for f in {0}/.h*.sh {0}/?.sh {0}/*en.sh {0}/no*such; do [ -f \"$f\" ] && . \"$f\"; done\n\
+             export R\necho loud >&2\necho plain\n",
+            dir.path().display()
+        );
+        std::fs::write(&scripts[0], text).unwrap();
+        let mut state = started(&environment);
+        let text = std::fs::read(&scripts[0]).unwrap();
+        shell::run(&text, &mut state, &Container).unwrap();
+        assert_eq!(state.get(b"R"), Some(&b" .hidden.sh a.sh b.sh"[..]));
+        assert_eq!(
+            (&*state.err, &*state.out),
+            (&b"loud\n"[..], &b"plain\n"[..])
+        );
+    }
+
+    #[test]
+    fn commands_mean_programs() {
+        let args = [OsString::from("a")];
+        let said = |verb, app, shell| match dispatch(verb, app, shell, &args) {
+            Dispatch::Message {
+                level,
+                text,
+                status,
+            } => (level, text, status),
+            Dispatch::Exec(argv, _) => panic!("{argv:?}"),
+        };
+        if Path::new("/.singularity.d").exists() {
+            return; // these tests run in a container, whose own scripts would be found
+        }
+        let argv = |verb, shell| match dispatch(verb, None, shell, &args) {
+            Dispatch::Exec(argv, notice) => (argv, notice),
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(argv("exec", None), (vec!["a".into()], None));
+        assert_eq!(
+            argv("shell", Some("/bin/sh")),
+            (vec!["/bin/sh".into()], None)
+        );
+        assert_eq!(
+            argv("run", None),
+            (
+                vec!["/bin/sh".into(), "a".into()],
+                Some("No runscript found in container, executing /bin/sh")
+            )
+        );
+        assert_eq!(
+            said("shell", None, Some("/no/sh")),
+            (Level::Error, "/no/sh does not exist in container".into(), 1)
+        );
+        assert_eq!(
+            said("test", None, None),
+            (
+                Level::Info,
+                "No test script found in container, exiting".into(),
+                0
+            )
+        );
+        assert_eq!(
+            said("run", Some("nosuch"), None),
+            (
+                Level::Plain,
+                "Could not locate the container application: nosuch".into(),
+                1
+            )
+        );
+    }
 
     #[test]
     fn any_text_is_one_word() {

@@ -87,6 +87,12 @@ pub struct Environment {
     /// Put behind it.
     #[serde(serialize_with = "lossy_one")]
     pub append_path: Option<OsString>,
+    /// Put before `LD_LIBRARY_PATH`.
+    #[serde(serialize_with = "lossy_one")]
+    pub prepend_libs: Option<OsString>,
+    /// Put behind it.
+    #[serde(serialize_with = "lossy_one")]
+    pub append_libs: Option<OsString>,
     /// Overrides are taken literally; otherwise a shell evaluates them.
     pub no_eval: bool,
 }
@@ -119,17 +125,27 @@ pub fn plan(request: &Request) -> Result<(Environment, Vec<String>, Vec<String>)
                 value.push(LIBS);
                 environment.overrides.push((name, value));
             }
+            Some("PREPEND_LD_LIBRARY_PATH") => environment.prepend_libs = Some(value),
+            Some("APPEND_LD_LIBRARY_PATH") => environment.append_libs = Some(value),
             Some("HOME") => warnings.push(
                 "Overriding HOME environment variable with APPTAINERENV_HOME is not permitted: use --home".into(),
             ),
             Some("UID" | "GID") => {}
-            Some(text) if text.ends_with("TAINER_SHELL") || text.ends_with("TAINER_APPNAME") || text.starts_with("SINGULARITY_") => {
+            Some(text) if is_ours(text) => {
                 warnings.push(format!("Overriding {text} environment variable is not permitted"));
             }
             _ => environment.overrides.push((name, value)),
         }
     }
     Ok((environment, warnings, infos))
+}
+
+/// Whether the container is told something by this variable that the caller must not change.
+fn is_ours(name: &str) -> bool {
+    let rest = name
+        .strip_prefix("APPTAINER_")
+        .or_else(|| name.strip_prefix("SINGULARITY_"));
+    rest.is_some_and(|rest| ["APPNAME", "CONTAINER", "INSTANCE", "NAME", "SHELL"].contains(&rest))
 }
 
 /// The variables that we set.
@@ -408,6 +424,9 @@ mod tests {
             var("APPTAINERENV_PREPEND_PATH", "/p"),
             var("APPTAINERENV_LD_LIBRARY_PATH", "/l"),
             var("APPTAINERENV_HOME", "/h"),
+            var("APPTAINERENV_PREPEND_LD_LIBRARY_PATH", "/first"),
+            var("APPTAINERENV_APPTAINER_SHELL", "/bin/zsh"),
+            var("SINGULARITYENV_UID", "0"),
         ];
         let (environment, warnings, _) = planned(&host, |_| {}).unwrap();
         assert_eq!(environment.prepend_path.as_deref(), Some(OsStr::new("/p")));
@@ -415,7 +434,73 @@ mod tests {
             environment.overrides,
             [var("LD_LIBRARY_PATH", "/l:/.singularity.d/libs")]
         );
-        assert_eq!(warnings.len(), 1);
+        assert_eq!(
+            environment.prepend_libs.as_deref(),
+            Some(OsStr::new("/first"))
+        );
+        assert_eq!(
+            warnings,
+            [
+                "Overriding HOME environment variable with APPTAINERENV_HOME is not permitted: use --home",
+                "Overriding APPTAINER_SHELL environment variable is not permitted"
+            ]
+        );
+    }
+
+    #[test]
+    fn container_is_told_what_was_asked_for() {
+        let names = |environment: &Environment| -> Vec<String> {
+            let names = environment.vars.iter().map(|(n, _)| n.to_str().unwrap());
+            names.map(str::to_owned).collect()
+        };
+        let binds = ["/a".to_owned(), "/b".to_owned()];
+        let (environment, ..) = planned(&[], |r| {
+            r.binds = &binds;
+            r.shell = Some("/bin/zsh");
+            r.app = Some("foo");
+            r.no_eval = true;
+        })
+        .unwrap();
+        for variable in [
+            var("APPTAINER_BIND", "/a,/b"),
+            var("SINGULARITY_BIND", "/a,/b"),
+            var("SINGULARITY_SHELL", "/bin/zsh"),
+            var("SINGULARITY_APPNAME", "foo"),
+            var("SINGULARITY_NO_EVAL", "1"),
+            var("APPTAINER_NAME", "a.sif"),
+            var("SINGULARITY_CONTAINER", "/images/a.sif"),
+            var("APPTAINER_COMMAND", "exec"),
+            var("HOME", "/home/x"),
+        ] {
+            assert!(environment.vars.contains(&variable), "{variable:?}");
+        }
+        let plain = names(&planned(&[], |_| {}).unwrap().0);
+        assert!(plain.contains(&"APPTAINER_APPNAME".to_owned()));
+        for name in [
+            "SINGULARITY_APPNAME",
+            "APPTAINER_SHELL",
+            "SINGULARITY_NO_EVAL",
+            "LANG",
+        ] {
+            assert!(!plain.contains(&name.to_owned()), "{name}");
+        }
+    }
+
+    #[test]
+    fn variables_not_to_be_taken_over_are_named() {
+        let host = [var("A", "1"), var("B", "2")];
+        let no_env = ["A".to_owned()];
+        let (environment, ..) = planned(&host, |r| r.no_env = &no_env).unwrap();
+        assert_eq!(environment.host, [var("B", "2")]);
+    }
+
+    #[test]
+    fn what_shells_make_themselves_is_not_guessed() {
+        let files = [(PathBuf::from("f.env"), b"CACHE=/tmp/$UID\n".to_vec())];
+        let error = planned(&[], |r| r.env_files = &files)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("line 1: UID"), "{error}");
     }
 
     #[test]

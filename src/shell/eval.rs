@@ -1,7 +1,7 @@
 //! Commands to effects on the state.
 
-use super::expand::{matches, unsupported};
-use super::parse::{self, AndOr, Command, Join, List, Simple, Stage};
+use super::expand::{fits, has_braces, unsupported};
+use super::parse::{self, AndOr, Command, Join, List, Output, Simple, Stage};
 use super::{End, Files, State, Unsupported, Var, is_name};
 
 /// Commands that a script may run; real ones need a few hundred.
@@ -11,7 +11,9 @@ const MAX_DEPTH: u32 = 32;
 
 pub(super) struct Machine<'a> {
     pub(super) state: &'a mut State,
-    files: &'a dyn Files,
+    pub(super) files: &'a dyn Files,
+    /// Bytes that all expansions have made.
+    pub(super) made: usize,
     steps: u32,
     depth: u32,
 }
@@ -30,6 +32,7 @@ impl<'a> Machine<'a> {
         Machine {
             state,
             files,
+            made: 0,
             steps: 0,
             depth: 0,
         }
@@ -82,8 +85,7 @@ impl<'a> Machine<'a> {
                         return self.list(body);
                     }
                 }
-                self.state.status = 0;
-                self.list(otherwise)
+                self.body(otherwise)
             }
             Command::For {
                 name,
@@ -95,7 +97,9 @@ impl<'a> Machine<'a> {
                     Some(words) => self.fields(words, *line)?,
                     None => self.state.params.clone(),
                 };
-                self.state.status = 0;
+                if values.is_empty() {
+                    self.state.status = 0;
+                }
                 for value in values {
                     self.step(*line)?;
                     self.assign(name, value, *line)?;
@@ -108,20 +112,28 @@ impl<'a> Machine<'a> {
             }
             Command::Case { word, arms, line } => {
                 let text = self.joined(word, *line)?;
-                self.state.status = 0;
                 for (patterns, body) in arms {
                     for pattern in patterns {
-                        if matches(&self.pattern(pattern, *line)?, &text) {
-                            return self.list(body);
+                        if fits(&self.pattern(pattern, *line)?, &text, *line)? {
+                            return self.body(body);
                         }
                     }
                 }
+                self.state.status = 0;
                 Ok(Flow::Next)
             }
         }
     }
 
-    fn step(&mut self, line: u32) -> Run<()> {
+    /// What may be empty, and then is true.
+    fn body(&mut self, list: &List) -> Run<Flow> {
+        if list.is_empty() {
+            self.state.status = 0;
+        }
+        self.list(list)
+    }
+
+    pub(super) fn step(&mut self, line: u32) -> Run<()> {
         self.steps += 1;
         if self.steps > MAX_STEPS {
             Err(unsupported(line, "a script that runs too long"))
@@ -145,19 +157,33 @@ impl<'a> Machine<'a> {
     }
 
     fn simple(&mut self, simple: &Simple) -> Run<Flow> {
+        self.step(simple.line)?;
+        let before = self.state.out.len();
+        let flow = self.run(simple)?;
+        match simple.output {
+            Output::Kept => {}
+            Output::Dropped => self.state.out.truncate(before),
+            Output::Moved => {
+                let moved = self.state.out.split_off(before);
+                self.state.err.extend(moved);
+            }
+        }
+        Ok(flow)
+    }
+
+    fn run(&mut self, simple: &Simple) -> Run<Flow> {
         let line = simple.line;
-        self.step(line)?;
         let declares = matches!(simple.words.first().map(Vec::as_slice), Some([parse::Part::Text(t)]) if t == b"export");
         if declares && simple.assignments.is_empty() {
             return self.export(simple);
         }
         let words = self.fields(&simple.words, line)?;
         let Some(name) = words.first() else {
-            self.state.status = 0;
             for (name, value) in &simple.assignments {
                 let value = self.joined(value, line)?;
                 self.assign(name, value, line)?;
             }
+            self.state.status = 0;
             return Ok(Flow::Next);
         };
         if !simple.assignments.is_empty() {
@@ -172,7 +198,7 @@ impl<'a> Machine<'a> {
                 Some((end, args)) if end == b"]" => self.test(args, line)?,
                 _ => return Err(unsupported(line, "[ without ]")),
             },
-            b"echo" => self.echo(args, simple.silent, line)?,
+            b"echo" => self.echo(args, line)?,
             b"unset" => self.unset(args, line)?,
             b"." | b"source" => return self.source(args, line),
             b"return" => {
@@ -199,8 +225,18 @@ impl<'a> Machine<'a> {
     /// `export NAME=VALUE` does not split the value, as in an assignment (POSIX.1-2024).
     fn export(&mut self, simple: &Simple) -> Run<Flow> {
         let line = simple.line;
+        let mut texts = Vec::new();
         for word in &simple.words[1..] {
-            let text = self.joined(word, line)?;
+            if has_braces(word) {
+                return Err(unsupported(line, "a list in braces"));
+            }
+            texts.push(self.joined(word, line)?);
+        }
+        if texts.is_empty() {
+            return Err(unsupported(line, "export of nothing"));
+        }
+        // Only now: none of the values sees another one.
+        for text in texts {
             let (name, value) = match text.iter().position(|b| *b == b'=') {
                 Some(sign) => (&text[..sign], Some(text[sign + 1..].to_vec())),
                 None => (text.as_slice(), None),
@@ -231,7 +267,7 @@ impl<'a> Machine<'a> {
         Ok(0)
     }
 
-    fn echo(&mut self, args: &[Vec<u8>], silent: bool, line: u32) -> Run<u8> {
+    fn echo(&mut self, args: &[Vec<u8>], line: u32) -> Run<u8> {
         let (newline, args) = match args.split_first() {
             Some((option, rest)) if option == b"-n" => (false, rest),
             _ => (true, args),
@@ -242,10 +278,8 @@ impl<'a> Machine<'a> {
         {
             return Err(unsupported(line, "echo of a backslash or an option"));
         }
-        if !silent {
-            self.state.out.extend(args.join(&b' '));
-            self.state.out.extend(newline.then_some(b'\n'));
-        }
+        self.state.out.extend(args.join(&b' '));
+        self.state.out.extend(newline.then_some(b'\n'));
         Ok(0)
     }
 

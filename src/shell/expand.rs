@@ -1,11 +1,19 @@
 //! Words to fields.
 
-use super::Unsupported;
 use super::eval::Machine;
 use super::parse::{Op, Parameter, Part, Word};
+use super::{MAX_NAMES, Unsupported};
 
 /// Bytes of one value; more is no environment.
 const MAX_VALUE_BYTES: usize = 1 << 20;
+/// Bytes of all values that a script makes, and with them of all that it keeps or prints.
+const MAX_MADE_BYTES: usize = 64 << 20;
+/// Bytes of a value that patterns are cut from: that takes the square of it.
+const MAX_CUT_BYTES: usize = 16 << 10;
+/// Variables that shells make themselves, each its own way.
+const OF_SHELLS: [&[u8]; 9] = [
+    b"EUID", b"GID", b"IFS", b"LINENO", b"OPTIND", b"PPID", b"RANDOM", b"SECONDS", b"UID",
+];
 
 /// A piece of a word after expansion.
 struct Piece {
@@ -65,30 +73,102 @@ impl Machine<'_> {
         line: u32,
         fields: &mut Vec<Vec<u8>>,
     ) -> Result<(), Unsupported> {
-        let mut field: Option<Vec<u8>> = None;
-        let mut bracket = false; // a `[` alone is the command of that name
+        if has_braces(word) {
+            return Err(unsupported(line, "a list in braces"));
+        }
+        let mut field: Option<Field> = None;
         for piece in self.pieces(word, line)? {
             if piece.breaks {
-                fields.extend(field.take());
+                self.close(&mut field, line, fields)?;
             }
             if piece.quoted {
-                field.get_or_insert_default().extend(piece.bytes);
+                let field: &mut Field = field.get_or_insert_default();
+                field
+                    .pattern
+                    .extend(piece.bytes.iter().map(|b| Glob::Byte(*b)));
+                field.bytes.extend(piece.bytes);
                 continue;
             }
             for byte in piece.bytes {
-                match byte {
-                    b' ' | b'\t' | b'\n' => fields.extend(field.take()),
-                    b'*' | b'?' => return Err(unsupported(line, "a pattern of file names")),
-                    b']' if bracket => return Err(unsupported(line, "a pattern of file names")),
-                    byte => {
-                        bracket |= byte == b'[';
-                        field.get_or_insert_default().push(byte);
-                    }
+                if matches!(byte, b' ' | b'\t' | b'\n') {
+                    self.close(&mut field, line, fields)?;
+                } else {
+                    field.get_or_insert_default().push(byte);
                 }
             }
         }
-        fields.extend(field);
+        self.close(&mut field, line, fields)
+    }
+
+    /// Ends a field: itself, or the files that it names as a pattern, if there are any.
+    fn close(
+        &mut self,
+        field: &mut Option<Field>,
+        line: u32,
+        fields: &mut Vec<Vec<u8>>,
+    ) -> Result<(), Unsupported> {
+        let Some(field) = field.take() else {
+            return Ok(());
+        };
+        if field.bracketed || (field.wild && field.escaped) {
+            return Err(unsupported(line, "a bracket pattern"));
+        }
+        let before = fields.len();
+        if field.wild {
+            fields.extend(self.files_like(&field.pattern, line)?);
+        }
+        if fields.len() == before {
+            fields.push(field.bytes);
+        }
         Ok(())
+    }
+
+    fn files_like(&mut self, pattern: &[Glob], line: u32) -> Result<Vec<Vec<u8>>, Unsupported> {
+        let unknown = || unsupported(line, "a pattern of file names");
+        let mut paths = vec![Vec::new()];
+        for (depth, part) in pattern.split(|g| *g == Glob::Byte(b'/')).enumerate() {
+            let wild = part.iter().any(|g| matches!(g, Glob::Any | Glob::One));
+            let mut found = Vec::new();
+            for mut path in paths {
+                if depth > 0 {
+                    path.push(b'/');
+                }
+                if !wild {
+                    path.extend(part.iter().filter_map(|g| match g {
+                        Glob::Byte(byte) => Some(*byte),
+                        _ => None,
+                    }));
+                    found.push(path);
+                    continue;
+                }
+                self.step(line)?;
+                let directory: &[u8] = if path.is_empty() { b"." } else { &path };
+                let mut names = self.files.names(directory).ok_or_else(unknown)?;
+                if names.len() > MAX_NAMES {
+                    return Err(unknown());
+                }
+                names.sort();
+                for name in names {
+                    // A hidden file must be asked for.
+                    let hidden = name.starts_with(b".") && part.first() != Some(&Glob::Byte(b'.'));
+                    if !hidden && fits(part, &name, line)? {
+                        found.push([path.as_slice(), &name].concat());
+                    }
+                }
+                if found.len() > MAX_NAMES {
+                    return Err(unknown());
+                }
+            }
+            paths = found;
+        }
+        let mut there = Vec::new();
+        for path in paths {
+            let is = |test| self.files.test(test, &path).ok_or_else(unknown);
+            if is(b'e')? || is(b'L')? {
+                there.push(path);
+            }
+        }
+        Ok(there)
     }
 
     fn pieces(&mut self, word: &Word, line: u32) -> Result<Vec<Piece>, Unsupported> {
@@ -125,6 +205,10 @@ impl Machine<'_> {
                 return Err(unsupported(line, "a value of more than 1 MiB"));
             }
         }
+        self.made += pieces.iter().map(|p| p.bytes.len()).sum::<usize>();
+        if self.made > MAX_MADE_BYTES {
+            return Err(unsupported(line, "a script that makes more than 64 MiB"));
+        }
         Ok(pieces)
     }
 
@@ -136,10 +220,17 @@ impl Machine<'_> {
         line: u32,
         pieces: &mut Vec<Piece>,
     ) -> Result<(), Unsupported> {
-        let value = self.value(name);
+        let value = self.value(name, line)?;
         let bytes = match op {
             Op::Plain => value.unwrap_or_default(),
-            Op::Length => value.unwrap_or_default().len().to_string().into_bytes(),
+            Op::Length => {
+                let value = value.unwrap_or_default();
+                // Some shells count bytes, some characters.
+                if !value.is_ascii() {
+                    return Err(unsupported(line, "the length of a text that is not ASCII"));
+                }
+                value.len().to_string().into_bytes()
+            }
             Op::Or { sign, colon, word } => {
                 let present = value.as_ref().is_some_and(|v| !colon || !v.is_empty());
                 match (sign, present) {
@@ -177,7 +268,13 @@ impl Machine<'_> {
                 pattern,
             } => {
                 let pattern = self.pattern(pattern, line)?;
-                cut(&value.unwrap_or_default(), &pattern, *suffix, *longest)
+                cut(
+                    &value.unwrap_or_default(),
+                    &pattern,
+                    *suffix,
+                    *longest,
+                    line,
+                )?
             }
         };
         pieces.push(Piece {
@@ -188,14 +285,20 @@ impl Machine<'_> {
         Ok(())
     }
 
-    fn value(&self, name: &Parameter) -> Option<Vec<u8>> {
-        match name {
-            Parameter::Variable(name) => self.state.get(name).map(<[u8]>::to_vec),
+    fn value(&self, name: &Parameter, line: u32) -> Result<Option<Vec<u8>>, Unsupported> {
+        Ok(match name {
+            Parameter::Variable(name) => {
+                let value = self.state.get(name);
+                if value.is_none() && OF_SHELLS.contains(&name.as_slice()) {
+                    return Err(unsupported(line, &String::from_utf8_lossy(name)));
+                }
+                value.map(<[u8]>::to_vec)
+            }
             Parameter::Positional(number) => self.state.params.get(number - 1).cloned(),
             Parameter::Each | Parameter::Joined => Some(self.state.params.join(&b' ')),
             Parameter::Count => Some(self.state.params.len().to_string().into_bytes()),
             Parameter::Status => Some(self.state.status.to_string().into_bytes()),
-        }
+        })
     }
 }
 
@@ -203,6 +306,44 @@ pub(super) fn unsupported(line: u32, what: &str) -> Unsupported {
     Unsupported {
         line,
         what: what.into(),
+    }
+}
+
+/// Whether some shells would make several words of this one: `{a,b}`, `{1..3}`.
+pub(super) fn has_braces(word: &Word) -> bool {
+    let has = |text: &[u8]| {
+        word.iter()
+            .any(|p| matches!(p, Part::Text(t) if t.windows(text.len()).any(|w| w == text)))
+    };
+    has(b"{") && has(b"}") && (has(b",") || has(b".."))
+}
+
+/// A field of a command, while it is put together.
+#[derive(Default)]
+struct Field {
+    bytes: Vec<u8>,
+    pattern: Vec<Glob>,
+    /// There is a `*` or a `?` in it.
+    wild: bool,
+    /// There is a backslash from an expansion in it.
+    escaped: bool,
+    /// A `[` alone is the command of that name; with a `]` it is a pattern.
+    bracket: bool,
+    bracketed: bool,
+}
+
+impl Field {
+    fn push(&mut self, byte: u8) {
+        self.wild |= matches!(byte, b'*' | b'?');
+        self.escaped |= byte == b'\\';
+        self.bracketed |= byte == b']' && self.bracket;
+        self.bracket |= byte == b'[';
+        self.bytes.push(byte);
+        self.pattern.push(match byte {
+            b'*' => Glob::Any,
+            b'?' => Glob::One,
+            byte => Glob::Byte(byte),
+        });
     }
 }
 
@@ -216,8 +357,16 @@ pub(super) enum Glob {
     Byte(u8),
 }
 
-/// Whether a pattern matches all of `text`.
-pub(super) fn matches(pattern: &[Glob], text: &[u8]) -> bool {
+/// Whether a pattern matches all of `text`, if all shells agree on that.
+pub(super) fn fits(pattern: &[Glob], text: &[u8], line: u32) -> Result<bool, Unsupported> {
+    // To some, `?` is a byte, to some a character.
+    if pattern.contains(&Glob::One) && !text.is_ascii() {
+        return Err(unsupported(line, "a pattern for a text that is not ASCII"));
+    }
+    Ok(matches(pattern, text))
+}
+
+fn matches(pattern: &[Glob], text: &[u8]) -> bool {
     // Where to go on when a `*` has to take one byte more.
     let (mut p, mut t, mut star) = (0, 0, None);
     while t < text.len() {
@@ -245,7 +394,16 @@ pub(super) fn matches(pattern: &[Glob], text: &[u8]) -> bool {
 }
 
 /// Without the shortest or longest start or end that matches.
-fn cut(value: &[u8], pattern: &[Glob], suffix: bool, longest: bool) -> Vec<u8> {
+fn cut(
+    value: &[u8],
+    pattern: &[Glob],
+    suffix: bool,
+    longest: bool,
+    line: u32,
+) -> Result<Vec<u8>, Unsupported> {
+    if value.len() > MAX_CUT_BYTES {
+        return Err(unsupported(line, "a pattern for a long text"));
+    }
     let lengths: Box<dyn Iterator<Item = usize>> = if longest {
         Box::new((0..=value.len()).rev())
     } else {
@@ -258,9 +416,9 @@ fn cut(value: &[u8], pattern: &[Glob], suffix: bool, longest: bool) -> Vec<u8> {
         } else {
             value.split_at(len)
         };
-        if matches(pattern, part) {
-            return rest.to_vec();
+        if fits(pattern, part, line)? {
+            return Ok(rest.to_vec());
         }
     }
-    value.to_vec()
+    Ok(value.to_vec())
 }

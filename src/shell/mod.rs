@@ -6,8 +6,8 @@
 //! exactly is [`Unsupported`], and the caller hands the script to a real shell instead.
 //!
 //! Known: assignments, quoting, parameter expansion with `:- - := = :+ +`, `# ## % %%` and `${#x}`, lists with `&&` and
-//! `||`, `if`, `case`, `for`, `!`, `{ }`, output to `/dev/null`, and the builtins `: . [ echo exit export false return
-//! source test true unset`. Not known: everything else.
+//! `||`, `if`, `case`, `for`, `!`, `{ }`, `*` and `?` in file names, output to `/dev/null` and to the standard error, and
+//! the builtins `: . [ echo exit export false return source test true unset`. Not known: everything else.
 //!
 //! Reference: POSIX.1-2024, Shell Command Language.
 
@@ -22,6 +22,8 @@ use std::fmt;
 
 /// Scripts above this many bytes are left to a real shell; the longest one seen has 4 KiB.
 pub const MAX_SCRIPT_BYTES: usize = 1 << 20;
+/// Patterns in directories with more names than this, or with more files, are left to a real shell.
+pub const MAX_NAMES: usize = 4096;
 
 /// What the interpreter has no answer for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,6 +73,8 @@ pub struct State {
     pub status: u8,
     /// What was printed.
     pub out: Vec<u8>,
+    /// What was printed to the standard error.
+    pub err: Vec<u8>,
 }
 
 impl State {
@@ -96,6 +100,8 @@ pub trait Files {
     fn test(&self, test: u8, path: &[u8]) -> Option<bool>;
     /// The bytes of a file to be sourced; `None` when there is none.
     fn read(&self, path: &[u8]) -> Option<Vec<u8>>;
+    /// The names in a directory, none where there is no such directory; `None` when that cannot be known here.
+    fn names(&self, directory: &[u8]) -> Option<Vec<Vec<u8>>>;
 }
 
 /// No files at all: each question makes the script unsupported.
@@ -107,6 +113,9 @@ impl Files for NoFiles {
         None
     }
     fn read(&self, _: &[u8]) -> Option<Vec<u8>> {
+        None
+    }
+    fn names(&self, _: &[u8]) -> Option<Vec<Vec<u8>>> {
         None
     }
 }

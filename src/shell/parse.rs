@@ -49,8 +49,18 @@ pub(super) struct Simple {
     pub line: u32,
     pub assignments: Vec<(Vec<u8>, Word)>,
     pub words: Vec<Word>,
-    /// Output goes to the null device.
-    pub silent: bool,
+    pub output: Output,
+    /// There was a redirection.
+    pub redirected: bool,
+}
+
+/// Where the output of a command goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Output {
+    Kept,
+    Dropped,
+    /// To the standard error.
+    Moved,
 }
 
 /// Parts that are joined without a blank.
@@ -236,12 +246,7 @@ impl Parser<'_> {
         let mut list = List::new();
         loop {
             self.lines();
-            let stop = self.reserved();
-            if self.peek().is_none()
-                || self.peek() == Some(b')')
-                || self.ahead(b";;")
-                || stops.iter().any(|s| s.as_bytes() == stop)
-            {
+            if self.stopped(stops) {
                 return Ok(list);
             }
             list.push(self.and_or()?);
@@ -251,9 +256,26 @@ impl Parser<'_> {
                 Some(b';') if !self.ahead(b";;") => self.at += 1,
                 Some(b'&') => return Err(self.unsupported("a command in the background")),
                 Some(b'|') => return Err(self.unsupported("a pipe")),
-                _ => {}
+                _ if self.stopped(stops) => {}
+                _ => return Err(self.unsupported("a word behind a command")),
             }
         }
+    }
+
+    fn stopped(&self, stops: &[&str]) -> bool {
+        let word = self.reserved();
+        matches!(self.peek(), None | Some(b')'))
+            || self.ahead(b";;")
+            || stops.iter().any(|s| s.as_bytes() == word)
+    }
+
+    /// A list where there must be one.
+    fn body(&mut self, stops: &[&str]) -> Parsed<List> {
+        let list = self.list(stops)?;
+        if list.is_empty() {
+            return Err(self.unsupported("a command is missing"));
+        }
+        Ok(list)
     }
 
     fn and_or(&mut self) -> Parsed<AndOr> {
@@ -292,7 +314,7 @@ impl Parser<'_> {
             b"case" => self.case(),
             b"{" => {
                 self.at += 1;
-                let body = self.list(&["}"])?;
+                let body = self.body(&["}"])?;
                 self.expect("}")?;
                 Ok(Command::Group(body))
             }
@@ -308,9 +330,9 @@ impl Parser<'_> {
         self.at += 2;
         let mut arms = Vec::new();
         loop {
-            let condition = self.list(&["then"])?;
+            let condition = self.body(&["then"])?;
             self.expect("then")?;
-            let body = self.list(&["elif", "else", "fi"])?;
+            let body = self.body(&["elif", "else", "fi"])?;
             arms.push((condition, body));
             if self.reserved() == b"elif" {
                 self.at += 4;
@@ -319,7 +341,7 @@ impl Parser<'_> {
             let mut otherwise = List::new();
             if self.reserved() == b"else" {
                 self.at += 4;
-                otherwise = self.list(&["fi"])?;
+                otherwise = self.body(&["fi"])?;
             }
             self.expect("fi")?;
             return Ok(Command::If { arms, otherwise });
@@ -349,7 +371,7 @@ impl Parser<'_> {
         self.blanks();
         self.take(b";");
         self.expect("do")?;
-        let body = self.list(&["done"])?;
+        let body = self.body(&["done"])?;
         self.expect("done")?;
         Ok(Command::For {
             name,
@@ -401,7 +423,8 @@ impl Parser<'_> {
             line: self.line,
             assignments: Vec::new(),
             words: Vec::new(),
-            silent: false,
+            output: Output::Kept,
+            redirected: false,
         };
         loop {
             self.blanks();
@@ -443,23 +466,24 @@ impl Parser<'_> {
     }
 
     fn word_after_name(&mut self) -> Parsed<Word> {
-        match self.peek() {
-            None | Some(b' ' | b'\t' | b'\n' | b';' | b'&' | b'|' | b')') => Ok(Word::new()),
-            Some(b'(') => Err(self.unsupported("an array")),
-            _ => Ok(self.word()?.unwrap_or_default()),
+        if self.peek() == Some(b'(') {
+            return Err(self.unsupported("an array"));
         }
+        Ok(self.rest_of_word()?.unwrap_or_default())
     }
 
-    /// Output to the null device, or a copy of a standard descriptor; nothing else is known.
+    /// Output to the null device or a standard descriptor; nothing else is known.
     fn redirection(&mut self, simple: &mut Simple) -> Parsed<bool> {
-        for (form, silences) in [
-            (&b">/dev/null"[..], true),
-            (b"> /dev/null", true),
-            (b"1>/dev/null", true),
-            (b"&>/dev/null", true),
-            (b"2>/dev/null", false),
-            (b"2> /dev/null", false),
-            (b"2>&1", false),
+        for (form, output) in [
+            (&b">/dev/null"[..], Output::Dropped),
+            (b"> /dev/null", Output::Dropped),
+            (b"1>/dev/null", Output::Dropped),
+            (b"&>/dev/null", Output::Dropped),
+            (b">&2", Output::Moved),
+            (b"1>&2", Output::Moved),
+            (b"2>/dev/null", Output::Kept),
+            (b"2> /dev/null", Output::Kept),
+            (b"2>&1", Output::Kept),
         ] {
             if self.take(form) {
                 if self
@@ -468,7 +492,14 @@ impl Parser<'_> {
                 {
                     return Err(self.unsupported("a redirection"));
                 }
-                simple.silent |= silences;
+                // With another one, the order would tell.
+                let alone = !std::mem::replace(&mut simple.redirected, true);
+                if !alone && (output == Output::Moved || simple.output == Output::Moved) {
+                    return Err(self.unsupported("a redirection"));
+                }
+                if output != Output::Kept {
+                    simple.output = output;
+                }
                 return Ok(true);
             }
         }
@@ -483,6 +514,11 @@ impl Parser<'_> {
     /// The next word; `None` at the end of the command.
     fn word(&mut self) -> Parsed<Option<Word>> {
         self.blanks();
+        self.rest_of_word()
+    }
+
+    /// A word that begins here: neither a blank nor a `#` is skipped.
+    fn rest_of_word(&mut self) -> Parsed<Option<Word>> {
         let mut word = Word::new();
         let mut text = Vec::new();
         let start = self.at;
@@ -607,6 +643,9 @@ impl Parser<'_> {
                     .parameter(true)?
                     .ok_or_else(|| self.unsupported("an expansion"))?;
                 op = if length {
+                    if matches!(name, Parameter::Each | Parameter::Joined) {
+                        return Err(self.unsupported("an expansion"));
+                    }
                     Op::Length
                 } else {
                     self.deeper(|parser| parser.operation(quoted))?

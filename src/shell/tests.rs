@@ -13,11 +13,21 @@ impl Files for Machine {
             b'e' => Some(path.exists()),
             b'd' => Some(path.is_dir()),
             b'f' => Some(path.is_file()),
+            b'L' => Some(path.is_symlink()),
             _ => None,
         }
     }
     fn read(&self, _: &[u8]) -> Option<Vec<u8>> {
         None
+    }
+    fn names(&self, directory: &[u8]) -> Option<Vec<Vec<u8>>> {
+        let path = std::path::Path::new(std::str::from_utf8(directory).ok()?);
+        let names = std::fs::read_dir(path).into_iter().flatten().flatten();
+        Some(
+            names
+                .map(|e| e.file_name().into_string().unwrap().into_bytes())
+                .collect(),
+        )
     }
 }
 
@@ -37,7 +47,11 @@ fn here(script: &str) -> Result<Vec<String>, Unsupported> {
         state.export(name.as_bytes(), value.as_bytes());
     }
     run(script.as_bytes(), &mut state, &Machine)?;
-    let mut lines = vec![format!("out={}", String::from_utf8_lossy(&state.out))];
+    let mut lines = vec![format!(
+        "out={} err={}",
+        String::from_utf8_lossy(&state.out),
+        String::from_utf8_lossy(&state.err)
+    )];
     lines.extend(
         state
             .vars
@@ -76,7 +90,11 @@ fn there(script: &str) -> Vec<String> {
         .map(str::to_owned)
         .collect();
     vars.sort();
-    let mut lines = vec![format!("out={}", String::from_utf8_lossy(&out.stdout))];
+    let mut lines = vec![format!(
+        "out={} err={}",
+        String::from_utf8_lossy(&out.stdout),
+        String::from_utf8_lossy(&out.stderr)
+    )];
     lines.extend(vars);
     lines
 }
@@ -123,6 +141,40 @@ const SCRIPTS: &[&str] = &[
     "export EQ=a=b=c",
     "test -n \"${X:-}\" || export A=1; [ -n \"${HOME:+}\" ] || export B=1",
     "true && { export A=1\n}\n",
+    "A=#foo; export A B=#bar",
+    "false; A=$?; export A",
+    "A=old; export A=1 B=$A",
+    "if false; then :; else A=$?; fi; export A",
+    "false; case x in x) A=$?;; esac; export A",
+    "false; for i in 1; do A=$?; done; export A",
+    "false; case x in x) ;; esac; export A=$?",
+    "false; for i in; do :; done; export A=$?",
+    "A=\\\n  B=2; export A B",
+    "export A=1 A=2",
+    "A=1 B=$A; export A B",
+    "export A=${X-\"a b\"}\"c\" B=${X:-a'}'b} C=\"${X:-a\\}b}\"",
+    "A='x y'; export B=$A$A C=\"$A\"",
+    "for i in $@; do R=\"$R[$i]\"; done; export R",
+    "for i in \"x$@y\"; do R=\"$R[$i]\"; done; export R",
+    "for i in \"$*\" $*; do R=\"$R[$i]\"; done; export R",
+    "for i in ${1+\"$@\"}; do R=\"$R[$i]\"; done; export R",
+    "for i in \"\" a '' $EMPTY $EMPTY\"\"; do R=\"$R[$i]\"; done; export R",
+    "export A=${EMPTY:=\"n\"}; export EMPTY",
+    "case a in a|b) A=1;; esac; case 'a*' in \"a*\") B=1;; esac; case abc in a*c) C=1;; esac; export A B C",
+    "case '' in '') export A=e;; esac; case abc in *b) export B=1;; a?c) export C=1;; esac",
+    "true || export A=1 && export B=2; false && export C=1 || export D=2",
+    "test '' || export A=1; test x && export B=1; [ ! ] && export C=1; [ -n ] && export D=1",
+    "[ \"$X\" = '' ] && export A=1; [ ! a = b ] && export B=1",
+    "if true; then if false; then :; else export A=2; fi fi; export B=1",
+    "{ { export A=1; } }; : ${X:=x}; export X",
+    "export A=\"\\a\\\"\\$\\`\\\\\" B=\\\"q\\\" C=\\'",
+    "export A=${HOME}x${1}y$2 N=$# S=$?",
+    "P=/usr/bin:/bin:/sbin; export A=${P%%:*} B=${P#*:} C=${P##*?} D=${P%\"in\"} E=${P%'in'}",
+    "for f in /et? /etc/host* /no/such*; do R=\"$R[$f]\"; done; export R",
+    "for f in /*/passwd \"/et?\" /et\\?; do R=\"$R[$f]\"; done; export R",
+    "W='/et? x'; for f in $W \"$W\"; do R=\"$R[$f]\"; done; A=/et?; export R A",
+    "echo a >&2; echo b 1>&2; echo c; export A=1",
+    "S='/etc/no-dot*'; export A=$S; export B=/{etc}/x",
 ];
 
 #[test]
@@ -150,7 +202,6 @@ fn what_is_not_known_is_left_to_a_real_shell() {
         "IFS=:",
         "eval x",
         "export A=~/x",
-        "for f in /etc/*; do :; done",
         "cat <<E\nE",
         "A=1 env",
         "(A=1)",
@@ -164,6 +215,18 @@ fn what_is_not_known_is_left_to_a_real_shell() {
         "cd /",
         ". file",
         "[ a -o b ]",
+        "export",
+        "export N=${#@}",
+        "{ export A=1; } export B=2",
+        "if true; then fi",
+        "for i in {a,b}; do :; done",
+        "export A={1..3}",
+        "export A=/tmp/$UID",
+        "export A=\"$IFS\"",
+        "U=n\u{e9}; export A=${#U}",
+        "U=n\u{e9}; export A=${U%?}",
+        "echo a >&2 2>/dev/null",
+        "for f in /et[c]; do :; done",
         "export $'A'",
     ] {
         assert!(here(script).is_err(), "{script}");
@@ -175,6 +238,11 @@ fn nothing_runs_for_ever() {
     assert!(run(&b"{ ".repeat(10_000), &mut State::default(), &NoFiles).is_err());
     let doubling = "A=xxxxxxxx\n".to_owned() + &"A=$A$A\n".repeat(60);
     assert!(run(doubling.as_bytes(), &mut State::default(), &NoFiles).is_err());
+    let long = format!("A={}\n", "x".repeat(500_000));
+    let loud = long.clone() + &"echo $A\n".repeat(1000);
+    assert!(run(loud.as_bytes(), &mut State::default(), &NoFiles).is_err());
+    let cut = long + "A=${A%y*}\n";
+    assert!(run(cut.as_bytes(), &mut State::default(), &NoFiles).is_err());
     let nested = (0..7).fold(":".to_owned(), |body, _| {
         format!("for i in 1 2 3 4 5 6 7 8 9 10; do {body}; done")
     });
