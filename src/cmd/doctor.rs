@@ -77,8 +77,14 @@ impl Check {
 pub fn run(args: &DoctorArgs) -> Result<u8> {
     let host = Host::read()?;
     // Forks first: the library that reads the machine's figures may start threads.
-    let mut checks = vec![namespaces(&host), fuse(&host), overlay(&host)];
-    checks.push(subordinate_ids(&host));
+    let mut checks = vec![namespaces(&host)];
+    if checks[0].state == State::Ok {
+        checks.extend([fuse(&host), overlay(&host), subordinate_ids(&host)]);
+    } else {
+        // They would fail for the same reason, and their own remedies would mislead.
+        let skipped = |check| Check::new(check, State::Warn, "needs user namespaces", None);
+        checks.extend(["FUSE", "overlayfs", "subordinate ids"].map(skipped));
+    }
     checks.extend([runtime_directory(&host), cgroups(), slurm(&host), gpus()]);
     checks.insert(0, machine());
     if args.json {
@@ -173,12 +179,30 @@ fn own_ids(host: &Host) -> IdMap {
 
 fn namespaces(host: &Host) -> Check {
     let result = in_child(|| userns::create(&own_ids(host), CloneFlags::CLONE_NEWNS));
-    Check::tried(
-        "user namespaces",
-        result,
-        State::Fail,
-        "sysctl -w user.max_user_namespaces=65536 (or see the detail)",
-    )
+    match result {
+        Ok(()) => Check::new("user namespaces", State::Ok, "usable", None),
+        Err(error) => Check::new(
+            "user namespaces",
+            State::Fail,
+            format!("{error:#}"),
+            namespaces_remedy(|path| fs::read_to_string(path).ok()).as_deref(),
+        ),
+    }
+}
+
+/// The setting that forbids user namespaces, turned round; `None` when it is none of those known.
+fn namespaces_remedy(read: impl Fn(&str) -> Option<String>) -> Option<String> {
+    const SETTINGS: [(&str, &str, &str); 3] = [
+        ("user.max_user_namespaces", "0", "65536"),
+        ("kernel.unprivileged_userns_clone", "0", "1"),
+        ("kernel.apparmor_restrict_unprivileged_userns", "1", "0"),
+    ];
+    let forbids = |setting: &str, bad: &str| {
+        let path = format!("/proc/sys/{}", setting.replace('.', "/"));
+        read(&path).is_some_and(|value| value.trim() == bad)
+    };
+    let (setting, _, good) = SETTINGS.into_iter().find(|s| forbids(s.0, s.1))?;
+    Some(format!("sysctl -w {setting}={good}"))
 }
 
 fn fuse(host: &Host) -> Check {
@@ -206,13 +230,9 @@ fn overlay(host: &Host) -> Check {
     let result = in_child(|| {
         userns::create(&own_ids(host), CloneFlags::CLONE_NEWNS)?;
         rootfs::try_overlay()
+            .context("--overlay, --writable-tmpfs and directories as images do not work")
     });
-    Check::tried(
-        "overlayfs",
-        result,
-        State::Warn,
-        "modprobe overlay (needed for --overlay, --writable-tmpfs and directories)",
-    )
+    Check::tried("overlayfs", result, State::Warn, "modprobe overlay")
 }
 
 fn subordinate_ids(host: &Host) -> Check {
@@ -372,4 +392,38 @@ fn gpus() -> Check {
         },
         None,
     )
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn remedy_is_that_of_the_setting_that_forbids() {
+        let remedy = |path: &str, value: &str| {
+            super::namespaces_remedy(|asked| (asked == path).then(|| value.into()))
+        };
+        for (path, value, line) in [
+            (
+                "user/max_user_namespaces",
+                "0\n",
+                "user.max_user_namespaces=65536",
+            ),
+            (
+                "kernel/unprivileged_userns_clone",
+                "0\n",
+                "kernel.unprivileged_userns_clone=1",
+            ),
+            (
+                "kernel/apparmor_restrict_unprivileged_userns",
+                "1\n",
+                "kernel.apparmor_restrict_unprivileged_userns=0",
+            ),
+        ] {
+            let path = format!("/proc/sys/{path}");
+            assert_eq!(remedy(&path, value), Some(format!("sysctl -w {line}")));
+        }
+        assert_eq!(
+            remedy("/proc/sys/user/max_user_namespaces", "95000\n"),
+            None
+        );
+    }
 }
