@@ -2,7 +2,9 @@
 
 use std::fs::{self, File};
 use std::io::BufWriter;
-use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::{
+    FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
+};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -71,16 +73,28 @@ impl Drop for Draftfile {
 /// A file without a name in `directory`.
 fn unnamed(directory: &Path) -> Result<File> {
     use rustix::fs::{Mode, OFlags};
+    use rustix::io::Errno;
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    let what = || format!("cannot create a file in {}", directory.display());
-    Ok(rustix::fs::openat(
-        rustix::fs::CWD,
-        directory,
-        flags,
-        Mode::from_raw_mode(0o600),
-    )
-    .with_context(what)?
-    .into())
+    let mode = Mode::from_raw_mode(0o600);
+    match rustix::fs::openat(rustix::fs::CWD, directory, flags, mode) {
+        Ok(file) => Ok(file.into()),
+        Err(Errno::OPNOTSUPP | Errno::ISDIR) => renounced(directory),
+        Err(error) => {
+            Err(error).with_context(|| format!("cannot create a file in {}", directory.display()))
+        }
+    }
+}
+
+/// The same where the file system has no `O_TMPFILE`, as NFS has none: created, and its name removed.
+fn renounced(directory: &Path) -> Result<File> {
+    let name = Draftfile::beside(&directory.join("squashfs"))?;
+    File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&name.0)
+        .with_context(|| format!("cannot create {}", name.0.display()))
 }
 
 /// Writes the tree as squashfs.
@@ -142,4 +156,65 @@ fn add(writer: &mut FilesystemWriter, directory: &Path, inside: &Path) -> Result
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::image;
+
+    const STAMP: Stamp = Stamp {
+        time_s: 1_700_000_000,
+        identity: [7; 16],
+    };
+
+    #[test]
+    fn what_was_packed_is_read_back_as_an_image() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("tree");
+        fs::create_dir_all(root.join("etc")).unwrap();
+        fs::write(root.join("etc/text"), "some text\n".repeat(50_000)).unwrap();
+        std::os::unix::fs::symlink("/etc/text", root.join("link")).unwrap();
+        let target = dir.path().join("image.sif");
+        sif(&root, "bootstrap: scratch\n", "amd64", &target, STAMP).unwrap();
+        let image = image::open(&target).unwrap();
+        assert_eq!(image.facts().arch.as_deref(), Some("amd64"));
+        let text = image.read(Path::new("/link")).unwrap();
+        assert_eq!(text, Some("some text\n".repeat(50_000).into_bytes()));
+        assert_eq!(image.read(Path::new("/none")).unwrap(), None);
+        let mut left: Vec<_> = fs::read_dir(dir.path())
+            .unwrap()
+            .map(|e| e.unwrap().file_name())
+            .collect();
+        left.sort();
+        assert_eq!(left, ["image.sif", "tree"], "no draft stays");
+    }
+
+    #[test]
+    fn same_tree_and_stamp_give_the_same_bytes() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("tree");
+        fs::create_dir(&root).unwrap();
+        for name in ["b", "a", "c"] {
+            fs::write(root.join(name), name).unwrap();
+        }
+        let pack = |name: &str| {
+            let target = dir.path().join(name);
+            sif(&root, "", "amd64", &target, STAMP).unwrap();
+            fs::read(target).unwrap()
+        };
+        assert!(pack("one.sif") == pack("two.sif"));
+    }
+
+    #[test]
+    fn file_without_a_name_needs_no_help_of_the_file_system() {
+        use std::os::unix::fs::FileExt as _;
+        let dir = tempfile::tempdir().unwrap();
+        let file = renounced(dir.path()).unwrap();
+        file.write_all_at(b"x", 0).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, 0).unwrap();
+        assert_eq!(byte, *b"x");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
 }
