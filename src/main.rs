@@ -40,6 +40,9 @@ fn report(error: &anyhow::Error) -> u8 {
         return exit::USAGE;
     }
     // One line, whatever the cause holds.
-    say::fatal(format_args!("{}", format!("{error:#}").replace('\n', " ")));
+    say::fatal(format_args!(
+        "{}",
+        say::plain(&format!("{error:#}").replace('\n', " "))
+    ));
     exit::FATAL
 }

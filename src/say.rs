@@ -94,10 +94,39 @@ pub fn printable(text: &str) -> String {
     out
 }
 
+/// Without the numbers that Rust puts behind the system's words: "(os error 2)".
+pub fn plain(text: &str) -> String {
+    const MARK: &str = " (os error ";
+    let mut plain = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some((before, after)) = rest.split_once(MARK) {
+        plain.push_str(before);
+        match after.split_once(')') {
+            Some((number, tail)) if number.bytes().all(|b| b.is_ascii_digit()) => rest = tail,
+            _ => {
+                plain.push_str(MARK);
+                rest = after;
+            }
+        }
+    }
+    plain + rest
+}
+
 #[cfg(test)]
 mod tests {
+    use super::plain;
+
     #[test]
     fn control_bytes_are_escaped() {
         assert_eq!(super::printable("a\x1b[31mb\n"), "a\\u{1b}[31mb\n");
+    }
+
+    #[test]
+    fn system_errors_are_words() {
+        assert_eq!(
+            plain("a: No such file (os error 2), b (os error 13)"),
+            "a: No such file, b"
+        );
+        assert_eq!(plain("x (os error y) z"), "x (os error y) z");
     }
 }

@@ -261,6 +261,17 @@ fn binds_appear_where_they_were_asked_for() {
 }
 
 #[test]
+fn bind_of_the_wrong_kind_says_so() {
+    let env = Env::new();
+    let image = env.image();
+    let image = image.to_str().unwrap();
+    env.run(["exec", "-B", "/etc/passwd:/opt", image, "true"])
+        .fatal(&["/opt", "--bind", "the image has a directory there"]);
+    env.run(["exec", "-B", "/etc:/opt/hello.txt", image, "true"])
+        .fatal(&["/opt/hello.txt", "the image has a file there"]);
+}
+
+#[test]
 fn bind_of_a_missing_source_names_source_and_option() {
     let env = Env::new();
     let image = env.image();

@@ -323,15 +323,16 @@ impl Tree {
         let directory = rustix::fs::fstat(&tree)
             .is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir());
         let target = self.target(mount, directory)?;
-        sys::attach(tree.as_fd(), target.as_fd()).map_err(|error| match error.raw_os_error() {
-            Some(libc::ENOTDIR) if directory => {
-                anyhow!("not a directory: the image has a file there")
+        // The kernel only says EINVAL.
+        let onto = rustix::fs::fstat(&target)
+            .is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir());
+        match (directory, onto) {
+            (true, false) => bail!("not a directory: the image has a file there"),
+            (false, true) => {
+                bail!("not a directory: the image has a directory there, and the source is a file")
             }
-            Some(libc::ENOTDIR) => anyhow!(
-                "not a directory: the image has a directory there, and the source is a file"
-            ),
-            _ => error.into(),
-        })?;
+            _ => sys::attach(tree.as_fd(), target.as_fd())?,
+        }
         if let Source::Dev { mqueue } = mount.source {
             dev::populate(self, mqueue)?;
         }

@@ -31,7 +31,8 @@ pub fn detect(path: PathBuf, file: &File, head: &[u8]) -> Result<Box<dyn Image>>
     };
     let root = match offset {
         Some(offset_bytes) => {
-            let len_bytes = len - offset_bytes;
+            // Files of /proc and devices hold bytes, and their length is 0.
+            let len_bytes = len.saturating_sub(offset_bytes);
             check_squashfs(file, offset_bytes, len_bytes)?;
             Root::Squashfs {
                 file: path.clone(),

@@ -221,6 +221,15 @@ mod tests {
     }
 
     #[test]
+    fn file_that_is_shorter_than_its_own_start_is_refused() {
+        // What a file of /proc looks like: bytes are there, and the length is 0.
+        let file = tempfile::tempfile().unwrap();
+        let head = b"#!/usr/bin/env run-singularity\nhsqs";
+        let error = file::detect("/proc/1/cmdline".into(), &file, head).err();
+        assert!(error.unwrap().to_string().contains("truncated"));
+    }
+
+    #[test]
     fn architectures_that_run_here_are_let_through() {
         assert!(check_arch(Some("amd64"), "amd64").is_ok());
         assert!(check_arch(Some("386"), "amd64").is_ok());
