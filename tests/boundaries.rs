@@ -9,19 +9,26 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "cmd",
         &[
-            "build", "engine", "exit", "gpu", "host", "image", "metadir", "plan", "say", "sif",
+            "build", "engine", "exit", "gpu", "host", "image", "instance", "metadir", "plan",
+            "proc", "say", "sif",
         ],
     ),
     ("build", &["image", "metadir", "sif"]),
-    ("plan", &["host", "image", "metadir", "shell"]),
+    ("plan", &["host", "image", "metadir", "proc", "shell"]),
     (
         "engine",
-        &["exit", "image", "metadir", "plan", "say", "shell"],
+        &["exit", "image", "metadir", "plan", "proc", "say", "shell"],
+    ),
+    // An instance's monitor starts its container.
+    (
+        "instance",
+        &["engine", "exit", "host", "plan", "proc", "say"],
     ),
     ("image", &["metadir", "sif"]),
     ("gpu", &[]),
     ("host", &[]),
     ("metadir", &[]),
+    ("proc", &[]),
     ("say", &[]),
     ("shell", &[]),
     ("sif", &[]),

@@ -1,6 +1,6 @@
 //! `exec`, `run`, `shell`, `test` and `run-help`.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -9,6 +9,7 @@ use super::flags::ActionArgs;
 use super::{Explain, Persona, Usage, explain};
 use crate::host::{Host, normalise};
 use crate::image::{self, Root};
+use crate::plan::limits::{self, Limits};
 use crate::plan::{self, Bind, EnvironmentRequest, Init, Layer, Namespaces, Request, Verb, bind};
 use crate::{engine, exit, gpu, say};
 
@@ -31,7 +32,12 @@ pub fn run_on(
     _persona: Persona,
     host: Host,
 ) -> Result<u8> {
-    if let Some(refusal) = args.refusal() {
+    if let Some(instance) = instance_name(&args.image)
+        && name != "run-help"
+    {
+        return super::instance::join::run(name, &args, &host, instance);
+    }
+    if let Some(refusal) = args.refusal(false) {
         bail!("{} is not supported: {}", refusal.option, refusal.why);
     }
     let path = image_path(&args.image, &host)?;
@@ -60,11 +66,94 @@ pub fn run_on(
             say::debug(format_args!("plan: {line}"));
         }
     }
+    // The cgroup goes with its last process; an empty one is removed by the next run.
+    engine::cgroup::apply(&limits(&args, &host)?, limits_policy(&host)?, name)?;
     engine::run(&planned.plan, host.var("XDG_RUNTIME_DIR"))
 }
 
+/// The name in `instance://NAME`.
+fn instance_name(image: &OsStr) -> Option<&str> {
+    image.to_str()?.strip_prefix("instance://")
+}
+
+/// The limits that are asked for.
+///
+/// # Errors
+/// Naming the option that is wrong.
+pub(super) fn limits(args: &ActionArgs, host: &Host) -> Result<Limits> {
+    let texts = limits::Texts {
+        memory: args.memory.as_deref(),
+        memory_swap: args.memory_swap.as_deref(),
+        memory_reservation: args.memory_reservation.as_deref(),
+        cpus: args.cpus.as_deref(),
+        cpuset_cpus: args.cpuset_cpus.as_deref(),
+        cpuset_mems: args.cpuset_mems.as_deref(),
+        cpu_shares: args.cpu_shares.as_deref(),
+        pids_limit: args.pids_limit.as_deref(),
+        blkio_weight: args.blkio_weight.as_deref(),
+    };
+    let limits = Limits::parse(&texts)?;
+    let Some(path) = &args.apply_cgroups else {
+        return Ok(limits);
+    };
+    if !limits.is_empty() {
+        bail!(
+            "--apply-cgroups cannot be combined with --memory, --cpus and the like: use one of them"
+        );
+    }
+    let path = host.cwd.join(path);
+    let what = || {
+        format!(
+            "cannot read the limits in {} (--apply-cgroups)",
+            path.display()
+        )
+    };
+    let meta = std::fs::metadata(&path).with_context(what)?;
+    if !meta.is_file() || meta.len() > 1 << 20 {
+        bail!("{}: not a file of at most 1 MiB", what());
+    }
+    let text = std::fs::read_to_string(&path).with_context(what)?;
+    Limits::from_toml(&text).with_context(what)
+}
+
+/// `CAPSID_LIMITS`.
+///
+/// # Errors
+/// When it is set to something else.
+pub(super) fn limits_policy(host: &Host) -> Result<limits::Policy> {
+    match host
+        .var("CAPSID_LIMITS")
+        .map(OsStr::to_string_lossy)
+        .as_deref()
+    {
+        None | Some("" | "require") => Ok(limits::Policy::Require),
+        Some("best-effort") => Ok(limits::Policy::BestEffort),
+        Some("off") => Ok(limits::Policy::Off),
+        Some(other) => bail!("CAPSID_LIMITS={other:?}: use require, best-effort or off"),
+    }
+}
+
+/// The verb of a command.
+pub(super) fn verb(name: &str) -> Verb {
+    match name {
+        "exec" => Verb::Exec,
+        "shell" => Verb::Shell,
+        "test" => Verb::Test,
+        "start" => Verb::Start,
+        _ => Verb::Run,
+    }
+}
+
+/// What of the words is for the program.
+pub(super) fn payload(verb: Verb, args: &ActionArgs) -> Vec<OsString> {
+    match verb {
+        Verb::Shell => Vec::new(),
+        _ => args.rest.clone(),
+    }
+}
+
 /// The image's path: a path that exists beats the reading of a colon as a URI.
-fn image_path(image: &OsString, host: &Host) -> Result<PathBuf> {
+pub(super) fn image_path(image: &OsString, host: &Host) -> Result<PathBuf> {
     let path = host.cwd.join(image);
     let text = image.to_string_lossy();
     if let Some((scheme, _)) = text
@@ -74,8 +163,7 @@ fn image_path(image: &OsString, host: &Host) -> Result<PathBuf> {
     {
         match scheme {
             "instance" => bail!(
-                "no instance found with name {:?}: instances are not supported by this version",
-                &text[11..]
+                "{text:?} is not an image: a running instance is named instance://NAME, for exec, run, shell and test"
             ),
             scheme if is_transport(scheme) => {
                 bail!(
@@ -118,13 +206,11 @@ fn run_help(image: &dyn image::Image, app: Option<&str>) -> Result<u8> {
 }
 
 /// Settles the options into a request: what can contradict itself in text is resolved here.
-fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Request> {
-    let verb = match name {
-        "exec" => Verb::Exec,
-        "shell" => Verb::Shell,
-        "test" => Verb::Test,
-        _ => Verb::Run,
-    };
+///
+/// # Errors
+/// Naming the option that is wrong.
+pub(super) fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Request> {
+    let verb = verb(name);
     if verb == Verb::Shell && !args.rest.is_empty() {
         say::warn(format_args!("Parameters to shell command are ignored"));
     }
@@ -140,11 +226,8 @@ fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Request> {
     });
     Ok(Request {
         verb,
-        args: if verb == Verb::Shell {
-            Vec::new()
-        } else {
-            args.rest.clone()
-        },
+        args: payload(verb, args),
+        instance: None,
         app: args.app.clone().filter(|a| !a.is_empty()),
         shell: args.shell.clone(),
         binds: binds(args, host)?,
@@ -287,7 +370,10 @@ fn layers(args: &ActionArgs, host: &Host) -> Result<Vec<Layer>> {
     }
     if args.writable_tmpfs || args.compat {
         layers.push(Layer::Tmpfs(
-            args.writable_tmpfs_size.as_deref().map(size).transpose()?,
+            args.writable_tmpfs_size
+                .as_deref()
+                .map(limits::size)
+                .transpose()?,
         ));
     } else if args.writable_tmpfs_size.is_some() {
         bail!("--writable-tmpfs-size needs --writable-tmpfs");
@@ -295,31 +381,11 @@ fn layers(args: &ActionArgs, host: &Host) -> Result<Vec<Layer>> {
     Ok(layers)
 }
 
-/// A size with an optional unit K, M, G or T (powers of 1024).
-fn size(text: &str) -> Result<u64> {
-    let wrong = || format!("{text:?} is not a size: use a number with K, M, G or T");
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = match text[digits.len()..]
-        .to_ascii_uppercase()
-        .trim_end_matches('B')
-        .trim_end_matches('I')
-    {
-        "" => 0,
-        "K" => 10,
-        "M" => 20,
-        "G" => 30,
-        "T" => 40,
-        _ => bail!(wrong()),
-    };
-    let number: u64 = digits.parse().with_context(wrong)?;
-    number
-        .checked_mul(1 << unit)
-        .filter(|n| *n > 0)
-        .with_context(wrong)
-}
-
 /// `--env`: one `K=V` may hold commas; several in one option are CSV fields.
-fn env(options: &[String]) -> Result<Vec<(String, OsString)>> {
+///
+/// # Errors
+/// When one has no sign.
+pub(super) fn env(options: &[String]) -> Result<Vec<(String, OsString)>> {
     let mut env = Vec::new();
     for option in options {
         let fields = match option.matches('=').count() {
@@ -350,7 +416,11 @@ fn unquoted(text: &str) -> &str {
         .unwrap_or(text)
 }
 
-fn env_files(paths: &[PathBuf], host: &Host) -> Result<Vec<(PathBuf, Vec<u8>)>> {
+/// The environment files with their contents.
+///
+/// # Errors
+/// Naming the one that cannot be read.
+pub(super) fn env_files(paths: &[PathBuf], host: &Host) -> Result<Vec<(PathBuf, Vec<u8>)>> {
     /// An environment file is a few kilobytes; a device or a log is a mistake.
     const MAX: u64 = 16 << 20;
     let mut files = Vec::new();
@@ -374,16 +444,6 @@ fn env_files(paths: &[PathBuf], host: &Host) -> Result<Vec<(PathBuf, Vec<u8>)>> 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn sizes() {
-        assert_eq!(size("64M").ok(), Some(64 << 20));
-        assert_eq!(size("1GiB").ok(), Some(1 << 30));
-        assert_eq!(size("4096").ok(), Some(4096));
-        for bad in ["", "0", "x", "5Q", "99999999999T"] {
-            assert!(size(bad).is_err(), "{bad}");
-        }
-    }
 
     #[test]
     fn env_of_one_equals_sign_keeps_its_commas() {

@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 
 use super::Explain;
 use crate::image::Root;
-use crate::plan::{IdMap, Layer, Plan, Source};
+use crate::plan::{IdMap, Join, Layer, Plan, Source};
 
 /// Prints the plan.
 ///
@@ -19,6 +19,14 @@ pub fn print(plan: &Plan, form: Explain) -> Result<()> {
         ),
     }
     Ok(())
+}
+
+/// What stepping into an instance does, a line each.
+pub fn join_lines(join: &Join) -> Vec<String> {
+    vec![
+        format!("{:<9}the namespaces of process {}", "join", join.target.pid),
+        format!("{:<9}{}", "cwd", join.process.cwd.display()),
+    ]
 }
 
 /// The plan, a line each.

@@ -171,29 +171,39 @@ pub struct ActionArgs {
     #[arg(long, hide = true)]
     pub containlibs: Vec<String>,
 
-    #[arg(long, hide = true)]
+    /// Limits from a TOML file, as in the OCI runtime specification
+    #[arg(long, value_name = "FILE", help_heading = "Limits")]
     pub apply_cgroups: Option<PathBuf>,
-    #[arg(long, hide = true)]
+    /// Share of the disks, 10 to 1000
+    #[arg(long, value_name = "N", help_heading = "Limits")]
     pub blkio_weight: Option<String>,
     #[arg(long, hide = true)]
     pub blkio_weight_device: Vec<String>,
-    #[arg(long, hide = true)]
+    /// Share of the processors, 2 to 262144 (1024 is usual)
+    #[arg(long, value_name = "N", help_heading = "Limits")]
     pub cpu_shares: Option<String>,
-    #[arg(long, hide = true)]
+    /// Processors, as 1.5
+    #[arg(long, value_name = "N", help_heading = "Limits")]
     pub cpus: Option<String>,
-    #[arg(long, hide = true)]
+    /// Processors that may be used, as 0-3,8
+    #[arg(long, value_name = "LIST", help_heading = "Limits")]
     pub cpuset_cpus: Option<String>,
-    #[arg(long, hide = true)]
+    /// Memory nodes that may be used
+    #[arg(long, value_name = "LIST", help_heading = "Limits")]
     pub cpuset_mems: Option<String>,
-    #[arg(long, hide = true)]
+    /// Memory, with K, M or G
+    #[arg(long, value_name = "SIZE", help_heading = "Limits")]
     pub memory: Option<String>,
-    #[arg(long, hide = true)]
+    /// Memory that is kept when others need some
+    #[arg(long, value_name = "SIZE", help_heading = "Limits")]
     pub memory_reservation: Option<String>,
-    #[arg(long, hide = true)]
+    /// Memory and swap together; -1 for unlimited swap
+    #[arg(long, value_name = "SIZE", help_heading = "Limits")]
     pub memory_swap: Option<String>,
     #[arg(long, hide = true)]
     pub oom_kill_disable: bool,
-    #[arg(long, hide = true)]
+    /// Processes and threads
+    #[arg(long, value_name = "N", help_heading = "Limits")]
     pub pids_limit: Option<String>,
 
     #[arg(long, hide = true)]
@@ -254,6 +264,63 @@ pub struct ActionArgs {
     /// The command, or the arguments for the image's script
     #[arg(skip)]
     pub rest: Vec<OsString>,
+    /// Names of the options that were typed, not taken from the environment
+    #[arg(skip)]
+    pub typed: Vec<String>,
+}
+
+/// Options of `instance start` and `instance run`.
+#[allow(missing_docs)]
+#[derive(clap::Args, Debug, Clone, Default)]
+pub struct StartArgs {
+    /// Write the number of process 1 to this file, and remove it at the end
+    #[arg(long, value_name = "FILE", help_heading = "Service")]
+    pub pid_file: Option<PathBuf>,
+    /// Return when the service is ready; after SEC seconds it is given up [default: 60]
+    #[arg(
+        long,
+        value_name = "SEC",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "60",
+        help_heading = "Service"
+    )]
+    pub wait: Option<String>,
+    /// Ready when this port takes connections: [HOST:]PORT
+    #[arg(long, value_name = "PORT", help_heading = "Service")]
+    pub ready_port: Option<String>,
+    /// Ready when this file of the container appears or changes
+    #[arg(long, value_name = "FILE", help_heading = "Service")]
+    pub ready_file: Option<PathBuf>,
+    /// Ready when a line of the output matches this regular expression
+    #[arg(long, value_name = "REGEX", help_heading = "Service")]
+    pub ready_log: Option<String>,
+    /// Ready when this shell command succeeds in the container
+    #[arg(long, value_name = "CMD", help_heading = "Service")]
+    pub ready_cmd: Option<String>,
+    /// Ready when the service says so (sd_notify)
+    #[arg(long, help_heading = "Service")]
+    pub ready_notify: bool,
+    /// Start the script again after its end: no, on-failure, on-failure:N, always
+    #[arg(long, value_name = "WHEN", help_heading = "Service")]
+    pub restart: Option<String>,
+    /// Size at which a log is turned over, with K, M or G; 0 for never [default: 10M]
+    #[arg(long, value_name = "SIZE", help_heading = "Service")]
+    pub log_size: Option<String>,
+    /// Stay in the foreground, show the output, and end with the script and its status
+    #[arg(long, help_heading = "Service")]
+    pub foreground: bool,
+    /// Lead a port of the host to one of the container: [ADDRESS:]HOST:CONTAINER[/udp]
+    #[arg(long, value_name = "SPEC", help_heading = "Service")]
+    pub publish: Vec<String>,
+    #[arg(long, hide = true)]
+    pub boot: bool,
+    #[arg(long, hide = true)]
+    pub dmtcp_launch: Option<String>,
+    #[arg(long, hide = true)]
+    pub dmtcp_restart: Option<String>,
+    #[command(flatten)]
+    pub action: ActionArgs,
 }
 
 /// An option that a peer has and that ends here with a clear error when used.
@@ -266,36 +333,24 @@ pub struct Refusal {
 
 impl ActionArgs {
     /// The first option in use that is not supported: an isolation request that cannot be met must be an
-    /// error, never a warning.
-    pub fn refusal(&self) -> Option<Refusal> {
-        let limits =
-            "resource limits are not supported by this version; use the batch system's limits";
-        let network = "a normal user can only use --network none";
-        let cases: [(bool, &str, &str); 27] = [
-            (self.apply_cgroups.is_some(), "--apply-cgroups", limits),
-            (self.blkio_weight.is_some(), "--blkio-weight", limits),
+    /// error, never a warning. `connected`: a network with a connection to the outside can be had.
+    pub fn refusal(&self, connected: bool) -> Option<Refusal> {
+        let network = "a normal user can only use --network none here; an instance can have a connected network (--net, --publish)";
+        let cases: [(bool, &str, &str); 17] = [
             (
                 !self.blkio_weight_device.is_empty(),
                 "--blkio-weight-device",
-                limits,
+                "use --blkio-weight",
             ),
-            (self.cpu_shares.is_some(), "--cpu-shares", limits),
-            (self.cpus.is_some(), "--cpus", limits),
-            (self.cpuset_cpus.is_some(), "--cpuset-cpus", limits),
-            (self.cpuset_mems.is_some(), "--cpuset-mems", limits),
-            (self.memory.is_some(), "--memory", limits),
             (
-                self.memory_reservation.is_some(),
-                "--memory-reservation",
-                limits,
+                self.oom_kill_disable,
+                "--oom-kill-disable",
+                "the unified cgroup hierarchy has no such setting",
             ),
-            (self.memory_swap.is_some(), "--memory-swap", limits),
-            (self.oom_kill_disable, "--oom-kill-disable", limits),
-            (self.pids_limit.is_some(), "--pids-limit", limits),
             (!self.network_args.is_empty(), "--network-args", network),
             (self.netns_path.is_some(), "--netns-path", network),
             (
-                self.net && self.network.as_deref() != Some("none"),
+                self.net && !connected && self.network.as_deref() != Some("none"),
                 "--net",
                 network,
             ),

@@ -10,6 +10,7 @@ pub mod doctor;
 pub mod environment;
 pub mod explain;
 pub mod flags;
+pub mod instance;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -77,6 +78,7 @@ const COMMANDS: &[(&str, &str)] = &[
         "Check what this machine offers, and what an administrator has to do",
     ),
     ("exec", "Run a command within a container"),
+    ("instance", "Manage containers running as services"),
     (
         "run",
         "Run the user-defined default command within a container",
@@ -96,7 +98,6 @@ const MISSING: &[&str] = &[
     "config",
     "delete",
     "inspect",
-    "instance",
     "key",
     "keyserver",
     "oci",
@@ -151,6 +152,13 @@ pub fn main(args: &[OsString]) -> Result<u8> {
             let host = Host::read()?;
             let args = parse_action(name, rest, &host)?;
             action::run_on(name, args, globals.explain, persona, host)
+        }
+        "instance" => instance::run(rest, persona),
+        // As an older client writes them.
+        name @ ("instance.start" | "instance.stop" | "instance.list") => {
+            let mut words = vec![OsString::from(&name["instance.".len()..])];
+            words.extend_from_slice(rest);
+            instance::run(&words, persona)
         }
         "doctor" => doctor::run(&parse::<doctor::DoctorArgs>("doctor", rest)?),
         "demo" => demo::run(&parse::<demo::DemoArgs>("demo", rest)?),
@@ -263,31 +271,62 @@ fn level_from_environment() -> Result<()> {
 
 /// Parses the words of an action command, with the environment's options in front.
 fn parse_action(name: &str, words: &[OsString], host: &Host) -> Result<ActionArgs> {
+    let needed = if name == "exec" { 2 } else { 1 };
+    let (mut args, rest) = parse_with_image::<ActionArgs>(name, words, host, needed)?;
+    let mut rest = rest.into_iter();
+    args.image = rest.next().unwrap_or_default();
+    args.rest = rest.collect();
+    args.typed = typed(name, words)?;
+    Ok(args)
+}
+
+/// Names of the options that were typed.
+fn typed(name: &str, words: &[OsString]) -> Result<Vec<String>> {
     let command = command::<ActionArgs>(name);
+    let (options, ..) = split_at_image(&command, words);
+    let matches = matches(command, name, options)?;
+    let typed = |id: &&clap::Id| {
+        matches.value_source(id.as_str()) == Some(clap::parser::ValueSource::CommandLine)
+    };
+    Ok(matches
+        .ids()
+        .filter(typed)
+        .map(|id| id.as_str().to_owned())
+        .collect())
+}
+
+/// Parses options, with the environment's in front, and gives with them the image and all words behind it.
+fn parse_with_image<A: Args + FromArgMatches>(
+    name: &str,
+    words: &[OsString],
+    host: &Host,
+    needed: usize,
+) -> Result<(A, Vec<OsString>)> {
+    let command = command::<A>(name);
     let (options, image, rest) = split_at_image(&command, words);
     let matches = matches(command.clone(), name, options.clone())?;
     let typed = |id: &str| matches.value_source(id) == Some(clap::parser::ValueSource::CommandLine);
     let mut all = environment::words(&command, &host.env, &typed)?;
-    let mut args = if all.is_empty() {
-        ActionArgs::from_arg_matches(&matches)?
+    let args = if all.is_empty() {
+        A::from_arg_matches(&matches)?
     } else {
         all.extend(options);
-        ActionArgs::from_arg_matches(&self::matches(command, name, all)?)?
+        A::from_arg_matches(&self::matches(command, name, all)?)?
     };
-    let needed = if name == "exec" { 2 } else { 1 };
-    let given = usize::from(image.is_some()) + rest.len();
-    if given < needed {
+    let words: Vec<OsString> = image.into_iter().chain(rest).collect();
+    if words.len() < needed {
         print_action_usage(name);
-        let text = format!("requires at least {needed} arg(s), only received {given}");
+        let text = format!(
+            "requires at least {needed} arg(s), only received {}",
+            words.len()
+        );
         return Err(Usage {
             command: name.into(),
             text,
         }
         .into());
     }
-    args.image = image.unwrap_or_default();
-    args.rest = rest;
-    Ok(args)
+    Ok((args, words))
 }
 
 /// Options, image, and what belongs to the payload. `--flag=true` and `--flag=false` of switches, which
@@ -304,7 +343,8 @@ fn split_at_image(
         })
     };
     let short = |c: char| command.get_arguments().find(|a| a.get_short() == Some(c));
-    let takes_value = |a: &clap::Arg| a.get_action().takes_values();
+    // An optional value can only be joined by a sign.
+    let takes_value = |a: &clap::Arg| a.get_action().takes_values() && !a.is_require_equals_set();
     while let Some(word) = words.get(i) {
         let bytes = word.as_bytes();
         if bytes == b"--" {
@@ -323,7 +363,7 @@ fn split_at_image(
                 .and_then(|n| std::str::from_utf8(n).ok())
                 .and_then(long);
             match (arg, parts.next()) {
-                (Some(arg), Some(value)) if !takes_value(arg) => {
+                (Some(arg), Some(value)) if !arg.get_action().takes_values() => {
                     match environment::parse_bool("", OsStr::from_bytes(value)) {
                         Ok(true) => {
                             options.push(format!("--{}", arg.get_long().unwrap_or_default()).into())
@@ -385,12 +425,14 @@ fn parse<A: Args + FromArgMatches>(name: &str, words: &[OsString]) -> Result<A> 
 
 fn matches(command: Command, name: &str, words: Vec<OsString>) -> Result<clap::ArgMatches> {
     let usage = usage_line(name);
-    let command = command.override_usage(usage).about(
-        COMMANDS
-            .iter()
-            .find(|(n, _)| *n == name)
-            .map_or("", |(_, about)| *about),
-    );
+    let (table, own) = match name.strip_prefix("instance ") {
+        Some(own) => (instance::COMMANDS, own),
+        None => (COMMANDS, name),
+    };
+    let about = table.iter().find(|(n, _)| *n == own);
+    let command = command
+        .override_usage(usage)
+        .about(about.map_or("", |(_, about)| *about));
     match command.try_get_matches_from(words) {
         Ok(matches) => Ok(matches),
         Err(error) if error.kind() == clap::error::ErrorKind::DisplayHelp => {
@@ -431,6 +473,9 @@ fn usage_line(name: &str) -> String {
     match name {
         "exec" => "capsid [global options...] exec [exec options...] <container> <command>".into(),
         "run" => "capsid [global options...] run [run options...] <container> [args...]".into(),
+        "instance start" | "instance run" | "instance unit" => {
+            format!("capsid [global options...] {name} [options...] <container> <name> [args...]")
+        }
         "shell" | "test" | "run-help" => {
             format!("capsid [global options...] {name} [{name} options...] <container>")
         }

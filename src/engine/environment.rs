@@ -495,6 +495,14 @@ pub fn dispatch(verb: &str, app: Option<&str>, shell: Option<&str>, args: &[OsSt
             "No test script found in container, exiting".into(),
             0,
         ),
+        "start" if executable(&own("startscript")) => {
+            Dispatch::Exec(with_args(&own("startscript")), None)
+        }
+        "start" => message(
+            Level::Info,
+            "No startscript found in container: the instance runs nothing until something is executed in it".into(),
+            0,
+        ),
         _ if executable(&own("runscript")) => Dispatch::Exec(with_args(&own("runscript")), None),
         _ if app.is_some() => message(
             Level::Error,

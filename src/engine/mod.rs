@@ -8,10 +8,15 @@
 //! 5. procfs is mounted while the host's /proc is still visible: the kernel demands that.
 //! 6. `no_new_privs` and the filter come last before `execve`; nothing after them needs help.
 
+pub mod background;
+pub mod cgroup;
 pub mod dev;
 pub mod environment;
 pub mod init;
+pub mod join;
+pub mod network;
 pub mod process;
+pub mod ready;
 pub mod rootfs;
 pub mod runtime;
 pub mod server;
@@ -40,8 +45,9 @@ use sys::Fork;
 pub fn run(plan: &Plan, xdg: Option<&OsStr>) -> Result<u8> {
     rootfs::check_sources(plan)?;
     let points = rootfs::points(plan);
-    let stage = enter_user_namespace(plan, &points, xdg)?;
-    let images = rootfs::images(plan, xdg)?;
+    let client = server::Client::own(xdg);
+    let stage = enter_user_namespace(plan, &points, &client)?;
+    let images = rootfs::images(plan, &client, &mut Vec::new())?;
     sys::forbid_tracing();
     if !plan.namespaces.pid {
         create_namespaces(plan)?;
@@ -51,12 +57,15 @@ pub fn run(plan: &Plan, xdg: Option<&OsStr>) -> Result<u8> {
         };
     }
     let mask = wait::block()?;
-    match sys::fork_into_pid_namespace()? {
+    match sys::fork_into_pid_namespace(sys::Parent::Own)? {
         Fork::Parent(child) => {
             drop((stage, images));
             Ok(wait::end_like(wait::until_exit(child, false)?))
         }
-        Fork::Child => first_process(plan, stage, &points, images, &mask),
+        Fork::Child => {
+            sys::die_with(client.user.as_ref());
+            first_process(plan, stage, &points, images, &mask)
+        }
     }
 }
 
@@ -68,7 +77,6 @@ fn first_process(
     images: rootfs::Images,
     mask: &SigSet,
 ) -> Result<u8> {
-    sys::die_with_parent();
     create_namespaces(plan)?;
     match inside(plan, stage, points, images)? {
         Next::End(status) => Ok(status),
@@ -91,14 +99,14 @@ fn never(result: Result<Infallible>) -> Result<u8> {
 fn enter_user_namespace(
     plan: &Plan,
     points: &[wire::Point],
-    xdg: Option<&OsStr>,
+    client: &server::Client,
 ) -> Result<Option<server::Stage>> {
     if matches!(plan.root, Root::Directory(_)) {
         userns::create(&plan.ids, CloneFlags::empty())?;
         return Ok(None);
     }
     say::debug(format_args!("image server for {:?}", plan.root));
-    let stage = server::enter(&plan.root, plan.ids, server::Namespace::New, points, xdg)?;
+    let stage = server::enter(&plan.root, plan.ids, server::Namespace::New, points, client)?;
     setns(&stage.userns, CloneFlags::CLONE_NEWUSER)
         .context("cannot join the image server's user namespace (setns)")?;
     Ok(Some(stage))
@@ -114,6 +122,8 @@ fn create_namespaces(plan: &Plan) -> Result<()> {
         .context("cannot create namespaces (is a limit like user.max_mnt_namespaces reached?)")?;
     if net {
         sys::loopback_up()?;
+        // A network of its own has no ports that belong to the system. Best effort: programs can use higher ones.
+        let _ = std::fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
     }
     if let Some(name) = &plan.hostname {
         nix::unistd::sethostname(name)
@@ -136,9 +146,7 @@ fn inside(
     rootfs::pivot(&tree.root, 1)?; // the session lies over the host's root
     drop(tree);
     let cwd = process::enter_directory(&plan.process)?;
-    let next = process::resolve(plan, &cwd)?;
-    if matches!(next, Next::Run(_)) {
-        process::restrict(&plan.ids, &plan.process, plan.process.close_descriptors)?;
-    }
+    let next = process::resolve(&plan.process, &plan.environment, &cwd)?;
+    process::restrict(&plan.ids, &plan.process, plan.process.close_descriptors)?;
     Ok(next)
 }

@@ -8,16 +8,35 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::fs::Mode;
 
-use super::environment::{self, Dispatch, Finished};
+use super::environment::{self as scripts, Dispatch, Finished};
 use super::sys;
-use crate::plan::{IdMap, Plan, Process, Verb};
+use crate::plan::env::Environment;
+use crate::plan::{IdMap, Process, Verb};
 use crate::say;
 
 /// What `execve(2)` gets.
+#[derive(Debug, Clone)]
 pub struct Program {
     path: PathBuf,
     argv: Vec<OsString>,
     env: Vec<(OsString, OsString)>,
+}
+
+impl Program {
+    /// Sets a variable of its environment, or takes it away.
+    pub fn set(&mut self, name: &str, value: Option<OsString>) {
+        self.env.retain(|(n, _)| n != name);
+        self.env.extend(value.map(|value| (name.into(), value)));
+    }
+
+    /// Another program with the same environment.
+    pub fn sibling(&self, path: &str, argv: &[&OsStr]) -> Program {
+        Program {
+            path: path.into(),
+            argv: argv.iter().map(|&word| word.to_owned()).collect(),
+            env: self.env.clone(),
+        }
+    }
 }
 
 /// What comes of looking at the image's scripts.
@@ -102,9 +121,8 @@ pub fn restrict(ids: &IdMap, process: &Process, private_keys: bool) -> Result<()
 ///
 /// # Errors
 /// When there is nothing to run, in the peers' words.
-pub fn resolve(plan: &Plan, cwd: &Path) -> Result<Next> {
-    let process = &plan.process;
-    let argv = match environment::dispatch(
+pub fn resolve(process: &Process, environment: &Environment, cwd: &Path) -> Result<Next> {
+    let argv = match scripts::dispatch(
         process.verb.name(),
         process.app.as_deref(),
         process.shell.as_deref(),
@@ -122,15 +140,15 @@ pub fn resolve(plan: &Plan, cwd: &Path) -> Result<Next> {
             status,
         } => {
             match level {
-                environment::Level::Info => say::info(format_args!("{text}")),
-                environment::Level::Error => say::error(format_args!("{text}")),
-                environment::Level::Fatal => bail!("{text}"),
-                environment::Level::Plain => println!("{text}"),
+                scripts::Level::Info => say::info(format_args!("{text}")),
+                scripts::Level::Error => say::error(format_args!("{text}")),
+                scripts::Level::Fatal => bail!("{text}"),
+                scripts::Level::Plain => println!("{text}"),
             }
             return Ok(Next::End(status));
         }
     };
-    match environment::finish(&plan.environment, cwd)? {
+    match scripts::finish(environment, cwd)? {
         Finished::Ready(mut env) => {
             if process.verb == Verb::Shell {
                 env.retain(|(name, _)| name != "SHELL");
@@ -158,7 +176,7 @@ fn program(argv: Vec<OsString>, env: Vec<(OsString, OsString)>) -> Result<Progra
         .iter()
         .find(|(k, _)| k == "PATH")
         .map_or(OsStr::new(""), |(_, v)| v.as_os_str());
-    let path = environment::find_program(name, path)?;
+    let path = scripts::find_program(name, path)?;
     Ok(Program { path, argv, env })
 }
 

@@ -41,12 +41,15 @@ pub struct Tree {
 /// Further images as detached mounts.
 pub type Images = Vec<(Root, OwnedFd)>;
 
+/// What hangs up when an image server is gone.
+pub type Lives = Vec<OwnedFd>;
+
 /// Gets the images that the plan needs beside its root, before the mounts are changed: a server that has to be started
 /// must neither see them nor live in the container's pid namespace.
 ///
 /// # Errors
 /// When one cannot be mounted.
-pub fn images(plan: &Plan, xdg: Option<&OsStr>) -> Result<Images> {
+pub fn images(plan: &Plan, client: &server::Client, lives: &mut Lives) -> Result<Images> {
     let layers = plan.layers.iter().filter_map(|layer| match layer {
         Layer::Image(root) => Some(root),
         _ => None,
@@ -56,10 +59,9 @@ pub fn images(plan: &Plan, xdg: Option<&OsStr>) -> Result<Images> {
         _ => None,
     });
     let mounted = |root: &Root| {
-        Ok((
-            root.clone(),
-            server::enter(root, plan.ids, server::Namespace::Current, &[], xdg)?.tree,
-        ))
+        let stage = server::enter(root, plan.ids, server::Namespace::Current, &[], client)?;
+        lives.push(stage.life);
+        Ok((root.clone(), stage.tree))
     };
     layers.chain(binds).map(mounted).collect()
 }

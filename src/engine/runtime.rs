@@ -100,6 +100,54 @@ impl Directory {
         let _ = rustix::fs::unlinkat(self.fd.as_fd(), name, AtFlags::empty());
     }
 
+    /// The names in it.
+    pub fn entries(&self) -> Vec<String> {
+        let Ok(entries) = rustix::fs::Dir::read_from(&self.fd) else {
+            return Vec::new();
+        };
+        let names = entries.flatten().map(|e| e.file_name().to_owned());
+        names.filter_map(|name| name.into_string().ok()).collect()
+    }
+
+    /// Reads a regular file of ours, of at most so many bytes; `None` when there is none.
+    pub fn read(&self, name: &str, max_bytes: u64) -> Option<Vec<u8>> {
+        use std::io::Read as _;
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(&self.fd, name, flags, Mode::empty()).ok()?;
+        let stat = rustix::fs::fstat(&fd).ok()?;
+        let regular = rustix::fs::FileType::from_raw_mode(stat.st_mode).is_file();
+        let own = stat.st_uid == rustix::process::getuid().as_raw() && stat.st_mode & 0o077 == 0;
+        if !regular || !own || u64::try_from(stat.st_size).ok()? > max_bytes {
+            return None;
+        }
+        let mut bytes = Vec::new();
+        std::fs::File::from(fd)
+            .take(max_bytes)
+            .read_to_end(&mut bytes)
+            .ok()?;
+        Some(bytes)
+    }
+
+    /// Writes a file of mode 0600 beside the old one and puts it into its place.
+    ///
+    /// # Errors
+    /// As the system calls; the old file then stands.
+    pub fn replace(&self, name: &str, bytes: &[u8]) -> std::io::Result<()> {
+        use std::io::Write as _;
+        let draft = format!("new.{}.{name}", rustix::process::getpid().as_raw_nonzero());
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(&self.fd, &draft, flags, Mode::RUSR | Mode::WUSR)?;
+        let written = std::fs::File::from(fd).write_all(bytes);
+        let done = written.and_then(|()| {
+            rustix::fs::renameat(&self.fd, &draft, &self.fd, name).map_err(Into::into)
+        });
+        if done.is_err() {
+            self.remove(&draft);
+        }
+        done
+    }
+
     /// A descriptor of its own, for a process that outlives this one. The lock belongs to the open file, so
     /// the copy is opened anew.
     pub fn reopen(&self) -> Option<Directory> {

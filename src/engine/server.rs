@@ -38,6 +38,7 @@ use super::wire::{self, Point};
 use super::{runtime, userns};
 use crate::image::Root;
 use crate::plan::IdMap;
+use crate::proc::Held;
 use crate::say;
 
 /// How long a server without users goes on listening: long enough for the next command of a script.
@@ -72,6 +73,29 @@ pub struct Stage {
     pub tree: OwnedFd,
     /// For each mount point asked for: it was not in the image.
     pub made: Vec<bool>,
+    /// Hangs up when no process of the server is left.
+    pub life: OwnedFd,
+}
+
+/// Who asks for a root.
+pub struct Client<'a> {
+    /// `$XDG_RUNTIME_DIR`.
+    pub xdg: Option<&'a std::ffi::OsStr>,
+    /// The process that uses the image: the server stays as long as it lives.
+    pub user: Option<Held>,
+}
+
+impl<'a> Client<'a> {
+    /// This process, which becomes the program.
+    pub fn own(xdg: Option<&'a std::ffi::OsStr>) -> Client<'a> {
+        let own = rustix::process::getpid().as_raw_nonzero().get();
+        Client {
+            xdg,
+            // Before Linux 5.3 there are no pidfds: the server then does not count us, and still never unmounts
+            // under us.
+            user: Held::child(own),
+        }
+    }
 }
 
 /// Finds the server of an image, or starts it, and gets a root with these mount points.
@@ -83,22 +107,22 @@ pub fn enter(
     ids: IdMap,
     namespace: Namespace,
     points: &[Point],
-    xdg: Option<&std::ffi::OsStr>,
+    client: &Client,
 ) -> Result<Stage> {
     let request = wire::encode_points(points)?;
     let image = Image::open(root, ids, namespace)?;
     let uid = rustix::process::getuid().as_raw();
-    let Some(directory) = runtime::open(uid, xdg) else {
+    let Some(directory) = runtime::open(uid, client.xdg) else {
         say::verbose(format_args!(
             "no runtime directory: this container gets an image server of its own"
         ));
-        return start(&image, None, &request);
+        return start(&image, None, &request, client);
     };
     let name = image.socket_name()?;
     // A server may end between our connect and its answer; then the next round starts one.
     for _ in 0..10 {
         if let Some(server) = connect_to(&directory, &name) {
-            match ask(&server, &request) {
+            match ask(&server, &request, client) {
                 Ok(answer) => return answer,
                 Err(Silence::Gone) => continue,
                 Err(Silence::Stuck) => {
@@ -106,7 +130,7 @@ pub fn enter(
                         "the image server of {} does not answer: using another one",
                         image.path.display()
                     ));
-                    return start(&image, None, &request);
+                    return start(&image, None, &request, client);
                 }
             }
         }
@@ -116,7 +140,7 @@ pub fn enter(
                 name: name.clone(),
                 listener,
             };
-            return start(&image, Some(place), &request);
+            return start(&image, Some(place), &request, client);
         }
     }
     bail!(
@@ -259,26 +283,25 @@ enum Silence {
 }
 
 /// Asks for a root. The inner error is the server's own, for the person.
-fn ask(server: &OwnedFd, request: &[u8]) -> Result<Result<Stage>, Silence> {
+fn ask(server: &OwnedFd, request: &[u8], client: &Client) -> Result<Result<Stage>, Silence> {
     let timeout = nix::sys::time::TimeVal::new(ANSWER_S, 0);
     let _ =
         nix::sys::socket::setsockopt(server, nix::sys::socket::sockopt::ReceiveTimeout, &timeout);
-    let own = rustix::process::pidfd_open(
-        rustix::process::getpid(),
-        rustix::process::PidfdFlags::empty(),
-    )
-    .ok();
-    let own: Vec<RawFd> = own.iter().map(AsRawFd::as_raw_fd).collect();
-    // A server that sees no pidfd (before Linux 5.3) does not count us, and still never unmounts under us.
+    let own: Vec<RawFd> = client
+        .user
+        .iter()
+        .map(|user| user.as_fd().as_raw_fd())
+        .collect();
     if wire::send(server.as_fd(), &with_header(request), &own).is_err() {
         return Err(Silence::Gone);
     }
     loop {
         return match wire::receive(server.as_fd()) {
-            Ok((bytes, fds)) => match (bytes.split_first(), <[OwnedFd; 2]>::try_from(fds)) {
-                (Some((0, made)), Ok([userns, tree])) => Ok(Ok(Stage {
+            Ok((bytes, fds)) => match (bytes.split_first(), <[OwnedFd; 3]>::try_from(fds)) {
+                (Some((0, made)), Ok([userns, tree, life])) => Ok(Ok(Stage {
                     userns,
                     tree,
+                    life,
                     made: made.iter().map(|b| *b != 0).collect(),
                 })),
                 (Some((1, text)), _) => Ok(Err(anyhow!("{}", String::from_utf8_lossy(text)))),
@@ -307,7 +330,7 @@ struct Place {
 }
 
 /// Starts a server and is its first client.
-fn start(image: &Image, place: Option<Place>, request: &[u8]) -> Result<Stage> {
+fn start(image: &Image, place: Option<Place>, request: &[u8], client: &Client) -> Result<Stage> {
     let (ours, first) = socketpair(
         AddressFamily::Unix,
         SockType::SeqPacket,
@@ -320,7 +343,7 @@ fn start(image: &Image, place: Option<Place>, request: &[u8]) -> Result<Stage> {
             drop((first, place));
             // The child only forks again, so that the server is nobody's child.
             while waitpid(child, None) == Err(nix::Error::EINTR) {}
-            match ask(&ours, request) {
+            match ask(&ours, request, client) {
                 Ok(answer) => answer,
                 Err(_) => bail!(
                     "the image server of {} ended before it began to serve",
@@ -411,6 +434,8 @@ struct Prepared {
     /// One descriptor of the FUSE connection for each thread that may serve.
     devices: Vec<OwnedFd>,
     userns: OwnedFd,
+    /// Both ends of a pipe that only keeper and worker write to: what clients get of it hangs up with the last of them.
+    life: (OwnedFd, OwnedFd),
 }
 
 /// Namespaces, an empty file tree, and the image mounted in it.
@@ -473,7 +498,13 @@ fn prepare(image: &Image, place: Option<&Place>, first: &OwnedFd) -> Result<Prep
     }
     enter_empty_tree(&mount.tree)?;
     sys::confine_server();
-    Ok(Prepared { devices, userns })
+    let life = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+        .context("cannot create a pipe")?;
+    Ok(Prepared {
+        devices,
+        userns,
+        life,
+    })
 }
 
 /// Leaves the host's mounts: the server must not keep a file system busy that an administrator wants to unmount.
@@ -707,7 +738,11 @@ impl Desk<'_> {
                 wire::send(
                     client.as_fd(),
                     &answer,
-                    &[self.prepared.userns.as_raw_fd(), tree.as_raw_fd()],
+                    &[
+                        self.prepared.userns.as_raw_fd(),
+                        tree.as_raw_fd(),
+                        self.prepared.life.0.as_raw_fd(),
+                    ],
                 )
             }
             Err(error) => {

@@ -6,7 +6,7 @@
 
 use std::ffi::{CStr, CString, OsString};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
 
@@ -14,6 +14,8 @@ use anyhow::{Context, Result};
 use nix::unistd::{ForkResult, Pid};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags};
 use rustix::mount::{MoveMountFlags, OpenTreeFlags};
+
+use crate::proc::Held;
 
 /// Which side of a fork we are.
 pub enum Fork {
@@ -36,12 +38,24 @@ pub fn fork() -> Result<Fork> {
     }
 }
 
+/// Whose child a new process is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Parent {
+    /// Its creator's.
+    Own,
+    /// Its creator's parent's (`CLONE_PARENT`).
+    Sibling,
+}
+
 /// `fork` whose child is process 1 of a new pid namespace (`clone(2)`, `pid_namespaces(7)`).
 ///
 /// # Errors
 /// `ENOSPC` or `EPERM` where pid namespaces are limited.
-pub fn fork_into_pid_namespace() -> Result<Fork> {
-    let flags = libc::CLONE_NEWPID | libc::SIGCHLD;
+pub fn fork_into_pid_namespace(parent: Parent) -> Result<Fork> {
+    let flags = match parent {
+        Parent::Own => libc::CLONE_NEWPID | libc::SIGCHLD,
+        Parent::Sibling => libc::CLONE_NEWPID | libc::CLONE_PARENT,
+    };
     // SAFETY: as for fork: one thread, no stack is passed, so the child goes on with a copy of this one.
     let pid = unsafe { libc::syscall(libc::SYS_clone, flags as libc::c_ulong, 0, 0, 0, 0) };
     match pid {
@@ -188,8 +202,6 @@ pub fn new_filesystem(kind: &str, options: &[(&str, Option<&CStr>)]) -> Result<O
     fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes).with_context(what)
 }
 
-use std::os::fd::AsFd as _;
-
 /// A file descriptor number that this process was given: in `main`, or in a control message just received.
 pub fn own(fd: RawFd) -> OwnedFd {
     // SAFETY: callers pass numbers that the kernel has just handed to this process and that nothing else owns.
@@ -319,9 +331,90 @@ pub fn drop_bounding_set() {
     }
 }
 
-/// The child dies by `SIGKILL` when the thread that forked it ends (`PR_SET_PDEATHSIG`).
-pub fn die_with_parent() {
+/// This process dies by `SIGKILL` when its parent ends (`PR_SET_PDEATHSIG`), also when that has happened already.
+pub fn die_with(parent: Option<&Held>) {
     let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
+    if parent.is_some_and(|parent| !parent.is_alive()) {
+        exit_now(255);
+    }
+}
+
+/// Sends a signal with a number attached, as `sigqueue(3)` does, to exactly the process that is held.
+///
+/// # Errors
+/// `ESRCH` when it has ended, `EPERM` when it is somebody else's.
+pub fn queue_signal(process: &Held, signal: i32, value: i32) -> io::Result<()> {
+    /// The head of `siginfo_t` for `SI_QUEUE` (`sigaction(2)`), padded to its 128 bytes.
+    #[repr(C)]
+    struct Queued {
+        number: i32,
+        errno: i32,
+        code: i32,
+        padding: i32,
+        pid: i32,
+        uid: u32,
+        value: u64,
+        rest: [u64; 12],
+    }
+    let info = Queued {
+        number: signal,
+        errno: 0,
+        code: libc::SI_QUEUE,
+        padding: 0,
+        pid: rustix::process::getpid().as_raw_nonzero().get(),
+        uid: rustix::process::getuid().as_raw(),
+        value: u64::from(value.cast_unsigned()),
+        rest: [0; 12],
+    };
+    // SAFETY: the structure has the size and layout of siginfo_t on 64-bit machines and lives through the call.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            process.as_fd().as_raw_fd(),
+            signal,
+            &raw const info,
+            0,
+        )
+    };
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// The signal by which process 1 of an instance is asked to stop it: `SIGRTMIN` of the kernel plus 3, as system managers
+/// use for a halt. The C library's own real-time signals lie below.
+pub const STOP_SIGNAL: i32 = 37;
+
+/// A set of signals by number, real-time ones too.
+pub fn signal_set(signals: impl IntoIterator<Item = i32>) -> nix::sys::signal::SigSet {
+    let mut set = nix::sys::signal::SigSet::empty();
+    for signal in signals {
+        let mut raw = *set.as_ref();
+        // SAFETY: the set was initialised by `empty`, and what `sigaddset` makes of it is a valid set.
+        set = unsafe {
+            libc::sigaddset(&raw mut raw, signal);
+            nix::sys::signal::SigSet::from_sigset_t_unchecked(raw)
+        };
+    }
+    set
+}
+
+/// Gives up every capability (`capabilities(7)`).
+pub fn drop_capabilities() {
+    let none = rustix::thread::CapabilitySet::empty();
+    let sets = rustix::thread::CapabilitySets {
+        effective: none,
+        permitted: none,
+        inheritable: none,
+    };
+    let _ = rustix::thread::set_capabilities(None, sets);
+}
+
+/// Other processes of the user may look at this one again: `setns(2)` into its namespaces asks for that.
+pub fn allow_tracing() {
+    let _ = rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::Dumpable);
 }
 
 /// A signal disposition of this process.
@@ -336,6 +429,39 @@ pub fn ignore_signals(signals: &[nix::sys::signal::Signal]) {
 pub fn default_signal(signal: nix::sys::signal::Signal) {
     // SAFETY: SIG_DFL runs no code of ours.
     let _ = unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigDfl) };
+}
+
+/// The program that is started next inherits this descriptor.
+///
+/// # Errors
+/// As `fcntl(2)`.
+pub fn inherit(fd: &impl std::os::fd::AsFd) -> Result<()> {
+    rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).context("cannot hand a descriptor on")
+}
+
+/// A helper program dies by `SIGTERM` when this thread ends, and begins with ordinary signals.
+pub fn end_with_us(command: &mut std::process::Command) {
+    use std::os::unix::process::CommandExt as _;
+    // SAFETY: between fork and execve only system calls are made, and nothing is allocated.
+    unsafe {
+        command.pre_exec(|| {
+            let _ = nix::sys::signal::SigSet::empty().thread_set_mask();
+            rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::TERM))
+                .map_err(Into::into)
+        });
+    }
+}
+
+/// Gives every signal its default disposition, whatever the caller ignored: for a service that nobody's shell started.
+pub fn default_signals() {
+    for signal in nix::sys::signal::Signal::iterator() {
+        if !matches!(
+            signal,
+            nix::sys::signal::Signal::SIGKILL | nix::sys::signal::Signal::SIGSTOP
+        ) {
+            default_signal(signal);
+        }
+    }
 }
 
 /// Brings the loopback interface of the current network namespace up (`netdevice(7)`).

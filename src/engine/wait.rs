@@ -10,7 +10,7 @@ use super::sys;
 use crate::exit;
 
 /// Signals that are handed on. The terminal's stop signals are not among them: they stop us and the program alike.
-const FORWARDED: [Signal; 14] = [
+pub const FORWARDED: [Signal; 14] = [
     Signal::SIGHUP,
     Signal::SIGINT,
     Signal::SIGQUIT,

@@ -3,7 +3,8 @@
 //!
 //! Request: for each mount point wanted, kind (0 directory, 1 file), length (u16, little-endian), path; with the
 //! client's pidfd. Answer: a status byte; when 0, one byte a mount point (1 = it was not in the image and has been
-//! made) and the descriptors of the user namespace and of the detached root; when 1, the text of an error.
+//! made) and the descriptors of the user namespace, of the detached root, and of a pipe that hangs up when the server is
+//! gone; when 1, the text of an error.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -16,10 +17,13 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use super::sys;
 
 /// Part of the socket's name: programs of different versions do not talk to each other.
-pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), ".1");
+pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), ".2");
 
 /// Largest message, bytes. The kernel's default limit for one packet is 208 KiB.
 const MAX: usize = 192 << 10;
+
+/// Descriptors that one packet carries at most.
+const MAX_FDS: usize = 16;
 
 /// A mount point that must exist in the container's root.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -87,13 +91,13 @@ pub fn send(socket: BorrowedFd, bytes: &[u8], fds: &[RawFd]) -> nix::Result<()> 
     .map(drop)
 }
 
-/// Receives one packet with up to two descriptors; no bytes at all is the end of the conversation.
+/// Receives one packet with its descriptors; no bytes at all is the end of the conversation.
 ///
 /// # Errors
 /// As `recvmsg(2)`.
 pub fn receive(socket: BorrowedFd) -> nix::Result<(Vec<u8>, Vec<OwnedFd>)> {
     let mut bytes = vec![0; MAX];
-    let mut space = nix::cmsg_space!([RawFd; 2]);
+    let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
     let (len, fds) = {
         let mut parts = [IoSliceMut::new(&mut bytes)];
         let message = recvmsg::<()>(

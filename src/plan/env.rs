@@ -60,6 +60,8 @@ pub struct Request<'a> {
     pub image: &'a Path,
     /// The image's name.
     pub name: &'a str,
+    /// The instance's name.
+    pub instance: Option<&'a str>,
     /// Targets of the caller's binds, for containers within the container.
     pub binds: &'a [String],
     /// Arguments for the payload.
@@ -169,6 +171,9 @@ fn own(request: &Request) -> Vec<Variable> {
         );
         if request.app.is_some() || prefix == "APPTAINER" {
             both("APPNAME", OsStr::new(request.app.unwrap_or_default()));
+        }
+        if let Some(instance) = request.instance {
+            both("INSTANCE", OsStr::new(instance));
         }
         if let Some(shell) = request.shell {
             both("SHELL", OsStr::new(shell));
@@ -327,6 +332,7 @@ mod tests {
             env_files: &[],
             no_eval: false,
             app: None,
+            instance: None,
             shell: None,
             home: Path::new("/home/x"),
             command: "exec",

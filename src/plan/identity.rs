@@ -4,12 +4,12 @@
 
 use std::path::PathBuf;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::host::Host;
 
 /// Subordinate ids of a user: first id and count, for users and for groups.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SubIds {
     /// `/etc/subuid`.
     pub uids: (u32, u32),
@@ -18,7 +18,7 @@ pub struct SubIds {
 }
 
 /// The map of the container's user namespace. `uid` and `gid` are the caller's own outside.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum IdMap {
     /// The caller is itself, and nobody else exists.
     Own {

@@ -7,20 +7,24 @@
 pub mod bind;
 pub mod env;
 pub mod identity;
+pub mod limits;
 pub mod mounts;
 pub mod process;
+pub mod service;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::host::Host;
 use crate::image::{Facts, Root};
+use crate::proc;
 pub use bind::Bind;
 pub use identity::{IdMap, SubIds};
 pub use process::{Init, Process, Verb};
+pub use service::Service;
 
 /// What the caller asked for, settled from options: no text is left to be parsed.
 #[derive(Debug, Clone, PartialEq)]
@@ -31,6 +35,8 @@ pub struct Request {
     pub args: Vec<OsString>,
     /// `--app`.
     pub app: Option<String>,
+    /// The name of the instance that is started.
+    pub instance: Option<String>,
     /// `--shell`.
     pub shell: Option<String>,
     /// `--bind` and `--mount`, in order.
@@ -89,7 +95,7 @@ pub struct EnvironmentRequest {
 }
 
 /// Namespaces to create beside the user and the mount namespace, which there always are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Namespaces {
     /// Processes.
     pub pid: bool,
@@ -118,6 +124,21 @@ pub struct Plan {
     pub writable_root: bool,
     /// Applied in this order, exactly.
     pub mounts: Vec<Mount>,
+    /// The environment before the image's scripts have their say.
+    pub environment: env::Environment,
+    /// What runs.
+    pub process: Process,
+}
+
+/// Stepping into a container that runs already: it has no root and no mounts to get wrong.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Join {
+    /// Its process 1.
+    pub target: proc::Id,
+    /// What it does not share with the host, beside users, mounts and processes.
+    pub namespaces: Namespaces,
+    /// Users and groups inside.
+    pub ids: IdMap,
     /// The environment before the image's scripts have their say.
     pub environment: env::Environment,
     /// What runs.
@@ -278,6 +299,7 @@ pub fn plan(
         env_files: &request.environment.env_files,
         no_eval: request.environment.no_eval,
         app: request.app.as_deref(),
+        instance: request.instance.as_deref(),
         shell: request.shell.as_deref(),
         home: &home.target,
         command: request.verb.name(),

@@ -19,6 +19,8 @@ pub enum Verb {
     Shell,
     /// The image's test script.
     Test,
+    /// The image's startscript.
+    Start,
 }
 
 impl Verb {
@@ -29,6 +31,7 @@ impl Verb {
             Verb::Run => "run",
             Verb::Shell => "shell",
             Verb::Test => "test",
+            Verb::Start => "start",
         }
     }
 }
@@ -73,15 +76,32 @@ fn lossy<S: serde::Serializer>(words: &[OsString], to: S) -> Result<S::Ok, S::Er
     to.collect_seq(words.iter().map(|w| w.to_string_lossy()))
 }
 
+/// Where a process starts: where it was asked to, in a contained container at home, else where the caller is.
+pub fn working_directory(
+    asked: Option<&Path>,
+    contained: bool,
+    home_moved: bool,
+    host: &Host,
+    home: &Path,
+) -> PathBuf {
+    match asked {
+        Some(cwd) => Path::new("/").join(cwd),
+        None if contained => home.to_owned(),
+        // A home mounted elsewhere moves the working directory with it.
+        None if host.cwd == host.user.home && home_moved => home.to_owned(),
+        None => host.cwd.clone(),
+    }
+}
+
 /// Decides it.
 pub fn decide(request: &Request, host: &Host, home: &Path) -> Process {
-    let cwd = match &request.cwd {
-        Some(cwd) => Path::new("/").join(cwd),
-        None if request.contain => home.to_owned(),
-        // A home mounted elsewhere moves the working directory with it.
-        None if host.cwd == host.user.home && request.home.is_some() => home.to_owned(),
-        None => host.cwd.clone(),
-    };
+    let cwd = working_directory(
+        request.cwd.as_deref(),
+        request.contain,
+        request.home.is_some(),
+        host,
+        home,
+    );
     Process {
         verb: request.verb,
         args: request.args.clone(),

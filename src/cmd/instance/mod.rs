@@ -1,0 +1,141 @@
+//! `instance start|run|list|stop|stats|logs|wait|inspect|unit`, and stepping into an instance.
+
+pub mod join;
+pub mod list;
+pub mod start;
+pub mod unit;
+pub mod watch;
+
+use std::ffi::OsString;
+
+use anyhow::Result;
+
+use super::{Persona, Usage};
+use crate::host::Host;
+use crate::{exit, say};
+
+/// The commands below `instance`, with the line that their list shows.
+pub const COMMANDS: &[(&str, &str)] = &[
+    (
+        "start",
+        "Start an instance: the image's startscript in the background",
+    ),
+    (
+        "run",
+        "Start an instance: the image's runscript in the background",
+    ),
+    ("list", "List running instances"),
+    ("stop", "Stop instances"),
+    ("stats", "Show what instances use"),
+    ("logs", "Show what an instance's service said"),
+    (
+        "wait",
+        "Wait until an instance's service is ready, or its script has ended",
+    ),
+    ("inspect", "Show all that is known of an instance"),
+    ("unit", "Print a systemd unit for an instance"),
+];
+
+/// Runs `instance WORDS…`.
+///
+/// # Errors
+/// [`Usage`] for a wrong command line; anything else is fatal.
+pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
+    let verb = words.first().and_then(|w| w.to_str()).unwrap_or_default();
+    let rest = words.get(1..).unwrap_or_default();
+    match verb {
+        "start" | "run" => start::run(verb, rest),
+        "list" => list::list(&super::parse("instance list", rest)?),
+        "stop" => list::stop(&super::parse("instance stop", rest)?),
+        "stats" => watch::stats(&super::parse("instance stats", rest)?),
+        "logs" => watch::logs(&super::parse("instance logs", rest)?),
+        "wait" => watch::wait(&super::parse("instance wait", rest)?),
+        "inspect" => watch::inspect(&super::parse("instance inspect", rest)?),
+        "unit" => unit::run(rest),
+        "" | "help" | "--help" | "-h" => {
+            print_usage(persona);
+            Ok(if verb.is_empty() {
+                exit::USAGE
+            } else {
+                exit::OK
+            })
+        }
+        other => {
+            print_usage(persona);
+            Err(Usage {
+                command: "instance".into(),
+                text: format!("unknown command {other:?}"),
+            }
+            .into())
+        }
+    }
+}
+
+fn print_usage(persona: Persona) {
+    let program = super::program(persona);
+    println!(
+        "Manage containers running as services\n\nUsage:\n  {program} instance <command>\n\nAvailable Commands:"
+    );
+    for (name, about) in COMMANDS {
+        println!("  {name:<10}{about}");
+    }
+    println!("\nRun '{program} instance <command> --help' for the options of a command.");
+}
+
+/// Says that a command found no instance: a wrong command line, as clients expect it.
+fn none_found(command: &str) -> anyhow::Error {
+    Usage {
+        command: command.into(),
+        text: "no instance found".into(),
+    }
+    .into()
+}
+
+/// `-u USER` of the peers: everybody sees their own.
+fn check_user(user: Option<&str>, host: &Host) -> Result<()> {
+    if user.is_some_and(|user| user != host.user.name) {
+        anyhow::bail!(
+            "Only root user can list user's instances, and capsid keeps those of each user to themselves: become that user"
+        );
+    }
+    Ok(())
+}
+
+/// The instance that a command names, running or not.
+fn record_of(name: &str, host: &Host) -> Result<crate::instance::Record> {
+    let registry = crate::instance::Registry::open(host)?;
+    if let Some(record) = registry.find_any(name) {
+        return Ok(record);
+    }
+    let usual = crate::instance::logs::directory(host, registry.job.as_deref());
+    [usual, registry.path().join("logs")]
+        .iter()
+        .find_map(|directory| crate::instance::logs::last_end(directory, name))
+        .ok_or_else(|| anyhow::anyhow!("no instance found with name {name}"))
+}
+
+/// Prints JSON as the peers do: indented by tabs.
+fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    let mut text = Vec::new();
+    let form = serde_json::ser::PrettyFormatter::with_indent(b"\t");
+    let mut serializer = serde_json::Serializer::with_formatter(&mut text, form);
+    value.serialize(&mut serializer)?;
+    println!("{}", String::from_utf8_lossy(&text));
+    Ok(())
+}
+
+/// Prints a table as the peers do: each column as wide as its widest field, and four blanks.
+fn print_table(rows: &[Vec<String>]) {
+    let columns = rows.first().map_or(0, Vec::len);
+    let widths: Vec<usize> = (0..columns)
+        .map(|n| rows.iter().map(|r| r[n].chars().count()).max().unwrap_or(0))
+        .collect();
+    for row in rows {
+        let line: String = row
+            .iter()
+            .zip(&widths)
+            .map(|(field, width)| format!("{:<1$}    ", say::printable(field), width))
+            .collect();
+        println!("{}", line.trim_end());
+    }
+}

@@ -1,0 +1,334 @@
+//! `instance start` and `instance run`.
+
+use std::ffi::OsString;
+use std::net::ToSocketAddrs as _;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::cmd::flags::StartArgs;
+use crate::cmd::{Usage, action};
+use crate::engine::network::{self, Network};
+use crate::host::{Host, normalise};
+use crate::instance::monitor::{self, Message, Report, Spec};
+use crate::instance::{Container, Record, Registry, Script, control, logs, now_s};
+use crate::plan::service::{Ready, is_name, parse_port, parse_restart};
+use crate::plan::{self, Service, limits};
+use crate::proc;
+use crate::{exit, image, say};
+
+/// Starts an instance; `verb` is `start` or `run`.
+///
+/// # Errors
+/// When it cannot be started, or is not ready in time.
+pub fn run(verb: &str, words: &[OsString]) -> Result<u8> {
+    let host = Host::read()?;
+    let command = format!("instance {verb}");
+    let (mut args, words) = crate::cmd::parse_with_image::<StartArgs>(&command, words, &host, 2)?;
+    let mut words = words.into_iter();
+    args.action.image = words.next().unwrap_or_default();
+    let name = words.next().unwrap_or_default();
+    args.action.rest = words.collect();
+    start(verb, &name.to_string_lossy(), args, host)
+}
+
+fn start(verb: &str, name: &str, args: StartArgs, host: Host) -> Result<u8> {
+    refuse(name, &args)?;
+    let patience = args.wait.as_deref().map(seconds).transpose()?;
+    let action = &args.action;
+    let path = action::image_path(&action.image, &host)?;
+    let image = image::open(&path)?;
+    let facts = image.facts();
+    image::check_arch(facts.arch.as_deref(), host.arch)?;
+    let registry = Registry::open(&host)?;
+    let network = network(&args, &registry)?;
+    let service = service(&args, network.is_some())?;
+    let mut request = action::request(if verb == "run" { "run" } else { "start" }, action, &host)?;
+    request.instance = Some(name.to_owned());
+    request.namespaces.pid = true;
+    request.namespaces.net |= network.is_some();
+    request.close_descriptors = true;
+    if network.is_some() && request.dns.is_empty() {
+        request.dns = vec![network::NAME_SERVER.into()];
+    }
+    let groups = host.groups();
+    let planned = plan::plan(&request, &host, &facts, image.root(), &groups)?;
+    drop(image);
+    for warning in &planned.warnings {
+        say::warn(format_args!("{warning}"));
+    }
+    for info in &planned.infos {
+        say::info(format_args!("{info}"));
+    }
+    let record = record(
+        verb,
+        name,
+        &args,
+        &host,
+        &registry,
+        &planned.plan,
+        &service,
+        &facts.path,
+    );
+    let spec = Spec {
+        plan: &planned.plan,
+        service: &service,
+        record,
+        log_limit: match args.log_size.as_deref() {
+            None => logs::DEFAULT_SIZE,
+            Some("0") => 0,
+            Some(text) => limits::size(text).context("--log-size")?,
+        },
+        network,
+        limits: action::limits(action, &host)?,
+        policy: action::limits_policy(&host)?,
+        xdg: host.var("XDG_RUNTIME_DIR"),
+        awaited: patience.is_some() && service.ready.is_declared(),
+        foreground: args.foreground,
+    };
+    if args.foreground {
+        return in_foreground(&registry, spec, &host);
+    }
+    let report = monitor::start(&registry, spec)?;
+    await_start(name, &report, &registry, &service, patience)
+}
+
+fn refuse(name: &str, args: &StartArgs) -> Result<()> {
+    if !is_name(name) {
+        bail!(
+            "{name:?} is not a valid instance name: use 1 to 64 of A-Z a-z 0-9 _ . - (not . or .., and no dash in front)"
+        );
+    }
+    if args.boot {
+        bail!(
+            "Could not configure --boot: --boot requires root privileges, and starts an init system, which is not supported"
+        );
+    }
+    for (used, option) in [
+        (args.dmtcp_launch.is_some(), "--dmtcp-launch"),
+        (args.dmtcp_restart.is_some(), "--dmtcp-restart"),
+    ] {
+        if used {
+            bail!("{option} is not supported: checkpoints are not");
+        }
+    }
+    if let Some(refusal) = args.action.refusal(true) {
+        bail!("{} is not supported: {}", refusal.option, refusal.why);
+    }
+    Ok(())
+}
+
+fn seconds(text: &str) -> Result<Duration> {
+    match text.trim_end_matches('s').parse::<f64>() {
+        Ok(seconds) if (0.0..=1e9).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
+        _ => bail!("{text:?} is not a number of seconds"),
+    }
+}
+
+/// The connection to the outside: asked for by `--publish`, or by `--net` without `--network none`.
+fn network(args: &StartArgs, registry: &Registry) -> Result<Option<Network>> {
+    let action = &args.action;
+    let none = action.network.as_deref() == Some("none");
+    if !args.publish.is_empty() && (none || !action.net) {
+        bail!("--publish needs --net, and not --network none");
+    }
+    if let Some(other) = action.network.as_deref().filter(|n| *n != "none")
+        && action.net
+    {
+        bail!(
+            "--network {other} is not supported: leave it out for a network that is connected by pasta or slirp4netns, or use none"
+        );
+    }
+    if !action.net || none {
+        return Ok(None);
+    }
+    let publish: Vec<_> = args
+        .publish
+        .iter()
+        .map(|text| network::parse_publish(text))
+        .collect::<Result<_>>()?;
+    Network::find(publish, registry.path()).map(Some)
+}
+
+fn service(args: &StartArgs, connected: bool) -> Result<Service> {
+    let mut ready = Vec::new();
+    if let Some(text) = &args.ready_port {
+        let (host, port) = parse_port(text)?;
+        let addresses = match host {
+            // Resolved here: names mean what they mean outside.
+            Some(host) => (host, port)
+                .to_socket_addrs()
+                .with_context(|| format!("--ready-port {text:?}"))?
+                .collect(),
+            None => vec![
+                ([127, 0, 0, 1], port).into(),
+                ([0, 0, 0, 0, 0, 0, 0, 1], port).into(),
+            ],
+        };
+        ready.push(Ready::Port(addresses));
+    }
+    if let Some(path) = &args.ready_file {
+        ready.push(Ready::File(normalise(&Path::new("/").join(path))));
+    }
+    if let Some(pattern) = &args.ready_log {
+        if let Err(error) = regex_lite::Regex::new(pattern) {
+            bail!("--ready-log {pattern:?} is not a regular expression: {error}");
+        }
+        ready.push(Ready::Log(pattern.clone()));
+    }
+    if let Some(command) = &args.ready_cmd {
+        ready.push(Ready::Command(command.clone()));
+    }
+    if args.ready_notify {
+        ready.push(Ready::Notify);
+    }
+    if ready.len() > 1 {
+        bail!(
+            "give only one of --ready-port, --ready-file, --ready-log, --ready-cmd and --ready-notify"
+        );
+    }
+    Ok(Service {
+        restart: args
+            .restart
+            .as_deref()
+            .map(parse_restart)
+            .transpose()?
+            .unwrap_or_default(),
+        ready: ready.pop().unwrap_or_default(),
+        connected,
+        ends: args.foreground,
+    })
+}
+
+#[allow(clippy::too_many_arguments)] // all that a record says comes together here
+fn record(
+    verb: &str,
+    name: &str,
+    args: &StartArgs,
+    host: &Host,
+    registry: &Registry,
+    plan: &plan::Plan,
+    service: &Service,
+    image: &Path,
+) -> Record {
+    let directory = logs::directory(host, registry.job.as_deref());
+    let action = &args.action;
+    let binds = plan.mounts.iter().filter(|m| m.why == plan::Why::Bind);
+    Record {
+        name: name.to_owned(),
+        user: host.user.name.clone(),
+        host: logs::node_name(),
+        boot: proc::boot_id(),
+        job: registry.job.clone(),
+        image: image.to_owned(),
+        verb: verb.to_owned(),
+        args: action
+            .rest
+            .iter()
+            .map(|a| a.to_string_lossy().into_owned())
+            .collect(),
+        created_s: now_s(),
+        ended_s: None,
+        monitor: proc::Id { pid: 0, start: 0 },
+        init: None,
+        ip: None,
+        log_err: directory.join(format!("{name}.err")),
+        log_out: directory.join(format!("{name}.out")),
+        pid_file: args.pid_file.as_ref().map(|p| normalise(&host.cwd.join(p))),
+        container: Container {
+            ids: plan.ids,
+            namespaces: plan.namespaces,
+            home: plan.process.home.clone(),
+            home_moved: action.home.is_some(),
+            contained: action.contain || action.containall || action.compat,
+            binds: binds
+                .map(|m| m.target.to_string_lossy().into_owned())
+                .collect(),
+        },
+        script: Script::default(),
+        restart: service.restart,
+        ready_when: service.ready.clone(),
+        awaited: args.wait.is_some(),
+        cgroup: None,
+    }
+}
+
+fn await_start(
+    name: &str,
+    report: &Report,
+    registry: &Registry,
+    service: &Service,
+    patience: Option<Duration>,
+) -> Result<u8> {
+    match report.next(None)? {
+        Some(Message::Failed(text)) => bail!("{text}"),
+        _ => say::info(format_args!("instance started successfully")),
+    }
+    let Some(patience) = patience.filter(|_| service.ready.is_declared()) else {
+        return Ok(exit::OK);
+    };
+    match report.next(Some(Instant::now() + patience))? {
+        Some(Message::Failed(text)) => bail!("{text}"),
+        Some(_) => {
+            say::info(format_args!("instance {name} is ready"));
+            Ok(exit::OK)
+        }
+        None => {
+            if let Some(record) = registry.find_any(name) {
+                let stop = control::Stop {
+                    signal: None,
+                    patience: Duration::from_secs(5),
+                    force: false,
+                };
+                control::finish(registry, control::begin(record, &stop), stop.patience)?;
+            }
+            bail!(
+                "instance {name} was not ready after {} s and has been stopped: see capsid instance logs {name}, or give --wait more seconds",
+                patience.as_secs_f64()
+            )
+        }
+    }
+}
+
+/// The caller's process is the monitor, and tells the service manager that started it, if one did.
+fn in_foreground(registry: &Registry, spec: Spec, host: &Host) -> Result<u8> {
+    let notify = host.var("NOTIFY_SOCKET").map(OsString::from);
+    let declared = spec.service.ready.is_declared();
+    let tell = move |message: &Message| {
+        let ready = match message {
+            Message::Started => !declared,
+            Message::Ready => true,
+            Message::Failed(_) => false,
+        };
+        if ready && let Some(socket) = &notify {
+            // A manager that does not listen will give us up by itself.
+            let _ = notify_manager(socket);
+        }
+    };
+    monitor::run(registry, spec, &tell)
+}
+
+/// `sd_notify(3)`: a datagram to the manager's socket.
+fn notify_manager(socket: &std::ffi::OsStr) -> std::io::Result<()> {
+    use std::os::linux::net::SocketAddrExt as _;
+    use std::os::unix::ffi::OsStrExt as _;
+    use std::os::unix::net::{SocketAddr, UnixDatagram};
+    let address = match socket.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name)?,
+        None => SocketAddr::from_pathname(socket)?,
+    };
+    let text = format!("READY=1\nMAINPID={}", std::process::id());
+    UnixDatagram::unbound()?
+        .send_to_addr(text.as_bytes(), &address)
+        .map(drop)
+}
+
+/// A usage error of `instance`.
+pub fn usage(command: &str, text: impl Into<String>) -> anyhow::Error {
+    Usage {
+        command: command.into(),
+        text: text.into(),
+    }
+    .into()
+}

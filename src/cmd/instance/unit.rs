@@ -1,0 +1,113 @@
+//! `instance unit`: a systemd unit that keeps an instance.
+
+use std::ffi::OsString;
+
+use anyhow::{Context, Result, bail};
+
+use crate::cmd::action;
+use crate::cmd::flags::StartArgs;
+use crate::exit;
+use crate::host::Host;
+use crate::plan::service::is_name;
+
+/// Options of `instance unit`; all of `instance start` follow it into the unit.
+#[derive(clap::Args, Debug)]
+pub struct UnitArgs {
+    /// A unit for the system's manager, which runs the instance as the present user
+    #[arg(long, help_heading = "Unit")]
+    pub system: bool,
+    /// Run the image's runscript instead of its startscript
+    #[arg(long, help_heading = "Unit")]
+    pub run: bool,
+    #[command(flatten)]
+    /// What `instance start` takes
+    pub start: StartArgs,
+}
+
+/// Prints the unit.
+///
+/// # Errors
+/// For a name that none can have.
+pub fn run(words: &[OsString]) -> Result<u8> {
+    let host = Host::read()?;
+    let (args, rest) = crate::cmd::parse_with_image::<UnitArgs>("instance unit", words, &host, 2)?;
+    let name = rest[1].to_string_lossy().into_owned();
+    if !is_name(&name) {
+        bail!("{name:?} is not a valid instance name");
+    }
+    let options = &words[..words.len() - rest.len()];
+    let own = ["--system", "--run", "--foreground", "--"];
+    let options = options.iter().filter(|w| !own.iter().any(|o| *w == *o));
+    let program = std::env::current_exe().context("cannot tell where this program is")?;
+    let image = action::image_path(&rest[0], &host)?;
+    let verb = if args.run { "run" } else { "start" };
+    let mut start: Vec<String> = [
+        program.as_os_str(),
+        "instance".as_ref(),
+        verb.as_ref(),
+        "--foreground".as_ref(),
+    ]
+    .into_iter()
+    .map(quoted)
+    .collect();
+    start.extend(options.map(|w| quoted(w)));
+    start.push(quoted(image.as_os_str()));
+    start.push(quoted(name.as_ref()));
+    start.extend(rest[2..].iter().map(|w| quoted(w)));
+    let stop = [
+        program.as_os_str(),
+        "instance".as_ref(),
+        "stop".as_ref(),
+        name.as_ref(),
+    ];
+    let stop: Vec<String> = stop.into_iter().map(quoted).collect();
+    let place = if args.system {
+        format!("/etc/systemd/system/{name}.service, then: systemctl enable --now {name}")
+    } else {
+        format!(
+            "~/.config/systemd/user/{name}.service, then: systemctl --user enable --now {name} (and loginctl enable-linger, to run without a login)"
+        )
+    };
+    println!("# {place}");
+    println!("[Unit]\nDescription=Instance {name} of {}", image.display());
+    if args.system {
+        println!("Wants=network-online.target\nAfter=network-online.target");
+    }
+    println!("\n[Service]\nType=notify\nNotifyAccess=main");
+    if args.system {
+        let uid = host.uid;
+        println!("User={}", host.user.name);
+        println!("# State of instances lies in the user's runtime directory.");
+        println!("Environment=XDG_RUNTIME_DIR=/run/user/{uid}");
+        println!("Wants=user-runtime-dir@{uid}.service\nAfter=user-runtime-dir@{uid}.service");
+    }
+    println!("WorkingDirectory={}", quoted(host.cwd.as_os_str()));
+    println!("ExecStart={}", start.join(" "));
+    println!("ExecStop={}", stop.join(" "));
+    println!("Restart=on-failure\nTimeoutStopSec=30\nDelegate=yes");
+    println!(
+        "\n[Install]\nWantedBy={}",
+        if args.system {
+            "multi-user.target"
+        } else {
+            "default.target"
+        }
+    );
+    Ok(exit::OK)
+}
+
+/// A word of a command line in a unit (`systemd.service(5)`): quoted where needed, specifiers and variables escaped.
+fn quoted(word: &std::ffi::OsStr) -> String {
+    let text = word.to_string_lossy();
+    let escaped = text
+        .replace('\\', "\\\\")
+        .replace('"', "\\\"")
+        .replace('%', "%%")
+        .replace('$', "$$")
+        .replace('\n', "\\n");
+    if escaped.is_empty() || escaped.contains([' ', '\t', '\'', ';', '"', '\\']) {
+        format!("\"{escaped}\"")
+    } else {
+        escaped
+    }
+}

@@ -1,0 +1,574 @@
+//! The process that looks after an instance: it starts the container, writes down what the service says, keeps the
+//! record true, and tidies up.
+//!
+//! It is the parent of the container's process 1, which dies with it; when process 1 ends, however, the monitor ends too.
+//! It stays in the host's namespaces and holds nothing of the caller's.
+
+use std::ffi::OsStr;
+use std::io::Write as _;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use regex_lite::Regex;
+use serde::{Deserialize, Serialize};
+
+use super::logs::{self, Log};
+use super::{Record, Registry, State, now_s};
+use crate::engine::background::{self, Background, Event, Streams};
+use crate::engine::sys::{self, Fork};
+use crate::engine::{cgroup, init, network, wire};
+use crate::plan::limits::Policy;
+use crate::plan::{Plan, Service};
+use crate::proc::Id;
+use crate::say;
+
+/// Bytes that a pipe of output gives at once.
+const CHUNK: usize = 16 << 10;
+/// How long what an ended container said last is waited for.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// What is to be started.
+pub struct Spec<'a> {
+    /// The container.
+    pub plan: &'a Plan,
+    /// How the script is looked after.
+    pub service: &'a Service,
+    /// The record as far as it is known.
+    pub record: Record,
+    /// Size at which logs are turned over, bytes; 0 for never.
+    pub log_limit: u64,
+    /// Its network's connections to the outside.
+    pub network: Option<network::Network>,
+    /// Its limits.
+    pub limits: cgroup::Limits,
+    /// What to do with those that cannot be enforced.
+    pub policy: Policy,
+    /// `$XDG_RUNTIME_DIR`.
+    pub xdg: Option<&'a OsStr>,
+    /// The start waits until the service is ready: one that never will be is not left running.
+    pub awaited: bool,
+    /// The instance stays the caller's child, shows what its service says, and ends with it.
+    pub foreground: bool,
+}
+
+/// What the monitor tells the one who starts the instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Message {
+    /// The script has been executed.
+    Started,
+    /// The service is ready.
+    Ready,
+    /// There is no such instance, for this reason.
+    Failed(String),
+}
+
+/// Where the monitor's messages arrive.
+pub struct Report(OwnedFd);
+
+impl Report {
+    /// Waits for the next message; `None` at the deadline.
+    ///
+    /// # Errors
+    /// When the monitor has been killed.
+    pub fn next(&self, deadline: Option<Instant>) -> Result<Option<Message>> {
+        loop {
+            let left = deadline.map_or(PollTimeout::NONE, |at| {
+                let left = at.saturating_duration_since(Instant::now());
+                PollTimeout::try_from(left.as_micros().div_ceil(1000)).unwrap_or(PollTimeout::MAX)
+            });
+            let mut set = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut set, left) {
+                Ok(0) if deadline.is_some_and(|at| at <= Instant::now()) => return Ok(None),
+                Ok(0) | Err(nix::Error::EINTR) => continue,
+                _ => {}
+            }
+            let (bytes, _) =
+                wire::receive(self.0.as_fd()).context("cannot hear from the instance's monitor")?;
+            if bytes.is_empty() {
+                bail!("the instance's monitor was killed");
+            }
+            return Ok(Some(
+                serde_json::from_slice(&bytes).context("what the instance's monitor says")?,
+            ));
+        }
+    }
+}
+
+/// Starts the monitor of an instance as a process of its own.
+///
+/// # Errors
+/// When no process can be made. What goes wrong later is a [`Message::Failed`].
+pub fn start(registry: &Registry, spec: Spec) -> Result<Report> {
+    let (ours, theirs) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .context("cannot create a socket")?;
+    match sys::fork()? {
+        Fork::Parent(_) => Ok(Report(ours)),
+        Fork::Child => {
+            drop(ours);
+            let mut keep = [theirs.as_raw_fd(), registry.directory.fd().as_raw_fd()];
+            keep.sort_unstable();
+            sys::close_all_but(&keep);
+            let tell = |message: &Message| {
+                // The one who started us may be gone; the instance stays.
+                let text = serde_json::to_vec(message).unwrap_or_default();
+                let _ = wire::send(theirs.as_fd(), &text, &[]);
+            };
+            if let Err(error) = detach().and_then(|()| run(registry, spec, &tell).map(drop)) {
+                tell(&Message::Failed(format!("{error:#}")));
+            }
+            sys::exit_now(0)
+        }
+    }
+}
+
+fn detach() -> Result<()> {
+    nix::unistd::setsid().context("cannot create a session")?;
+    sys::ignore_signals(&[
+        Signal::SIGHUP,
+        Signal::SIGINT,
+        Signal::SIGQUIT,
+        Signal::SIGPIPE,
+        Signal::SIGUSR1,
+        Signal::SIGUSR2,
+    ]);
+    Ok(())
+}
+
+/// Looks after an instance until it has ended. Gives the status of its script.
+///
+/// # Errors
+/// When it cannot be started, or its service ended before it was ready.
+pub fn run(registry: &Registry, mut spec: Spec, tell: &dyn Fn(&Message)) -> Result<u8> {
+    let stops = [libc::SIGTERM].into_iter().chain(
+        [libc::SIGINT, libc::SIGHUP, libc::SIGQUIT]
+            .into_iter()
+            .filter(|_| spec.foreground),
+    );
+    let stops = sys::signal_set(stops);
+    stops.thread_block().context("cannot block signals")?;
+    let signals = SignalFd::with_flags(&stops, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
+        .context("cannot watch signals")?;
+    spec.record.monitor = Id::own().context("cannot read /proc/self/stat: is /proc mounted?")?;
+    sys::set_title(&format!(
+        "capsid-instance: {} [{}]",
+        spec.record.user, spec.record.name
+    ));
+    registry.claim(&spec.record)?;
+    let mut monitor = Monitor {
+        registry,
+        service: spec.service,
+        tell,
+        awaited: spec.awaited,
+        foreground: spec.foreground,
+        container: None,
+        network: spec.network.take(),
+        helper: None,
+        pattern: None,
+        lines: [Vec::new(), Vec::new()],
+        said: Vec::new(),
+        failure: None,
+        started: false,
+        stop_asked: false,
+        ooms: 0,
+        record: spec.record.clone(),
+    };
+    let done = monitor.live(&spec, &signals);
+    monitor.tidy_up();
+    done?;
+    Ok(monitor.record.exit_status())
+}
+
+struct Monitor<'a> {
+    registry: &'a Registry,
+    service: &'a Service,
+    tell: &'a dyn Fn(&Message),
+    awaited: bool,
+    foreground: bool,
+    record: Record,
+    container: Option<Background>,
+    network: Option<network::Network>,
+    helper: Option<network::Helper>,
+    pattern: Option<Regex>,
+    /// The unfinished last line of each stream, for the pattern.
+    lines: [Vec<u8>; 2],
+    /// The end of what the service said to standard error.
+    said: Vec<u8>,
+    /// Why the instance is no good.
+    failure: Option<String>,
+    started: bool,
+    stop_asked: bool,
+    /// How often the kernel had killed for memory in our cgroup when the script began.
+    ooms: u64,
+}
+
+impl Monitor<'_> {
+    fn live(&mut self, spec: &Spec, signals: &SignalFd) -> Result<()> {
+        let mut logs = self.open_logs(spec.log_limit)?;
+        if let crate::plan::service::Ready::Log(pattern) = &spec.service.ready {
+            self.pattern = Some(Regex::new(pattern).map_err(|e| anyhow!("--ready-log: {e}"))?);
+        }
+        self.record.cgroup = cgroup::apply(&spec.limits, spec.policy, &self.record.name)?;
+        let pipe = || {
+            rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+                .context("cannot create a pipe")
+        };
+        let ((out, out_end), (err, err_end)) = (pipe()?, pipe()?);
+        let streams = Streams {
+            out: out_end,
+            err: err_end,
+        };
+        let container = background::start(spec.plan, spec.service, streams, spec.xdg)?;
+        self.record.init = Id::of(container.pid);
+        self.container = Some(container);
+        if !self.foreground {
+            sys::detach_standard_descriptors();
+        }
+        self.registry.save(&self.record)?;
+        self.write_pid_file()?;
+        let watched = self.watch(&[out, err], &mut logs, signals);
+        match self.failure.take() {
+            Some(failure) => bail!("{failure}"),
+            None => watched,
+        }
+    }
+
+    fn open_logs(&mut self, limit: u64) -> Result<[Log; 2]> {
+        let directory = self
+            .record
+            .log_err
+            .parent()
+            .unwrap_or(Path::new("/"))
+            .to_owned();
+        let open = |record: &Record| -> std::io::Result<[Log; 2]> {
+            logs::create(record.log_err.parent().unwrap_or(Path::new("/")))?;
+            Ok([
+                Log::open(record.log_out.clone(), limit)?,
+                Log::open(record.log_err.clone(), limit)?,
+            ])
+        };
+        let error = match open(&self.record) {
+            Ok(logs) => return Ok(logs),
+            Err(error) => error,
+        };
+        let instead = self.registry.path().join("logs");
+        say::warn(format_args!(
+            "cannot write logs in {} ({}): they are in {} instead, which ends with this login or reboot",
+            directory.display(),
+            say::plain(&error.to_string()),
+            instead.display()
+        ));
+        for path in [&mut self.record.log_out, &mut self.record.log_err] {
+            *path = instead.join(path.file_name().unwrap_or_default());
+        }
+        open(&self.record)
+            .with_context(|| format!("cannot write logs in {} either", instead.display()))
+    }
+
+    /// Waits for whatever happens until process 1 has ended.
+    fn watch(
+        &mut self,
+        pipes: &[OwnedFd; 2],
+        logs: &mut [Log; 2],
+        signals: &SignalFd,
+    ) -> Result<()> {
+        let mut open = [true, true];
+        let mut deadline = None;
+        while open != [false, false] || deadline.is_none() {
+            let Some(container) = &self.container else {
+                return Ok(());
+            };
+            let timeout = deadline.map_or(PollTimeout::NONE, |at: Instant| {
+                let left = at.saturating_duration_since(Instant::now());
+                PollTimeout::try_from(left.as_millis()).unwrap_or(PollTimeout::MAX)
+            });
+            let mut set = vec![
+                PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+                PollFd::new(container.held.as_fd(), PollFlags::POLLIN),
+                PollFd::new(container.control.as_fd(), PollFlags::POLLIN),
+            ];
+            if deadline.is_some() {
+                set.truncate(0);
+            }
+            let fixed = set.len();
+            let readable = [0, 1].into_iter().filter(|n| open[*n]);
+            set.extend(readable.map(|n| PollFd::new(pipes[n].as_fd(), PollFlags::POLLIN)));
+            let lives = set.len();
+            if deadline.is_none() {
+                let life = container.lives.iter();
+                set.extend(life.map(|fd| PollFd::new(fd.as_fd(), PollFlags::empty())));
+            }
+            match poll(&mut set, timeout) {
+                Ok(0) if deadline.is_some() => return Ok(()),
+                Ok(_) | Err(nix::Error::EINTR) => {}
+                Err(error) => return Err(error).context("cannot wait for the instance"),
+            }
+            let happened: Vec<bool> = set.iter().map(|p| p.any().unwrap_or(false)).collect();
+            let streams: Vec<usize> = [0, 1].into_iter().filter(|n| open[*n]).collect();
+            for (stream, ready) in streams.into_iter().zip(&happened[fixed..lives]) {
+                if *ready {
+                    open[stream] = self.log(&pipes[stream], stream, &mut logs[stream]);
+                }
+            }
+            if deadline.is_some() {
+                continue;
+            }
+            if happened[2] && !self.heard() && !happened[1] {
+                self.fail("process 1 of the container is out of order");
+            }
+            if happened[lives..].contains(&true) {
+                self.fail("the image server was killed");
+            }
+            if happened[0] {
+                while let Ok(Some(_)) = signals.read_signal() {}
+                self.ask_to_stop();
+            }
+            if happened[1] {
+                while self.heard() {}
+                // Nobody writes any more; what is in the pipes is read to its end.
+                deadline = Some(Instant::now() + LAST_WORDS);
+            }
+        }
+        Ok(())
+    }
+
+    /// Copies what a service said to its log. False at the end.
+    fn log(&mut self, pipe: &OwnedFd, stream: usize, log: &mut Log) -> bool {
+        let mut bytes = vec![0; CHUNK];
+        let len = match rustix::io::read(pipe, &mut bytes) {
+            Ok(0) => return false,
+            Ok(len) => len,
+            Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => return true,
+            Err(_) => return false,
+        };
+        let bytes = &bytes[..len];
+        log.write(bytes);
+        if self.foreground {
+            // Nobody is left to tell when nobody listens.
+            let _ = match stream {
+                0 => std::io::stdout()
+                    .write_all(bytes)
+                    .and_then(|()| std::io::stdout().flush()),
+                _ => std::io::stderr().write_all(bytes),
+            };
+        }
+        if stream == 1 && !self.record.script.ready {
+            self.said.extend_from_slice(bytes);
+            let surplus = self.said.len().saturating_sub(2000);
+            self.said.drain(..surplus);
+        }
+        self.look_for_pattern(bytes, stream);
+        true
+    }
+
+    fn look_for_pattern(&mut self, bytes: &[u8], stream: usize) {
+        let Some(pattern) = &self.pattern else { return };
+        let line = &mut self.lines[stream];
+        for part in bytes.split_inclusive(|b| *b == b'\n') {
+            line.extend_from_slice(part);
+            let text = String::from_utf8_lossy(line.strip_suffix(b"\n").unwrap_or(line));
+            if pattern.is_match(&text) {
+                self.pattern = None;
+                self.lines = [Vec::new(), Vec::new()];
+                return self.service_is_ready();
+            }
+            if part.ends_with(b"\n") || line.len() > CHUNK {
+                line.clear();
+            }
+        }
+    }
+
+    /// Takes one event from process 1. False when there is none.
+    fn heard(&mut self) -> bool {
+        let Some(container) = &self.container else {
+            return false;
+        };
+        let Some((event, _)) = background::hear(&container.control) else {
+            return false;
+        };
+        match event {
+            Event::Born(_) => {}
+            Event::Unconnected => self.connect(),
+            Event::Running => {
+                self.ooms = cgroup::oom_kills();
+                let script = &mut self.record.script;
+                if script.state == State::Restarting {
+                    script.restarts += 1;
+                }
+                script.state = State::Running;
+                script.started_s = Some(now_s());
+                self.has_started();
+            }
+            Event::Idle => {
+                self.record.script.state = State::None;
+                self.has_started();
+            }
+            Event::Failed(text) => self.failure = Some(text),
+            Event::Exited {
+                status,
+                signal,
+                again,
+            } => self.script_ended(status, signal, again),
+            Event::Ready => self.service_is_ready(),
+        }
+        self.save();
+        true
+    }
+
+    fn save(&self) {
+        if let Err(error) = self.registry.save(&self.record) {
+            // The old record still names the right processes.
+            say::verbose(format_args!("{error:#}"));
+        }
+    }
+
+    fn has_started(&mut self) {
+        if !self.service.ready.is_declared() {
+            self.record.script.ready = true;
+        }
+        if !self.started {
+            self.started = true;
+            self.save();
+            (self.tell)(&Message::Started);
+        }
+    }
+
+    fn service_is_ready(&mut self) {
+        if !self.record.script.ready {
+            self.record.script.ready = true;
+            self.save();
+            (self.tell)(&Message::Ready);
+        }
+    }
+
+    fn script_ended(&mut self, status: Option<u8>, signal: Option<i32>, again: bool) {
+        let script = &mut self.record.script;
+        script.state = if again {
+            State::Restarting
+        } else {
+            State::Exited
+        };
+        (script.status, script.signal) = (status, signal);
+        script.ended_s = Some(now_s());
+        script.oom = signal == Some(libc::SIGKILL) && cgroup::oom_kills() > self.ooms;
+        let ended_well = status == Some(0);
+        // A daemon may stay behind when its script has ended well.
+        if self.awaited && !script.ready && !again && !ended_well && !self.stop_asked {
+            let how = match (status, signal) {
+                (Some(status), _) => format!("status {status}"),
+                (_, Some(signal)) => format!("signal {signal}"),
+                _ => "an unknown status".into(),
+            };
+            let said = String::from_utf8_lossy(&self.said)
+                .trim()
+                .replace('\n', " | ");
+            let said = if said.is_empty() {
+                format!("see capsid instance logs {}", self.record.name)
+            } else {
+                format!("it said: {said}")
+            };
+            self.fail(&format!(
+                "the script of instance {} ended with {how} before the service was ready; {said}",
+                self.record.name
+            ));
+        }
+    }
+
+    /// Connects the container's network to the outside, and lets it go on.
+    fn connect(&mut self) {
+        let connected = match (&self.network, &self.container) {
+            (Some(network), Some(container)) => {
+                network::connect(network, container.pid).map(|helper| {
+                    // Process 1 waits for any word; when it has ended, that is noticed otherwise.
+                    let _ = wire::send(container.control.as_fd(), b"go", &[]);
+                    helper
+                })
+            }
+            _ => Err(anyhow!("process 1 of the container is out of order")),
+        };
+        match connected {
+            Ok(helper) => {
+                self.record.ip = Some(network::ADDRESS.into());
+                self.helper = Some(helper);
+            }
+            Err(error) => self.fail(&format!("{error:#}")),
+        }
+    }
+
+    fn ask_to_stop(&mut self) {
+        self.stop_asked = true;
+        if let Some(container) = &self.container {
+            let value = init::stop_value(Some(Signal::SIGTERM));
+            // It may be ending just now.
+            let _ = sys::queue_signal(&container.held, sys::STOP_SIGNAL, value);
+        }
+    }
+
+    /// The instance is no good: it goes at once.
+    fn fail(&mut self, why: &str) {
+        if self.failure.is_none() {
+            self.failure = Some(why.to_owned());
+        }
+        if let Some(container) = &self.container {
+            container.held.signal(rustix::process::Signal::KILL);
+        }
+    }
+
+    fn write_pid_file(&mut self) -> Result<()> {
+        let (Some(path), Some(init)) = (&self.record.pid_file, self.record.init) else {
+            return Ok(());
+        };
+        let write = || -> std::io::Result<()> {
+            // Beside it under a name that nobody can guess, then into its place: no link is followed.
+            let draft = path.with_added_extension(uuid::Uuid::new_v4().simple().to_string());
+            let mut file = std::fs::File::options()
+                .write(true)
+                .create_new(true)
+                .mode(0o644)
+                .open(&draft)?;
+            writeln!(file, "{}", init.pid)?;
+            std::fs::rename(&draft, path).inspect_err(|_| {
+                let _ = std::fs::remove_file(&draft);
+            })
+        };
+        write().with_context(|| format!("cannot write {} (--pid-file)", path.display()))
+    }
+
+    /// Ends what is left, keeps the record of the end with the logs, and gives the name free.
+    fn tidy_up(&mut self) {
+        self.helper = None;
+        if let Some(container) = self.container.take() {
+            container.held.signal(rustix::process::Signal::KILL);
+            while nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(container.pid), None)
+                == Err(nix::Error::EINTR)
+            {}
+        }
+        if let (Some(path), Some(init)) = (&self.record.pid_file, self.record.init)
+            && std::fs::read_to_string(path).is_ok_and(|t| t.trim() == init.pid.to_string())
+        {
+            let _ = std::fs::remove_file(path);
+        }
+        self.record.ended_s = Some(now_s());
+        if self.started {
+            if matches!(self.record.script.state, State::Running | State::Restarting) {
+                self.record.script.state = State::Exited;
+                self.record.script.signal = self.record.script.signal.or(Some(libc::SIGKILL));
+                self.record.script.ended_s = self.record.ended_s;
+            }
+            logs::keep_end(&self.record);
+        }
+        self.registry.remove(&self.record);
+        cgroup::remove(self.record.cgroup.as_deref());
+    }
+}
