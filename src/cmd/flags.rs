@@ -310,7 +310,7 @@ pub struct StartArgs {
     /// Stay in the foreground, show the output, and end with the script and its status
     #[arg(long, help_heading = "Service")]
     pub foreground: bool,
-    /// Lead a port of the host to one of the container: [ADDRESS:]HOST:CONTAINER[/udp]
+    /// Lead a port of the host to one of the container: [ADDRESS:]HOST:CONTAINER[/udp] (brings --net)
     #[arg(long, value_name = "SPEC", help_heading = "Service")]
     pub publish: Vec<String>,
     #[arg(long, hide = true)]

@@ -327,9 +327,9 @@ impl Init<'_> {
                 continue;
             }
             stop.told.push(pid);
-            let group = rustix::process::Pid::from_raw(pid)
-                .and_then(|p| rustix::process::getpgid(Some(p)).ok())
-                .map(|p| p.as_raw_nonzero().get());
+            let group = nix::unistd::getpgid(Some(Pid::from_raw(pid)))
+                .map(Pid::as_raw)
+                .ok();
             // A member of the script's group has just been told.
             if Some(pid) != main && (group != main || main.is_none()) {
                 send(pid, stop.signal_for(pid));

@@ -130,8 +130,10 @@ fn seconds(text: &str) -> Result<Duration> {
 fn network(args: &StartArgs, registry: &Registry) -> Result<Option<Network>> {
     let action = &args.action;
     let none = action.network.as_deref() == Some("none");
-    if !args.publish.is_empty() && (none || !action.net) {
-        bail!("--publish needs --net, and not --network none");
+    if !args.publish.is_empty() && none {
+        bail!(
+            "--publish needs a network with a connection to the outside: leave out --network none"
+        );
     }
     if let Some(other) = action.network.as_deref().filter(|n| *n != "none")
         && action.net
@@ -140,7 +142,7 @@ fn network(args: &StartArgs, registry: &Registry) -> Result<Option<Network>> {
             "--network {other} is not supported: leave it out for a network that is connected by pasta or slirp4netns, or use none"
         );
     }
-    if !action.net || none {
+    if none || !action.net && args.publish.is_empty() {
         return Ok(None);
     }
     let publish: Vec<_> = args
