@@ -35,6 +35,57 @@ fn tree(root: &Path) {
     std::fs::write(root.join("etc/group"), "").expect("group");
 }
 
+type Group<'a> = criterion::BenchmarkGroup<'a, criterion::measurement::WallTime>;
+
+/// Starting and stopping an idle instance, and stepping into one.
+fn instances(group: &mut Group, capsid: &str, squashfs: &str) {
+    let instance = |words: &[&str]| {
+        let words = [&["-s", "instance"], words].concat();
+        quiet(tool(capsid, &words).stderr(Stdio::null()));
+    };
+    instance(&["start", squashfs, "bench"]);
+    group.bench_function("capsid/instance/join", |b| {
+        b.iter(|| {
+            quiet(&mut tool(
+                capsid,
+                &["-q", "exec", "instance://bench", "/bin/true"],
+            ))
+        })
+    });
+    let mut count = 0;
+    let mut name = || {
+        count += 1;
+        format!("bench{count}")
+    };
+    group.bench_function("capsid/instance/start", |b| {
+        let mut last = String::new();
+        b.iter_batched(
+            || {
+                if !last.is_empty() {
+                    instance(&["stop", &last]);
+                }
+                last = name();
+                last.clone()
+            },
+            |name| instance(&["start", squashfs, &name]),
+            criterion::BatchSize::PerIteration,
+        );
+        instance(&["stop", &last]);
+    });
+    group.bench_function("capsid/instance/stop", |b| {
+        b.iter_batched(
+            || {
+                let name = name();
+                instance(&["start", squashfs, &name]);
+                name
+            },
+            |name| instance(&["stop", &name]),
+            criterion::BatchSize::PerIteration,
+        );
+    });
+    instance(&["stop", "bench"]);
+}
+
 fn start(c: &mut Criterion) {
     let dir = tempfile::tempdir().expect("a scratch directory");
     let root = dir.path().join("tree");
@@ -94,6 +145,7 @@ fn start(c: &mut Criterion) {
             criterion::BatchSize::PerIteration,
         );
     });
+    instances(&mut group, capsid, squashfs);
     group.bench_function("capsid/version", |b| {
         b.iter(|| quiet(tool(capsid, &["--version"]).stdout(Stdio::null())))
     });

@@ -34,6 +34,14 @@ fn help_texts() {
         golden(&format!("help-{command}"), &out.stdout);
         assert_eq!(env.run(["help", command]).stdout, out.stdout);
     }
+    for command in [
+        "start", "run", "list", "stop", "stats", "logs", "wait", "inspect", "unit",
+    ] {
+        let out = env.run(["instance", command, "--help"]);
+        assert_eq!(out.status, 0, "{out}");
+        golden(&format!("help-instance-{command}"), &out.stdout);
+    }
+    golden("help-instance", &env.run(["instance", "--help"]).stdout);
     golden("help", &env.run(["--help"]).stdout);
 }
 

@@ -19,8 +19,9 @@ use crate::{exit, metadir};
 pub struct DemoArgs {}
 
 /// What the image gets of the machine, beside the shell: what is there of it.
-const PROGRAMS: [&str; 5] = ["cat", "id", "ls", "uname", "true"];
+const PROGRAMS: [&str; 7] = ["cat", "id", "ls", "ps", "sleep", "true", "uname"];
 
+const STARTSCRIPT: &str = "#!/bin/sh\necho \"the service is up\"\nwhile :; do sleep 3600; done\n";
 const RUNSCRIPT: &str = "#!/bin/sh\necho \"This is the image's runscript; it got: $*\"\n";
 
 /// Makes an image of the machine's own shell, runs it, and removes it.
@@ -37,7 +38,9 @@ pub fn run(_args: &DemoArgs) -> Result<u8> {
         size >> 10,
         start.elapsed().as_millis()
     );
-    let shown: [&[&str]; 5] = [
+    let name = format!("demo-{}", std::process::id());
+    let joined = format!("instance://{name}");
+    let shown: [&[&str]; 9] = [
         &[
             "exec",
             "demo.sif",
@@ -64,10 +67,24 @@ pub fn run(_args: &DemoArgs) -> Result<u8> {
             "-c",
             "echo written > /new; cat /new; id -u",
         ],
+        &[
+            "instance",
+            "start",
+            "--ready-log",
+            "is up",
+            "--wait",
+            "demo.sif",
+            &name,
+        ],
+        &["exec", &joined, "sh", "-c", "echo inside, $$ is my number"],
+        &["instance", "logs", &name],
+        &["instance", "stop", &name],
     ];
+    let service = Service(&name);
     for words in shown {
         step(&scratch.0, words)?;
     }
+    drop(service);
     println!(
         "\nEverything works. The image is removed again; its server ends by itself in a few seconds."
     );
@@ -77,7 +94,7 @@ pub fn run(_args: &DemoArgs) -> Result<u8> {
 /// Runs ourselves, as the person would, and says how long it took.
 fn step(directory: &Path, words: &[&str]) -> Result<()> {
     let quoted = |w: &&str| {
-        if w.contains([' ', ';', '>']) {
+        if w.contains([' ', ';', '>', '$']) {
             format!("'{w}'")
         } else {
             (*w).to_owned()
@@ -99,6 +116,22 @@ fn step(directory: &Path, words: &[&str]) -> Result<()> {
     }
     println!("({:.1} ms)", start.elapsed().as_secs_f64() * 1000.0);
     Ok(())
+}
+
+/// The demo's instance, which ends with this value if it has not before.
+struct Service<'a>(&'a str);
+
+impl Drop for Service<'_> {
+    fn drop(&mut self) {
+        if let Ok(program) = std::env::current_exe() {
+            // It has usually ended, and there is nothing to stop.
+            let _ = Command::new(program)
+                .args(["-s", "instance", "stop", "-F", self.0])
+                .stdout(std::process::Stdio::null())
+                .stderr(std::process::Stdio::null())
+                .status();
+        }
+    }
 }
 
 /// A private directory that goes with this value.
@@ -127,6 +160,7 @@ fn make_image(scratch: &Path, image: &Path) -> Result<u64> {
         definition: "bootstrap: scratch\n".into(),
         environment: "export GREETING=hello".into(),
         runscript: Some(RUNSCRIPT.into()),
+        startscript: Some(STARTSCRIPT.into()),
         ..metadir::Contents::default()
     };
     metadir::write(&root, &contents)?;

@@ -9,7 +9,7 @@ use nix::sched::CloneFlags;
 use serde::Serialize;
 
 use crate::engine::sys::{self, Fork};
-use crate::engine::{rootfs, runtime, userns};
+use crate::engine::{cgroup, network, rootfs, runtime, userns};
 use crate::exit;
 use crate::host::Host;
 use crate::plan::IdMap;
@@ -85,7 +85,13 @@ pub fn run(args: &DoctorArgs) -> Result<u8> {
         let skipped = |check| Check::new(check, State::Warn, "needs user namespaces", None);
         checks.extend(["FUSE", "overlayfs", "subordinate ids"].map(skipped));
     }
-    checks.extend([runtime_directory(&host), cgroups(), slurm(&host), gpus()]);
+    checks.extend([
+        runtime_directory(&host),
+        cgroups(),
+        networks(),
+        slurm(&host),
+        gpus(),
+    ]);
     checks.insert(0, machine());
     if args.json {
         println!("{}", serde_json::to_string_pretty(&checks)?);
@@ -307,7 +313,6 @@ fn runtime_directory(host: &Host) -> Check {
 
 fn cgroups() -> Check {
     let own = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let unified = own.lines().find_map(|line| line.strip_prefix("0::"));
     let top = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"]
         .into_iter()
         .find(|p| Path::new(p).join("cgroup.controllers").exists());
@@ -317,22 +322,42 @@ fn cgroups() -> Check {
         (None, 0) => "none",
         (None, _) => "version 1",
     };
-    let delegated = top.zip(unified).is_some_and(|(top, path)| {
-        rustix::fs::access(
-            format!("{top}{path}/cgroup.procs"),
-            rustix::fs::Access::WRITE_OK,
-        )
-        .is_ok()
-    });
-    let detail = format!(
-        "{kind}, {}",
-        if delegated {
-            "this session's cgroup is delegated to the user"
-        } else {
-            "not delegated to the user"
-        }
-    );
+    let detail = match (kind, cgroup::way()) {
+        ("version 2", Ok(way)) => format!("{kind}, limits for containers: {way}"),
+        (_, Err(why)) => format!("{kind}, no limits for containers: {why:#}"),
+        (_, Ok(_)) => kind.to_owned(),
+    };
     Check::new("cgroups", State::Info, detail, None)
+}
+
+/// What connects the networks of instances.
+fn networks() -> Check {
+    let programs = network::programs();
+    if programs.is_empty() {
+        return Check::new(
+            "network",
+            State::Warn,
+            "neither pasta nor slirp4netns: --net --publish does not work",
+            Some("apt-get install passt (or slirp4netns)"),
+        );
+    }
+    let tun = fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/net/tun");
+    let names: Vec<_> = programs.iter().map(|p| p.display().to_string()).collect();
+    match tun {
+        Ok(_) => Check::new("network", State::Ok, names.join(", "), None),
+        Err(error) => Check::new(
+            "network",
+            State::Warn,
+            format!(
+                "{}, but /dev/net/tun cannot be opened: {error}",
+                names.join(", ")
+            ),
+            Some("chmod 0666 /dev/net/tun (and: modprobe tun)"),
+        ),
+    }
 }
 
 fn slurm(host: &Host) -> Check {

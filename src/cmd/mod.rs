@@ -476,6 +476,12 @@ fn usage_line(name: &str) -> String {
         "instance start" | "instance run" | "instance unit" => {
             format!("capsid [global options...] {name} [options...] <container> <name> [args...]")
         }
+        "instance logs" | "instance wait" | "instance inspect" => {
+            format!("capsid {name} [options...] <name>")
+        }
+        "instance list" | "instance stop" | "instance stats" => {
+            format!("capsid {name} [options...] [name or pattern]")
+        }
         "shell" | "test" | "run-help" => {
             format!("capsid [global options...] {name} [{name} options...] <container>")
         }
@@ -526,6 +532,7 @@ fn print_help(name: Option<&str>, persona: Persona) -> Result<()> {
             name,
             vec!["--help".into()],
         )?),
+        Some("instance") => drop(instance::run(&["help".into()], persona)?),
         Some("doctor") => drop(matches(
             command::<doctor::DoctorArgs>("doctor"),
             "doctor",

@@ -21,6 +21,8 @@ pub use crate::plan::limits::Limits;
 const MOUNT: &str = "/sys/fs/cgroup";
 /// How long systemd may take to move us.
 const SCOPE: Duration = Duration::from_secs(10);
+/// systemd's program for talking to it.
+const BUSCTL: [&str; 2] = ["/usr/bin/busctl", "/bin/busctl"];
 /// The unit that systemd's own instance for the user lives in: what is below belongs to that instance.
 const USER_MANAGER: &str = "user@";
 
@@ -60,15 +62,7 @@ pub fn apply(limits: &Limits, policy: Policy, name: &str) -> Result<Option<PathB
 }
 
 fn in_new_cgroup(limits: &Limits, name: &str) -> Result<PathBuf> {
-    if in_batch_job() {
-        bail!("this is a batch job, whose cgroups belong to the batch system");
-    }
-    let Some(own) = own_cgroup() else {
-        bail!("this machine has no unified cgroup hierarchy (cgroup v2) in use");
-    };
-    if !Path::new(MOUNT).join("cgroup.controllers").exists() {
-        bail!("this machine has no unified cgroup hierarchy (cgroup v2) in use");
-    }
+    let own = usable()?;
     let unit = format!("capsid-{name}-{}", std::process::id());
     let path = match delegated(&own) {
         Some(top) => in_subtree(&top, &unit)?,
@@ -76,6 +70,32 @@ fn in_new_cgroup(limits: &Limits, name: &str) -> Result<PathBuf> {
     };
     write_limits(&Path::new(MOUNT).join(&path), limits)?;
     Ok(path)
+}
+
+/// By which way limits can be set here, in words.
+///
+/// # Errors
+/// Why they cannot.
+pub fn way() -> Result<String> {
+    let own = usable()?;
+    if let Some(top) = delegated(&own) {
+        return Ok(format!("in the delegated cgroup /{}", top.display()));
+    }
+    if BUSCTL.iter().any(|p| Path::new(p).exists()) {
+        return Ok("through the user's systemd".into());
+    }
+    bail!("no cgroup is delegated to this user, and there is no systemd (busctl) to ask for one")
+}
+
+/// Our cgroup, if limits may be set from it at all.
+fn usable() -> Result<PathBuf> {
+    if in_batch_job() {
+        bail!("this is a batch job, whose cgroups belong to the batch system");
+    }
+    match own_cgroup() {
+        Some(own) if Path::new(MOUNT).join("cgroup.controllers").exists() => Ok(own),
+        _ => bail!("this machine has no unified cgroup hierarchy (cgroup v2) in use"),
+    }
 }
 
 /// Whether a batch system's cgroups are around us.
@@ -176,10 +196,7 @@ fn remove_empty(top: &Path) {
 
 /// A transient scope of the user's systemd, with this process in it.
 fn in_scope(limits: &Limits, own: &Path, unit: &str) -> Result<PathBuf> {
-    let Some(program) = ["/usr/bin/busctl", "/bin/busctl"]
-        .into_iter()
-        .find(|p| Path::new(p).exists())
-    else {
+    let Some(program) = BUSCTL.into_iter().find(|p| Path::new(p).exists()) else {
         bail!(
             "no cgroup is delegated to this user, and there is no systemd (busctl) to ask for one"
         );

@@ -489,11 +489,12 @@ impl Monitor<'_> {
     fn connect(&mut self) {
         let connected = match (&self.network, &self.container) {
             (Some(network), Some(container)) => {
-                network::connect(network, container.pid).map(|helper| {
+                let connected = network::connect(network, container.pid);
+                if connected.is_ok() {
                     // Process 1 waits for any word; when it has ended, that is noticed otherwise.
                     let _ = wire::send(container.control.as_fd(), b"go", &[]);
-                    helper
-                })
+                }
+                connected
             }
             _ => Err(anyhow!("process 1 of the container is out of order")),
         };

@@ -21,6 +21,8 @@ pub struct Contents {
     pub environment: String,
     /// Runs for `run`, with its `#!` line.
     pub runscript: Option<String>,
+    /// Runs for `instance start`, with its `#!` line.
+    pub startscript: Option<String>,
     /// Runs for `test`, with its `#!` line.
     pub test: Option<String>,
     /// Shown by `run-help`.
@@ -37,10 +39,11 @@ const ENVIRONMENT: [(&str, &str); 4] = [
 ];
 
 /// The scripts that old runtimes start, with what they do after the environment is set.
-const ACTIONS: [(&str, &str); 4] = [
+const ACTIONS: [(&str, &str); 5] = [
     ("exec", "exec \"$@\""),
     ("run", "exec /.singularity.d/runscript \"$@\""),
     ("shell", "exec \"${SINGULARITY_SHELL:-/bin/sh}\" \"$@\""),
+    ("start", "exec /.singularity.d/startscript \"$@\""),
     ("test", "exec /.singularity.d/test \"$@\""),
 ];
 
@@ -117,6 +120,7 @@ pub fn write(root: &Path, contents: &Contents) -> Result<()> {
     )?;
     for (name, text, mode) in [
         ("runscript", &contents.runscript, 0o755),
+        ("startscript", &contents.startscript, 0o755),
         ("test", &contents.test, 0o755),
         ("runscript.help", &contents.help, 0o644),
     ] {

@@ -214,7 +214,7 @@ pub fn size(text: &str) -> Result<u64> {
 
 fn cpus(text: &str) -> Result<u64> {
     match text.parse::<f64>() {
-        Ok(cpus) if cpus >= 0.001 && cpus <= 65536.0 => Ok((cpus * 1000.0).round() as u64),
+        Ok(cpus) if (0.001..=65536.0).contains(&cpus) => Ok((cpus * 1000.0).round() as u64),
         _ => bail!("--cpus {text:?}: use a number of processors such as 1.5"),
     }
 }
