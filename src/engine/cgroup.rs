@@ -313,7 +313,10 @@ fn write_limits(path: &Path, limits: &Limits) -> Result<()> {
         let Some(value) = value else { continue };
         fs::write(path.join(file), &value).map_err(|error| {
             let controller = file.split('.').next().unwrap_or_default();
-            if error.kind() == std::io::ErrorKind::NotFound {
+            if matches!(
+                error.kind(),
+                std::io::ErrorKind::NotFound | std::io::ErrorKind::PermissionDenied
+            ) {
                 anyhow!("{option}: the {controller} controller is not delegated to users here (Delegate= of user@.service)")
             } else {
                 anyhow!("{option} {value}: {}", say::plain(&error.to_string()))

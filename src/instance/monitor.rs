@@ -69,6 +69,14 @@ pub enum Message {
     Failed(String),
 }
 
+/// Sees to it that a process 1 that speaks no more is gone.
+fn container_ends(container: Option<&Background>) {
+    if let Some(container) = container {
+        container.held.signal(rustix::process::Signal::KILL);
+        container.held.wait(LAST_WORDS);
+    }
+}
+
 /// Where the monitor's messages arrive.
 pub struct Report(OwnedFd);
 
@@ -325,7 +333,8 @@ impl Monitor<'_> {
                 continue;
             }
             if happened[2] && !self.heard() && !happened[1] {
-                self.fail("process 1 of the container is out of order");
+                // It is ending: its end of the socket is closed before it can be waited for.
+                container_ends(self.container.as_ref());
             }
             if happened[lives..].contains(&true) {
                 self.fail("the image server was killed");

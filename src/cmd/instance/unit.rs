@@ -71,19 +71,20 @@ pub fn run(words: &[OsString]) -> Result<u8> {
     println!("# {place}");
     println!("[Unit]\nDescription=Instance {name} of {}", image.display());
     if args.system {
-        println!("Wants=network-online.target\nAfter=network-online.target");
+        // State of instances lies in the user's runtime directory.
+        let runtime = format!("user-runtime-dir@{}.service", host.uid);
+        println!("Wants=network-online.target {runtime}\nAfter=network-online.target {runtime}");
     }
     println!("\n[Service]\nType=notify\nNotifyAccess=main");
     if args.system {
-        let uid = host.uid;
         println!("User={}", host.user.name);
-        println!("# State of instances lies in the user's runtime directory.");
-        println!("Environment=XDG_RUNTIME_DIR=/run/user/{uid}");
-        println!("Wants=user-runtime-dir@{uid}.service\nAfter=user-runtime-dir@{uid}.service");
+        println!("Environment=XDG_RUNTIME_DIR=/run/user/{}", host.uid);
     }
     println!("WorkingDirectory={}", quoted(host.cwd.as_os_str()));
     println!("ExecStart={}", start.join(" "));
     println!("ExecStop={}", stop.join(" "));
+    // What a service ends with that was asked to.
+    println!("SuccessExitStatus=130 143");
     println!("Restart=on-failure\nTimeoutStopSec=30\nDelegate=yes");
     println!(
         "\n[Install]\nWantedBy={}",
