@@ -794,3 +794,28 @@ fn explain_prints_the_plan_and_runs_nothing() {
         "{out}"
     );
 }
+
+#[test]
+fn host_root_can_be_bound() {
+    let env = Env::new();
+    let image = env.image();
+    let link = env.path("link");
+    std::os::unix::fs::symlink("/tmp/..", &link).unwrap();
+    common::write(&env.path("work/note"), "of the host\n");
+    let note = env.path("work/note");
+    for (option, source) in [("-B", "/"), ("-B", link.to_str().unwrap()), ("--home", "/")] {
+        let out = env.run([
+            "exec",
+            "--contain",
+            option,
+            &format!("{source}:/host"),
+            "-B",
+            "/:/again",
+            image.to_str().unwrap(),
+            "cat",
+            &format!("/host{}", note.display()),
+            &format!("/again{}", note.display()),
+        ]);
+        assert_eq!(out.ok(), "of the host\nof the host", "{option} {source}");
+    }
+}

@@ -36,6 +36,8 @@ pub struct Tree {
     made: Vec<PathBuf>,
     /// Further images, for layers and binds: one for each use.
     images: Images,
+    /// Copies of the host's whole tree, for binds of it: one for each use.
+    hosts: Vec<(PathBuf, OwnedFd)>,
 }
 
 /// Further images as detached mounts.
@@ -167,6 +169,7 @@ impl Tree {
             (None, Root::Directory(path)) => (sys::clone_tree(CWD, path)?, Vec::new()),
             (None, _) => bail!("an image file needs an image server"),
         };
+        let hosts = hosts(&plan.mounts)?;
         let session = sys::new_filesystem("tmpfs", &[("mode", Some(c"0755"))])?;
         sys::attach_over_root(session.as_fd())?;
         let session_dev = sys::identity(session.as_fd())?.0;
@@ -177,6 +180,7 @@ impl Tree {
             count: 0,
             made,
             images,
+            hosts,
         };
         let sandbox = matches!(plan.root, Root::Directory(_));
         if sandbox {
@@ -377,7 +381,7 @@ impl Tree {
         let below_dev = |path: &Path| path.starts_with("/dev");
         let (tree, attributes) = match &mount.source {
             Source::Bind(path) => (
-                sys::clone_tree(CWD, path)?,
+                self.host_tree(path)?,
                 if below_dev(path) {
                     attr::NOSUID
                 } else {
@@ -386,7 +390,7 @@ impl Tree {
             ),
             Source::Directory(path, mode) => {
                 create_all(path, *mode)?;
-                (sys::clone_tree(CWD, path)?, attr::NOSUID | attr::NODEV)
+                (self.host_tree(path)?, attr::NOSUID | attr::NODEV)
             }
             Source::Private(mode) => (self.private_directory(*mode)?.1, 0),
             Source::Dev { .. } => (self.private_directory(0o755)?.1, 0),
@@ -435,6 +439,14 @@ impl Tree {
             sys::set_mount_attributes(tree.as_fd(), attributes)?;
         }
         Ok(Some(tree))
+    }
+
+    /// A copy of the host's files at `path`.
+    fn host_tree(&mut self, path: &Path) -> Result<OwnedFd> {
+        match self.hosts.iter().position(|(p, _)| p == path) {
+            Some(place) => Ok(self.hosts.swap_remove(place).1),
+            None => sys::clone_tree(CWD, path),
+        }
     }
 
     fn image(&mut self, root: &Root) -> Result<OwnedFd> {
@@ -516,6 +528,22 @@ impl Tree {
         )?;
         sys::attach(tree.as_fd(), place.as_fd()).context("cannot attach a layer")
     }
+}
+
+/// Copies of the host's tree for the sources that lead to its `/`: taken before anything is mounted over it, or the
+/// copies would hold that too.
+fn hosts(mounts: &[Mount]) -> Result<Vec<(PathBuf, OwnedFd)>> {
+    let place = |path: &Path| rustix::fs::stat(path).map(|s| (s.st_dev, s.st_ino)).ok();
+    let root = place(Path::new("/"));
+    let mut hosts = Vec::new();
+    for mount in mounts {
+        if let Source::Bind(path) | Source::Directory(path, _) = &mount.source
+            && place(path) == root
+        {
+            hosts.push((path.clone(), sys::clone_tree(CWD, path)?));
+        }
+    }
+    Ok(hosts)
 }
 
 /// Makes `root`, which is mounted over `/`, the root of this process, and drops the host's tree, over which `covers`
