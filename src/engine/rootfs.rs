@@ -243,28 +243,20 @@ impl Tree {
                     ));
                 }
                 Layer::Directory(dir) => {
-                    let fd = upper_and_work(dir)?;
-                    let path = hold(&mut held, fd);
-                    writable = Some((format!("{path}/upper"), format!("{path}/work"), dir.clone()));
+                    let [upper, work] = upper_and_work(dir)?;
+                    writable = Some((hold(&mut held, upper), hold(&mut held, work), dir.clone()));
                 }
                 Layer::ReadOnlyDirectory(dir) => {
-                    let upper = dir.join("upper");
-                    lower.push(hold(
-                        &mut held,
-                        sys::open_path(if upper.is_dir() { &upper } else { dir })?,
-                    ));
+                    let fd = sys::open_path(dir)?;
+                    let upper = upper_of(&fd, dir)?;
+                    lower.push(hold(&mut held, upper.unwrap_or(fd)));
                 }
                 Layer::Image(root) => {
                     let fd = self.image(root)?;
                     self.park(&fd)?;
-                    let path = hold(&mut held, fd);
-                    let upper = PathBuf::from(format!("{path}/upper"));
                     // A squashfs layer may hold its tree in `upper`, as a directory of layers does.
-                    lower.push(if upper.is_dir() {
-                        upper.to_string_lossy().into_owned()
-                    } else {
-                        path
-                    });
+                    let upper = upper_of(&fd, file_of(root))?;
+                    lower.push(hold(&mut held, upper.unwrap_or(fd)));
                 }
             }
         }
@@ -568,11 +560,13 @@ fn describe(source: &Source) -> String {
         Source::Proc => "proc".into(),
         Source::Dev { .. } => "a private /dev".into(),
         Source::Text(_) | Source::Passwd(_) | Source::Group(_) => "a generated file".into(),
-        Source::Image(
-            Root::Squashfs { file, .. } | Root::Ext { file, .. } | Root::Directory(file),
-            _,
-        ) => file.display().to_string(),
+        Source::Image(root, _) => file_of(root).display().to_string(),
     }
+}
+
+fn file_of(root: &Root) -> &Path {
+    let (Root::Squashfs { file, .. } | Root::Ext { file, .. } | Root::Directory(file)) = root;
+    file
 }
 
 fn create_at(parent: &OwnedFd, name: &OsStr, directory: bool) -> io::Result<()> {
@@ -616,9 +610,10 @@ fn throw_away(size_bytes: Option<u64>) -> Result<OwnedFd> {
 }
 
 /// `upper` and `work` in the caller's directory, created when missing.
-fn upper_and_work(dir: &Path) -> Result<OwnedFd> {
-    for name in ["upper", "work"] {
-        match rustix::fs::mkdir(dir.join(name), Mode::from_raw_mode(0o755)) {
+fn upper_and_work(dir: &Path) -> Result<[OwnedFd; 2]> {
+    let fd = sys::open_path(dir)?;
+    let part = |name: &str| {
+        match rustix::fs::mkdirat(&fd, name, Mode::from_raw_mode(0o755)) {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(error) => {
                 return Err(error).with_context(|| {
@@ -626,8 +621,31 @@ fn upper_and_work(dir: &Path) -> Result<OwnedFd> {
                 });
             }
         }
+        sys::open_directory_of(fd.as_fd(), name).map_err(|error| bad_part(&error, name, dir))
+    };
+    Ok([part("upper")?, part("work")?])
+}
+
+/// `upper` of a read-only layer, if it has one. Never through a link: the kernel would follow it on the host.
+fn upper_of(layer: &OwnedFd, path: &Path) -> Result<Option<OwnedFd>> {
+    match sys::open_directory_of(layer.as_fd(), "upper") {
+        Ok(fd) => Ok(Some(fd)),
+        Err(error) => match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Ok(None),
+            _ => Err(bad_part(&error, "upper", path)),
+        },
     }
-    sys::open_path(dir)
+}
+
+fn bad_part(error: &io::Error, name: &str, layer: &Path) -> anyhow::Error {
+    let layer = layer.display();
+    if error.raw_os_error() == Some(libc::ELOOP) {
+        anyhow!(
+            "cannot use the overlay {layer}: {name} in it is a symbolic link, and must be a directory"
+        )
+    } else {
+        anyhow!("cannot open {name} in the overlay {layer}: {error}")
+    }
 }
 
 fn mount_overlay(

@@ -160,6 +160,22 @@ pub fn open_in_root(root: BorrowedFd, path: &Path, flags: OFlags) -> io::Result<
     }
 }
 
+/// Opens the directory `name` of `dir` for reference only; a symbolic link is refused (`ELOOP`), wherever it leads.
+///
+/// # Errors
+/// As `openat2(2)`.
+pub fn open_directory_of(dir: BorrowedFd, name: &str) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::BENEATH;
+    Ok(rustix::fs::openat2(
+        dir,
+        name,
+        flags,
+        Mode::empty(),
+        resolve,
+    )?)
+}
+
 /// A new file system, configured and ready as a detached mount.
 ///
 /// # Errors
