@@ -22,9 +22,11 @@ pub extern "C" fn main(argc: i32, argv: *const *const libc::c_char) -> i32 {
             info.to_string().replace('\n', " ")
         ))
     }));
-    let status = catch_unwind(AssertUnwindSafe(|| match cmd::main(&args) {
-        Ok(status) => status,
-        Err(error) => report(&error),
+    let status = catch_unwind(AssertUnwindSafe(|| {
+        match sys::guard_directories().and_then(|()| cmd::main(&args)) {
+            Ok(status) => status,
+            Err(error) => report(&error),
+        }
     }));
     status.unwrap_or(exit::FATAL).into()
 }

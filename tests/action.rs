@@ -819,3 +819,29 @@ fn host_root_can_be_bound() {
         assert_eq!(out.ok(), "of the host\nof the host", "{option} {source}");
     }
 }
+
+#[test]
+fn directories_of_the_caller_do_not_come_along_without_proc() {
+    let env = Env::new();
+    let image = env.image();
+    let tree = env.path("tree");
+    fs::remove_dir(tree.join("proc")).unwrap();
+    std::os::unix::fs::symlink("/opt", tree.join("proc")).unwrap();
+    let linked = env.sif(&tree, "linked.sif");
+    let program = env!("CARGO_BIN_EXE_capsid");
+    for (image, options) in [
+        (&image, "--no-mount proc"),
+        (&image, "-C --no-mount proc"),
+        (&linked, ""),
+        (&linked, "-C"),
+    ] {
+        let line = format!(
+            "exec 7</; exec 8</etc/passwd; exec {program} exec {options} {} sh -c \
+             '(: <&7) && echo 7; (: <&8) && echo 8'",
+            image.display()
+        );
+        let out = output(&mut env.command_as(std::path::Path::new("sh"), ["-c", &line]));
+        let files = if options.contains("-C") { "" } else { "8\n" };
+        assert_eq!(out.stdout, files, "{options}: {out}");
+    }
+}

@@ -93,7 +93,9 @@ pub fn restrict(ids: &IdMap, process: &Process, private_keys: bool) -> Result<()
         bail!("cannot set no_new_privs");
     }
     sys::forbid_terminal_injection()?;
-    sys::guard_descriptors(process.close_descriptors);
+    if process.close_descriptors {
+        sys::close_on_exec()?;
+    }
     rustix::process::umask(Mode::from_raw_mode(process.umask));
     Ok(())
 }

@@ -273,11 +273,15 @@ pub fn close_all_but(keep: &[RawFd]) {
     close(from, u32::MAX);
 }
 
-/// Marks every descriptor that the caller left open close-on-exec (`all`), or only the directories: a
-/// directory of the host must never become a way out of the container.
-pub fn guard_descriptors(all: bool) {
+/// Marks the directories among the caller's descriptors close-on-exec: a directory of the host must never become a way
+/// out of the container. Called first of all, while nothing of ours is open and /proc is the host's; where there is none,
+/// no descriptor is let through.
+///
+/// # Errors
+/// Without /proc before Linux 5.11.
+pub fn guard_directories() -> Result<()> {
     let Ok(entries) = std::fs::read_dir("/proc/self/fd") else {
-        return;
+        return close_on_exec();
     };
     let open: Vec<RawFd> = entries
         .flatten()
@@ -288,13 +292,34 @@ pub fn guard_descriptors(all: bool) {
         // SAFETY: the number was just listed as open; if it was the listing's own it is closed by now and the
         // call fails with EBADF, which is ignored.
         let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-        let directory = || {
-            rustix::fs::fstat(fd)
-                .is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir())
-        };
-        if all || directory() {
-            let _ = rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC);
+        if rustix::fs::fstat(fd)
+            .is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir())
+        {
+            rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC)
+                .context("cannot keep a directory back")?;
         }
+    }
+    Ok(())
+}
+
+/// Marks every descriptor but the standard ones close-on-exec.
+///
+/// # Errors
+/// Before Linux 5.11.
+pub fn close_on_exec() -> Result<()> {
+    // SAFETY: a flag of descriptors changes, and no memory is passed.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            3u32,
+            u32::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error()).context("cannot keep descriptors back (close_range)")
     }
 }
 
