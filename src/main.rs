@@ -14,6 +14,7 @@ use capsid::{cmd, exit, say};
 #[unsafe(no_mangle)]
 pub extern "C" fn main(argc: i32, argv: *const *const libc::c_char) -> i32 {
     sys::open_standard_descriptors();
+    sys::watch_children();
     let args = sys::arguments(argc, argv);
     // A bug of ours is one line too, like every other failure.
     std::panic::set_hook(Box::new(|info| {

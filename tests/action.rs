@@ -845,3 +845,23 @@ fn directories_of_the_caller_do_not_come_along_without_proc() {
         assert_eq!(out.stdout, files, "{options}: {out}");
     }
 }
+
+#[test]
+fn caller_may_ignore_the_death_of_children() {
+    let env = Env::new();
+    let image = env.image();
+    let program = env!("CARGO_BIN_EXE_capsid");
+    for options in ["", "--pid", "--compat", "--fakeroot", "--pid --no-init"] {
+        let words = ["20", "env", "--ignore-signal=CHLD", program, "exec"];
+        let words = words.into_iter().chain(options.split_whitespace()).chain([
+            image.to_str().unwrap(),
+            "grep",
+            "SigIgn",
+            "/proc/self/status",
+        ]);
+        let out = output(&mut env.command_as(std::path::Path::new("timeout"), words));
+        assert_eq!(out.status, 0, "{options}: {out}");
+        let bit = out.stdout.trim().chars().rev().nth(4);
+        assert_eq!(bit, Some('1'), "as the caller had it: {options}: {out}");
+    }
+}

@@ -187,6 +187,7 @@ pub fn exec(program: &Program) -> Result<Infallible> {
         .map(|a| text(a))
         .collect::<Result<_>>()?;
     let shown = program.path.display();
+    sys::restore_children();
     match nix::unistd::execve(&path, &argv, &env) {
         // A script without an interpreter line is the shell's.
         Err(nix::Error::ENOEXEC) if is_text(&program.path) => {

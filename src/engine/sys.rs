@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use nix::unistd::{ForkResult, Pid};
@@ -377,6 +378,24 @@ pub fn ignore_signals(signals: &[nix::sys::signal::Signal]) {
 pub fn default_signal(signal: nix::sys::signal::Signal) {
     // SAFETY: SIG_DFL runs no code of ours.
     let _ = unsafe { nix::sys::signal::signal(signal, nix::sys::signal::SigHandler::SigDfl) };
+}
+
+/// Whether the caller ignored `SIGCHLD`.
+static CHILDREN_IGNORED: AtomicBool = AtomicBool::new(false);
+
+/// Gives `SIGCHLD` its default disposition: where it is ignored, nobody can wait for a child (`wait(2)`).
+pub fn watch_children() {
+    use nix::sys::signal::{SigHandler, Signal, signal};
+    // SAFETY: SIG_DFL runs no code of ours.
+    let before = unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) };
+    CHILDREN_IGNORED.store(matches!(before, Ok(SigHandler::SigIgn)), Ordering::Relaxed);
+}
+
+/// Gives the payload the disposition of `SIGCHLD` that the caller had.
+pub fn restore_children() {
+    if CHILDREN_IGNORED.load(Ordering::Relaxed) {
+        ignore_signals(&[nix::sys::signal::Signal::SIGCHLD]);
+    }
 }
 
 /// Brings the loopback interface of the current network namespace up (`netdevice(7)`).
