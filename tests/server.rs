@@ -243,3 +243,32 @@ fn image_may_be_replaced_while_it_is_in_use() {
         "hello\n"
     );
 }
+
+#[test]
+fn any_number_of_different_mount_points_is_served() {
+    let env = Env::new();
+    let image = env.image();
+    let image = image.to_str().unwrap();
+    let mut child = background(
+        &env,
+        &[
+            "exec",
+            image,
+            "sh",
+            "-c",
+            "echo; read x; cat /opt/hello.txt",
+        ],
+    );
+    // Few long paths, so that it is soon too much for one server.
+    let long = format!("{0}/{0}/{0}/{0}/{0}/{0}/{0}/{0}/{0}/{0}", "x".repeat(250));
+    for n in 0..30 {
+        let binds: Vec<String> = (0..20).map(|m| format!("/etc:/{n}/{m}/{long}")).collect();
+        let binds = binds.join(",");
+        env.run(["exec", "-B", &binds, image, "true"]).ok();
+    }
+    assert_eq!(env.servers().len(), 4, "the first one, and its successor");
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"go\n").unwrap();
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&out.stdout), "hello\n");
+    env.assert_nothing_left();
+}

@@ -13,8 +13,9 @@
 //! socket is removed, its directory is in memory, its mounts are in a namespace of its own, which holds none of the
 //! host's.
 
+use std::collections::HashSet;
 use std::fs::File;
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
@@ -54,6 +55,13 @@ const RESTART_WINDOW: Duration = Duration::from_secs(10);
 const MOUNT_POINT: &str = "/m";
 /// The mount points asked for so far, for a worker that takes over.
 const VIEWS: &str = "/views";
+/// There when the server has left its name, which is not to be listened to any more.
+const LEFT: &str = "/left";
+
+/// Distinct requests, and bytes of them, that a server takes: it then leaves its name to a successor, and serves on
+/// what it serves.
+const VIEWS_MAX: usize = 1024;
+const VIEWS_BYTES_MAX: usize = 1 << 20;
 
 /// Whose user namespace a server lives in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -553,8 +561,11 @@ fn work(
         .iter()
         .filter_map(|d| d.try_clone().ok())
         .collect();
+    let mut known = Known::default();
+    let mut place = place;
     if !fresh {
-        restore_views(&server);
+        known.restore(&server);
+        place = place.filter(|_| !Path::new(LEFT).exists());
         Server::resume(prepared.devices[0].as_fd());
     }
     let serving = {
@@ -574,6 +585,8 @@ fn work(
         prepared,
         users: Vec::new(),
         last: Instant::now(),
+        known,
+        left: false,
     };
     if let Some(first) = first {
         desk.answer(&first);
@@ -584,22 +597,6 @@ fn work(
     desk.server.shrink();
     let _ = serving.join();
     sys::exit_now(0)
-}
-
-fn restore_views(server: &Server) {
-    let Ok(text) = std::fs::read(VIEWS) else {
-        return;
-    };
-    let mut rest = text.as_slice();
-    while let Some((len, tail)) = rest.split_first_chunk::<4>() {
-        let Some((record, tail)) = tail.split_at_checked(u32::from_le_bytes(*len) as usize) else {
-            return;
-        };
-        if let Some(points) = wire::decode_points(record) {
-            let _ = server.add_view(&entries(&points));
-        }
-        rest = tail;
-    }
 }
 
 fn entries(points: &[Point]) -> Vec<ViewEntry> {
@@ -622,6 +619,9 @@ struct Desk<'a> {
     prepared: &'a Prepared,
     users: Vec<OwnedFd>,
     last: Instant,
+    known: Known,
+    /// The name is given up.
+    left: bool,
 }
 
 impl Desk<'_> {
@@ -638,13 +638,11 @@ impl Desk<'_> {
             } else {
                 Duration::from_secs(3600)
             };
-            if idle.is_zero() || serving.is_finished() {
+            if idle.is_zero() || serving.is_finished() || (self.left && place.is_some()) {
+                let Some(place) = place.take() else { return };
+                self.leave(place);
                 // Who knocked before the name was gone is still let in.
-                leave(place);
-                match place.take() {
-                    Some(place) => while self.receive(place) {},
-                    None => return,
-                }
+                while self.receive(place) {}
                 continue;
             }
             let mut set: Vec<PollFd> = self
@@ -677,13 +675,23 @@ impl Desk<'_> {
             return false;
         };
         let client = sys::own(client);
-        if wire::is_own_peer(&client) {
-            self.answer(&client);
+        if wire::is_own_peer(&client) && self.answer(&client) == Room::Full {
+            // Before the client hears that there is no answer, so that it finds the name free.
+            self.leave(place);
         }
         true
     }
 
-    fn answer(&mut self, client: &OwnedFd) {
+    /// Leaves the name, once: it may be somebody else's afterwards.
+    fn leave(&mut self, place: &Place) {
+        if !self.left {
+            self.left = true;
+            let _ = File::create(LEFT);
+            leave(Some(place));
+        }
+    }
+
+    fn answer(&mut self, client: &OwnedFd) -> Room {
         // A client sends at once; one that does not must not keep the others waiting.
         let timeout = nix::sys::time::TimeVal::new(2, 0);
         let _ = nix::sys::socket::setsockopt(
@@ -692,14 +700,17 @@ impl Desk<'_> {
             &timeout,
         );
         let Ok((packet, fds)) = wire::receive(client.as_fd()) else {
-            return;
+            return Room::Left;
         };
         let Some(points) = packet
             .split_first()
             .and_then(|(_, body)| wire::decode_points(body))
         else {
-            return;
+            return Room::Left;
         };
+        if self.known.room(&packet[1..]) == Room::Full {
+            return Room::Full;
+        }
         let sent = match self.root_with(&points, &packet[1..]) {
             Ok((tree, made)) => {
                 let mut answer = vec![0];
@@ -720,10 +731,11 @@ impl Desk<'_> {
             self.users.extend(fds.into_iter().next());
         }
         self.last = Instant::now();
+        Room::Left
     }
 
     /// A detached copy of the image's mount in which all mount points exist, and which of them are new.
-    fn root_with(&self, points: &[Point], raw: &[u8]) -> Result<(OwnedFd, Vec<bool>)> {
+    fn root_with(&mut self, points: &[Point], raw: &[u8]) -> Result<(OwnedFd, Vec<bool>)> {
         let missing = |p: &Point| {
             !self
                 .server
@@ -735,38 +747,73 @@ impl Desk<'_> {
             .server
             .add_view(&entries(points))
             .context("cannot make the mount points")?;
-        remember(raw)?;
+        self.known.note(raw)?;
         let path = format!("{MOUNT_POINT}/{}", view.0);
         let tree = sys::clone_tree(rustix::fs::CWD, Path::new(&path))?;
         Ok((tree, made))
     }
 }
 
-/// Notes a request for a worker that may have to take over; each distinct one once.
-fn remember(raw: &[u8]) -> Result<()> {
-    let mut record = u32::try_from(raw.len())
-        .context("a request")?
-        .to_le_bytes()
-        .to_vec();
-    record.extend(raw);
-    let what = "cannot note the mount points";
-    let mut file = File::options()
-        .create(true)
-        .read(true)
-        .append(true)
-        .open(VIEWS)
-        .context(what)?;
-    let mut known = Vec::new();
-    file.read_to_end(&mut known).context(what)?;
-    let mut rest = known.as_slice();
-    while let Some((len, tail)) = rest.split_first_chunk::<4>() {
-        let len = u32::from_le_bytes(*len) as usize;
-        if tail.get(..len) == Some(raw) {
+/// Whether a server can take one more distinct request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Room {
+    Left,
+    Full,
+}
+
+/// The distinct requests so far: here, and in a file for a worker that takes over.
+#[derive(Default)]
+struct Known {
+    requests: HashSet<Vec<u8>>,
+    bytes: usize,
+}
+
+impl Known {
+    fn room(&self, raw: &[u8]) -> Room {
+        let more = self.requests.len() < VIEWS_MAX && self.bytes + raw.len() <= VIEWS_BYTES_MAX;
+        // The first one always fits; what is wrong with it is told when it is tried.
+        if more || self.requests.is_empty() || self.requests.contains(raw) {
+            Room::Left
+        } else {
+            Room::Full
+        }
+    }
+
+    fn note(&mut self, raw: &[u8]) -> Result<()> {
+        if !self.requests.insert(raw.to_vec()) {
             return Ok(());
         }
-        rest = tail.get(len..).unwrap_or_default();
+        self.bytes += raw.len();
+        let mut record = u32::try_from(raw.len())
+            .context("a request")?
+            .to_le_bytes()
+            .to_vec();
+        record.extend(raw);
+        File::options()
+            .create(true)
+            .append(true)
+            .open(VIEWS)
+            .and_then(|mut file| file.write_all(&record))
+            .context("cannot note the mount points")
     }
-    file.write_all(&record).context(what)
+
+    /// Makes the views again that the worker before this one made, with the same numbers.
+    fn restore(&mut self, server: &Server) {
+        let text = std::fs::read(VIEWS).unwrap_or_default();
+        let mut rest = text.as_slice();
+        while let Some((len, tail)) = rest.split_first_chunk::<4>() {
+            let Some((record, tail)) = tail.split_at_checked(u32::from_le_bytes(*len) as usize)
+            else {
+                return;
+            };
+            if let Some(points) = wire::decode_points(record) {
+                let _ = server.add_view(&entries(&points));
+            }
+            self.bytes += record.len();
+            self.requests.insert(record.to_vec());
+            rest = tail;
+        }
+    }
 }
 
 #[cfg(test)]
