@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
@@ -271,4 +272,23 @@ fn any_number_of_different_mount_points_is_served() {
     let out = child.wait_with_output().unwrap();
     assert_eq!(String::from_utf8_lossy(&out.stdout), "hello\n");
     env.assert_nothing_left();
+}
+
+#[test]
+fn runtime_directory_that_cannot_be_written_is_no_obstacle() {
+    let env = Env::new();
+    let image = env.image();
+    fs::create_dir(env.runtime()).unwrap();
+    fs::set_permissions(env.runtime(), fs::Permissions::from_mode(0o700)).unwrap();
+    // Read-only for this run, in namespaces of its own.
+    let line = format!(
+        "mount --bind {0} {0} && mount -o remount,ro,bind {0} && exec {1} exec {2} cat /opt/hello.txt",
+        env.path("run").display(),
+        env!("CARGO_BIN_EXE_capsid"),
+        image.display()
+    );
+    let words = ["-rm", "sh", "-c", &line];
+    let out = common::output(&mut env.command_as(std::path::Path::new("unshare"), words));
+    assert_eq!(out.ok(), "hello");
+    assert_eq!(fs::read_dir(env.runtime()).unwrap().count(), 0);
 }

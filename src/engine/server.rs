@@ -118,7 +118,16 @@ pub fn enter(
                 }
             }
         }
-        if let Some(listener) = claim(&directory, &name)? {
+        let claimed = match claim(&directory, &name) {
+            Ok(claimed) => claimed,
+            Err(error) => {
+                say::verbose(format_args!(
+                    "{error:#}: this container gets an image server of its own"
+                ));
+                return start(&image, None, &request);
+            }
+        };
+        if let Some(listener) = claimed {
             let place = Place {
                 directory: directory.reopen(),
                 name: name.clone(),
@@ -255,7 +264,11 @@ fn claim(directory: &Directory, name: &str) -> Result<Option<OwnedFd>> {
     let address = UnixAddr::new(&directory.entry(name)).context("the socket's address")?;
     let what = || format!("cannot create a socket in {}", directory.path.display());
     bind(fd.as_raw_fd(), &address).with_context(what)?;
-    listen(&fd, Backlog::new(4095).unwrap_or(Backlog::MAXCONN)).with_context(what)?;
+    let listening = listen(&fd, Backlog::new(4095).unwrap_or(Backlog::MAXCONN));
+    if listening.is_err() {
+        directory.remove(name);
+    }
+    listening.with_context(what)?;
     Ok(Some(fd))
 }
 
