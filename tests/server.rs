@@ -292,3 +292,24 @@ fn runtime_directory_that_cannot_be_written_is_no_obstacle() {
     assert_eq!(out.ok(), "hello");
     assert_eq!(fs::read_dir(env.runtime()).unwrap().count(), 0);
 }
+
+#[test]
+fn failed_start_leaves_nothing() {
+    let env = Env::new();
+    let image = env.image();
+    let dead = env.runtime().join("image-0123456789abcdef");
+    env.run(["exec", image.to_str().unwrap(), "true"]).ok();
+    drop(std::os::unix::net::UnixListener::bind(&dead).unwrap());
+    wait_until("image servers to end", || env.servers().is_empty());
+    let program = env!("CARGO_BIN_EXE_capsid");
+    let words = [
+        "--nproc=1",
+        program,
+        "exec",
+        image.to_str().unwrap(),
+        "true",
+    ];
+    let out = common::output(&mut env.command_as(std::path::Path::new("prlimit"), words));
+    out.fatal(&["cannot create a process"]);
+    env.assert_nothing_left();
+}

@@ -258,6 +258,7 @@ fn claim(directory: &Directory, name: &str) -> Result<Option<OwnedFd>> {
         return Ok(None);
     }
     directory.remove(name);
+    sweep(directory);
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
         .context("cannot create a socket")?;
@@ -270,6 +271,25 @@ fn claim(directory: &Directory, name: &str) -> Result<Option<OwnedFd>> {
     }
     listening.with_context(what)?;
     Ok(Some(fd))
+}
+
+/// Removes what servers left that were killed. Under the lock, so that none is between `bind` and `listen`.
+fn sweep(directory: &Directory) {
+    let Ok(entries) = std::fs::read_dir(directory.entry(".")) else {
+        return;
+    };
+    for name in entries.flatten().map(|e| e.file_name()) {
+        let Some(name) = name.to_str().filter(|n| n.starts_with("image-")) else {
+            continue;
+        };
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        if let Ok(fd) = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
+            && let Ok(address) = UnixAddr::new(&directory.entry(name))
+            && connect(fd.as_raw_fd(), &address) == Err(nix::Error::ECONNREFUSED)
+        {
+            directory.remove(name);
+        }
+    }
 }
 
 enum Silence {
@@ -329,6 +349,25 @@ struct Place {
 
 /// Starts a server and is its first client.
 fn start(image: &Image, place: Option<Place>, request: &[u8]) -> Result<Stage> {
+    let ours = match launch(image, place.as_ref()) {
+        Ok(ours) => ours,
+        Err(error) => {
+            leave(place.as_ref());
+            return Err(error).context("cannot start an image server");
+        }
+    };
+    drop(place);
+    match ask(&ours, request) {
+        Ok(answer) => answer,
+        Err(_) => bail!(
+            "the image server of {} ended before it began to serve",
+            image.path.display()
+        ),
+    }
+}
+
+/// Starts a server; gives the end of its first client.
+fn launch(image: &Image, place: Option<&Place>) -> Result<OwnedFd> {
     let (ours, first) = socketpair(
         AddressFamily::Unix,
         SockType::SeqPacket,
@@ -338,21 +377,16 @@ fn start(image: &Image, place: Option<Place>, request: &[u8]) -> Result<Stage> {
     .context("cannot create a socket")?;
     match sys::fork()? {
         Fork::Parent(child) => {
-            drop((first, place));
             // The child only forks again, so that the server is nobody's child.
             while waitpid(child, None) == Err(nix::Error::EINTR) {}
-            match ask(&ours, request) {
-                Ok(answer) => answer,
-                Err(_) => bail!(
-                    "the image server of {} ended before it began to serve",
-                    image.path.display()
-                ),
-            }
+            Ok(ours)
         }
         Fork::Child => {
             drop(ours);
-            if matches!(sys::fork(), Ok(Fork::Child)) {
-                keep(image, place, first);
+            match sys::fork() {
+                Ok(Fork::Child) => keep(image, place, first),
+                Ok(Fork::Parent(_)) => {}
+                Err(error) => refuse(&first, place, &error),
             }
             sys::exit_now(0)
         }
@@ -360,25 +394,19 @@ fn start(image: &Image, place: Option<Place>, request: &[u8]) -> Result<Stage> {
 }
 
 /// The keeper: makes namespaces and mount, starts workers. Does not return.
-fn keep(image: &Image, place: Option<Place>, first: OwnedFd) {
+fn keep(image: &Image, place: Option<&Place>, first: OwnedFd) {
     let _ = rustix::process::setsid();
-    let ready = prepare(image, place.as_ref(), &first);
+    let ready = prepare(image, place, &first);
     let prepared = match ready {
         Ok(prepared) => prepared,
-        Err(error) => return refuse(&first, place.as_ref(), &error),
+        Err(error) => return refuse(&first, place, &error),
     };
     let mut deaths: Vec<Instant> = Vec::new();
     let mut first = Some(first);
     loop {
         match sys::fork() {
             Ok(Fork::Child) => {
-                work(
-                    image,
-                    &prepared,
-                    place.as_ref(),
-                    first.take(),
-                    deaths.is_empty(),
-                );
+                work(image, &prepared, place, first.take(), deaths.is_empty());
                 sys::exit_now(0)
             }
             Ok(Fork::Parent(worker)) => {
@@ -395,10 +423,15 @@ fn keep(image: &Image, place: Option<Place>, first: OwnedFd) {
                 deaths.push(Instant::now());
                 deaths.retain(|at| at.elapsed() < RESTART_WINDOW);
                 if deaths.len() > RESTARTS {
-                    return leave(place.as_ref());
+                    return leave(place);
                 }
             }
-            Err(_) => return leave(place.as_ref()),
+            Err(error) => {
+                return match &first {
+                    Some(first) => refuse(first, place, &error),
+                    None => leave(place),
+                };
+            }
         }
     }
 }
@@ -592,7 +625,16 @@ fn work(
                 }
             })
     };
-    let Ok(serving) = serving else { return };
+    let serving = match serving {
+        Ok(serving) => serving,
+        Err(error) => {
+            if let Some(first) = &first {
+                let error = anyhow::Error::from(error).context("cannot start a thread");
+                refuse(first, place, &error);
+            }
+            return;
+        }
+    };
     let mut desk = Desk {
         server,
         prepared,
