@@ -314,21 +314,18 @@ fn ask(server: &OwnedFd, request: &[u8]) -> Result<Result<Stage>, Silence> {
     if wire::send(server.as_fd(), &with_header(request), &own).is_err() {
         return Err(Silence::Gone);
     }
-    loop {
-        return match wire::receive(server.as_fd()) {
-            Ok((bytes, fds)) => match (bytes.split_first(), <[OwnedFd; 2]>::try_from(fds)) {
-                (Some((0, made)), Ok([userns, tree])) => Ok(Ok(Stage {
-                    userns,
-                    tree,
-                    made: made.iter().map(|b| *b != 0).collect(),
-                })),
-                (Some((1, text)), _) => Ok(Err(anyhow!("{}", String::from_utf8_lossy(text)))),
-                _ => Err(Silence::Gone),
-            },
-            Err(nix::Error::EINTR) => continue,
-            Err(nix::Error::EAGAIN) => Err(Silence::Stuck),
-            Err(_) => Err(Silence::Gone),
-        };
+    match wire::receive(server.as_fd()) {
+        Ok((bytes, fds)) => match (bytes.split_first(), <[OwnedFd; 2]>::try_from(fds)) {
+            (Some((0, made)), Ok([userns, tree])) => Ok(Ok(Stage {
+                userns,
+                tree,
+                made: made.iter().map(|b| *b != 0).collect(),
+            })),
+            (Some((1, text)), _) => Ok(Err(anyhow!("{}", String::from_utf8_lossy(text)))),
+            _ => Err(Silence::Gone),
+        },
+        Err(nix::Error::EAGAIN) => Err(Silence::Stuck),
+        Err(_) => Err(Silence::Gone),
     }
 }
 
