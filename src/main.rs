@@ -42,6 +42,10 @@ fn report(error: &anyhow::Error) -> u8 {
         eprintln!("{whose} {}", say::printable(&usage.text));
         return exit::USAGE;
     }
+    // The end that SIGPIPE brings where it is not ignored.
+    if error.is::<say::Closed>() {
+        return exit::signalled(libc::SIGPIPE);
+    }
     // One line, whatever the cause holds.
     say::fatal(format_args!(
         "{}",

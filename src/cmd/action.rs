@@ -111,8 +111,10 @@ fn run_help(image: &dyn image::Image, app: Option<&str>) -> Result<u8> {
         None => "/.singularity.d/runscript.help".into(),
     };
     match image.read(Path::new(&path))? {
-        Some(text) => print!("{}", String::from_utf8_lossy(&text)),
-        None => println!("No help sections were defined for this image"),
+        Some(text) => say::out(format_args!("{}", String::from_utf8_lossy(&text)))?,
+        None => say::out(format_args!(
+            "No help sections were defined for this image\n"
+        ))?,
     }
     Ok(exit::OK)
 }

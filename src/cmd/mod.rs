@@ -142,7 +142,7 @@ pub fn main(args: &[OsString]) -> Result<u8> {
         Global::Done(status) => return Ok(status),
     };
     let Some(verb) = words.first() else {
-        print_usage(persona);
+        print_usage(persona)?;
         return Ok(exit::USAGE);
     };
     let rest = &words[1..];
@@ -155,7 +155,7 @@ pub fn main(args: &[OsString]) -> Result<u8> {
         "doctor" => doctor::run(&parse::<doctor::DoctorArgs>("doctor", rest)?),
         "demo" => demo::run(&parse::<demo::DemoArgs>("demo", rest)?),
         "version" => {
-            println!("{}", version(persona));
+            say::out(format_args!("{}\n", version(persona)))?;
             Ok(exit::OK)
         }
         "help" => {
@@ -166,7 +166,7 @@ pub fn main(args: &[OsString]) -> Result<u8> {
             bail!("the command {name:?} is not supported by this version of capsid")
         }
         name => {
-            print_usage(persona);
+            print_usage(persona)?;
             Err(Usage {
                 command: String::new(),
                 text: format!("unknown command {name:?} for {:?}", program(persona)),
@@ -199,7 +199,11 @@ fn global_options(words: &[OsString], persona: Persona) -> Result<Global> {
             "--explain" | "--explain=text" => globals.explain = Some(Explain::Text),
             "--explain=json" => globals.explain = Some(Explain::Json),
             "--version" => {
-                println!("{} version {}", program(persona), version(persona));
+                say::out(format_args!(
+                    "{} version {}\n",
+                    program(persona),
+                    version(persona)
+                ))?;
                 return Ok(Global::Done(exit::OK));
             }
             "--help" | "-h" => {
@@ -277,7 +281,7 @@ fn parse_action(name: &str, words: &[OsString], host: &Host) -> Result<ActionArg
     let needed = if name == "exec" { 2 } else { 1 };
     let given = usize::from(image.is_some()) + rest.len();
     if given < needed {
-        print_action_usage(name);
+        print_action_usage(name)?;
         let text = format!("requires at least {needed} arg(s), only received {given}");
         return Err(Usage {
             command: name.into(),
@@ -394,7 +398,7 @@ fn matches(command: Command, name: &str, words: Vec<OsString>) -> Result<clap::A
     match command.try_get_matches_from(words) {
         Ok(matches) => Ok(matches),
         Err(error) if error.kind() == clap::error::ErrorKind::DisplayHelp => {
-            print!("{}", error.render());
+            say::out(format_args!("{}", error.render()))?;
             std::process::exit(exit::OK.into());
         }
         Err(error) => {
@@ -438,11 +442,11 @@ fn usage_line(name: &str) -> String {
     }
 }
 
-fn print_action_usage(name: &str) {
-    println!(
-        "Usage:\n  {}\n\nRun 'capsid help {name}' for more information.",
+fn print_action_usage(name: &str) -> Result<()> {
+    say::out(format_args!(
+        "Usage:\n  {}\n\nRun 'capsid help {name}' for more information.\n",
         usage_line(name)
-    );
+    ))
 }
 
 fn program(persona: Persona) -> &'static str {
@@ -459,19 +463,19 @@ fn version(persona: Persona) -> &'static str {
     }
 }
 
-fn print_usage(persona: Persona) {
-    println!(
-        "Usage:\n  {} [global options...] <command>\n\nAvailable Commands:",
+fn print_usage(persona: Persona) -> Result<()> {
+    say::out(format_args!(
+        "Usage:\n  {} [global options...] <command>\n\nAvailable Commands:\n",
         program(persona)
-    );
+    ))?;
     for (name, about) in COMMANDS {
-        println!("  {name:<12}{about}");
+        say::out(format_args!("  {name:<12}{about}\n"))?;
     }
-    println!(
+    say::out(format_args!(
         "\nGlobal options:\n  -d, --debug      show the plan and each step\n  -v, --verbose    say more\n  -q, --quiet      no INFO messages\n  \
          -s, --silent     errors only\n      --nocolor    no colours\n      --explain[=json]  print what would be done, and do nothing\n      \
-         --version    show the version\n  -h, --help       show this help"
-    );
+         --version    show the version\n  -h, --help       show this help\n"
+    ))
 }
 
 fn print_help(name: Option<&str>, persona: Persona) -> Result<()> {
@@ -491,7 +495,7 @@ fn print_help(name: Option<&str>, persona: Persona) -> Result<()> {
             "demo",
             vec!["--help".into()],
         )?),
-        _ => print_usage(persona),
+        _ => print_usage(persona)?,
     }
     Ok(())
 }

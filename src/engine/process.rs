@@ -127,7 +127,7 @@ pub fn resolve(plan: &Plan, cwd: &Path) -> Result<Next> {
                 environment::Level::Info => say::info(format_args!("{text}")),
                 environment::Level::Error => say::error(format_args!("{text}")),
                 environment::Level::Fatal => bail!("{text}"),
-                environment::Level::Plain => println!("{text}"),
+                environment::Level::Plain => say::out(format_args!("{text}\n"))?,
             }
             return Ok(Next::End(status));
         }
