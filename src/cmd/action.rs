@@ -65,17 +65,19 @@ pub fn run_on(
 
 /// The image's path: a path that exists beats the reading of a colon as a URI.
 fn image_path(image: &OsString, host: &Host) -> Result<PathBuf> {
+    if image.is_empty() {
+        bail!("the name of the image is empty");
+    }
     let path = host.cwd.join(image);
     let text = image.to_string_lossy();
-    if let Some((scheme, _)) = text
+    if let Some((scheme, name)) = text
         .split_once("://")
         .or_else(|| text.split_once(':').filter(|(s, _)| is_transport(s)))
         && std::fs::symlink_metadata(&path).is_err()
     {
         match scheme {
             "instance" => bail!(
-                "no instance found with name {:?}: instances are not supported by this version",
-                &text[11..]
+                "no instance found with name {name:?}: instances are not supported by this version"
             ),
             scheme if is_transport(scheme) => {
                 bail!(
