@@ -268,9 +268,12 @@ fn level_from_environment() -> Result<()> {
 /// Parses the words of an action command, with the environment's options in front.
 fn parse_action(name: &str, words: &[OsString], host: &Host) -> Result<ActionArgs> {
     let command = command::<ActionArgs>(name);
-    let (options, image, rest) = split_at_image(&command, words);
+    let (options, denied, image, rest) = split_at_image(&command, words);
     let matches = matches(command.clone(), name, options.clone())?;
-    let typed = |id: &str| matches.value_source(id) == Some(clap::parser::ValueSource::CommandLine);
+    let typed = |id: &str| {
+        denied.iter().any(|d| d == id)
+            || matches.value_source(id) == Some(clap::parser::ValueSource::CommandLine)
+    };
     let mut all = environment::words(&command, &host.env, &typed)?;
     let mut args = if all.is_empty() {
         ActionArgs::from_arg_matches(&matches)?
@@ -294,13 +297,14 @@ fn parse_action(name: &str, words: &[OsString], host: &Host) -> Result<ActionArg
     Ok(args)
 }
 
-/// Options, image, and what belongs to the payload. `--flag=true` and `--flag=false` of switches, which
-/// Go programs accept, are settled here.
+/// Options, switches that were denied, image, and what belongs to the payload. `--flag=true` and `--flag=false` of
+/// switches, which Go programs accept, are settled here: the last one counts.
 fn split_at_image(
     command: &Command,
     words: &[OsString],
-) -> (Vec<OsString>, Option<OsString>, Vec<OsString>) {
-    let mut options = Vec::new();
+) -> (Vec<OsString>, Vec<String>, Option<OsString>, Vec<OsString>) {
+    let mut options: Vec<OsString> = Vec::new();
+    let mut denied = Vec::new();
     let mut i = 0;
     let long = |name: &str| {
         command.get_arguments().find(|a| {
@@ -332,7 +336,14 @@ fn split_at_image(
                         Ok(true) => {
                             options.push(format!("--{}", arg.get_long().unwrap_or_default()).into())
                         }
-                        Ok(false) => {}
+                        Ok(false) => {
+                            let long = format!("--{}", arg.get_long().unwrap_or_default());
+                            let short = arg.get_short().map(|c| format!("-{c}"));
+                            options.retain(|o| {
+                                *o != *long && short.as_ref().is_none_or(|s| *o != **s)
+                            });
+                            denied.push(arg.get_id().to_string());
+                        }
                         Err(_) => options.push(word.clone()), // clap explains
                     }
                     continue;
@@ -365,6 +376,7 @@ fn split_at_image(
     }
     (
         options,
+        denied,
         words.get(i).cloned(),
         words.get(i + 1..).unwrap_or_default().to_vec(),
     )
@@ -506,7 +518,8 @@ mod tests {
 
     fn split(words: &[&str]) -> (Vec<OsString>, Option<OsString>, Vec<OsString>) {
         let words: Vec<OsString> = words.iter().map(Into::into).collect();
-        split_at_image(&command::<ActionArgs>("exec"), &words)
+        let (options, _, image, rest) = split_at_image(&command::<ActionArgs>("exec"), &words);
+        (options, image, rest)
     }
 
     #[test]
