@@ -268,3 +268,28 @@ fn links_in_a_layer_do_not_lead_to_the_host() {
     }
     assert_eq!(fs::read_dir(env.path("secret")).unwrap().count(), 1);
 }
+
+#[test]
+fn part_of_an_image_is_what_it_is_whatever_its_name() {
+    let env = Env::new();
+    let image = env.image();
+    write(&env.path("layer/plain"), "plain\n");
+    write(&env.path("layer/site.d/file"), "dotted\n");
+    let layer = env.squashfs(&env.path("layer"), "data.squashfs", &[]);
+    let bind = |part: &str, target: &str| format!("{}:{target}:image-src={part}", layer.display());
+    let out = env.run([
+        "exec",
+        "-B",
+        &bind("/plain", "/new/plain"),
+        "-B",
+        &bind("/site.d", "/new/site.d"),
+        image.to_str().unwrap(),
+        "cat",
+        "/new/plain",
+        "/new/site.d/file",
+    ]);
+    assert_eq!(out.ok(), "plain\ndotted");
+    let bind = bind("/no/such", "/new/place");
+    env.run(["exec", "-B", &bind, image.to_str().unwrap(), "true"])
+        .fatal(&["/no/such", "is not in the image", "data.squashfs"]);
+}

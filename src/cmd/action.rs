@@ -203,7 +203,10 @@ fn binds(args: &ActionArgs, host: &Host) -> Result<Vec<Bind>> {
         let path = host.cwd.join(&bind.source);
         let file = image::open(&path)
             .with_context(|| format!("cannot bind the image {}", path.display()))?;
-        bind.image = Some(file.data(bind.id)?);
+        let part = bind.image_src.clone().unwrap_or_else(|| "/".into());
+        let part = image::part(file.data(bind.id)?, part)
+            .with_context(|| format!("cannot bind the image {}", path.display()))?;
+        bind.image = Some(part);
     }
     Ok(binds)
 }

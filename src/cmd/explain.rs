@@ -162,6 +162,6 @@ fn source(source: &Source) -> String {
             account.groups.len(),
             account.name
         ),
-        Source::Image(image, path) => format!("{} of {}", path.display(), root(image)),
+        Source::Image(part) => format!("{} of {}", part.path.display(), root(&part.root)),
     }
 }

@@ -17,7 +17,7 @@ use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
 use super::sys::{self, attr};
 use super::wire::Point;
 use super::{dev, server};
-use crate::image::Root;
+use crate::image::{Part, Root};
 use crate::plan::{Layer, Missing, Mount, Plan, Source, identity};
 use crate::say;
 
@@ -54,7 +54,7 @@ pub fn images(plan: &Plan, xdg: Option<&OsStr>) -> Result<Images> {
         _ => None,
     });
     let binds = plan.mounts.iter().filter_map(|mount| match &mount.source {
-        Source::Image(root, _) => Some(root),
+        Source::Image(part) => Some(&part.root),
         _ => None,
     });
     let mounted = |root: &Root| {
@@ -98,7 +98,7 @@ fn is_directory(source: &Source) -> bool {
         Source::Bind(path) => !rustix::fs::stat(path)
             .is_ok_and(|s| !rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir()),
         Source::Text(_) | Source::Passwd(_) | Source::Group(_) => false,
-        Source::Image(_, path) => path == Path::new("/") || path.extension().is_none(),
+        Source::Image(part) => part.directory,
         _ => true,
     }
 }
@@ -255,7 +255,7 @@ impl Tree {
                     let fd = self.image(root)?;
                     self.park(&fd)?;
                     // A squashfs layer may hold its tree in `upper`, as a directory of layers does.
-                    let upper = upper_of(&fd, file_of(root))?;
+                    let upper = upper_of(&fd, root.file())?;
                     lower.push(hold(&mut held, upper.unwrap_or(fd)));
                 }
             }
@@ -412,7 +412,7 @@ impl Tree {
                     return Ok(None);
                 }
             },
-            Source::Image(root, path) => {
+            Source::Image(Part { root, path, .. }) => {
                 let tree = self.image(root)?;
                 if path == Path::new("/") {
                     (tree, 0)
@@ -560,13 +560,8 @@ fn describe(source: &Source) -> String {
         Source::Proc => "proc".into(),
         Source::Dev { .. } => "a private /dev".into(),
         Source::Text(_) | Source::Passwd(_) | Source::Group(_) => "a generated file".into(),
-        Source::Image(root, _) => file_of(root).display().to_string(),
+        Source::Image(part) => part.root.file().display().to_string(),
     }
-}
-
-fn file_of(root: &Root) -> &Path {
-    let (Root::Squashfs { file, .. } | Root::Ext { file, .. } | Root::Directory(file)) = root;
-    file
 }
 
 fn create_at(parent: &OwnedFd, name: &OsStr, directory: bool) -> io::Result<()> {
