@@ -865,3 +865,27 @@ fn caller_may_ignore_the_death_of_children() {
         assert_eq!(bit, Some('1'), "as the caller had it: {options}: {out}");
     }
 }
+
+#[test]
+fn root_of_a_namespace_needs_no_further_one() {
+    let env = Env::new();
+    let image = env.image();
+    let tree = env.path("tree");
+    let inside = |setting: &str, words: &str| {
+        let line = format!(
+            "echo 0 >/proc/sys/user/{setting}; exec {} exec {words}",
+            env!("CARGO_BIN_EXE_capsid")
+        );
+        let words = ["-Ur", "sh", "-c", &line];
+        output(&mut env.command_as(std::path::Path::new("unshare"), words))
+    };
+    for image in [&image, &tree] {
+        for options in ["", "--writable-tmpfs", "--pid", "--fakeroot"] {
+            let words = format!("{options} {} cat /opt/hello.txt", image.display());
+            assert_eq!(inside("max_user_namespaces", &words).ok(), "hello");
+        }
+        let words = format!("{} true", image.display());
+        inside("max_mnt_namespaces", &words).fatal(&["user.max_mnt_namespaces"]);
+    }
+    env.assert_nothing_left();
+}

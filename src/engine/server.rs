@@ -490,7 +490,7 @@ fn prepare(image: &Image, place: Option<&Place>, first: &OwnedFd) -> Result<Prep
     match image.namespace {
         Namespace::New => userns::create(&image.ids, CloneFlags::CLONE_NEWNS)?,
         Namespace::Current => nix::sched::unshare(CloneFlags::CLONE_NEWNS)
-            .context("cannot create a mount namespace")?,
+            .map_err(|error| userns::no_mounts(error.into()))?,
     }
     rustix::mount::mount_change(
         "/",

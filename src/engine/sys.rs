@@ -202,7 +202,13 @@ pub fn new_filesystem(kind: &str, options: &[(&str, Option<&CStr>)]) -> Result<O
     } else {
         attributes
     };
-    fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes).with_context(what)
+    // A detached mount lives in a mount namespace of its own.
+    fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+        .map_err(|error| match error {
+            rustix::io::Errno::NOSPC => super::userns::no_mounts(error.into()),
+            _ => error.into(),
+        })
+        .with_context(what)
 }
 
 use std::os::fd::AsFd as _;
@@ -572,6 +578,19 @@ pub fn new_session_keyring() {
             std::ptr::null::<libc::c_char>(),
         )
     };
+}
+
+/// Whether this process may mount in its user namespace, and that one is not the machine's own.
+pub fn is_root_of_nested_namespace() -> bool {
+    let nested = std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| {
+        let fields: Vec<&str> = map.split_ascii_whitespace().collect();
+        fields != ["0", "0", "4294967295"]
+    });
+    nested
+        && rustix::thread::capabilities(None).is_ok_and(|sets| {
+            sets.effective
+                .contains(rustix::thread::CapabilitySet::SYS_ADMIN)
+        })
 }
 
 /// Ends the process at once, running nothing of the parent's.
