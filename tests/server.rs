@@ -95,6 +95,62 @@ fn two_hundred_at_once_work() {
     env.assert_nothing_left();
 }
 
+/// Those of the environment's servers whose parent is one, too.
+fn workers(env: &Env) -> Vec<i32> {
+    let parent = |pid: &i32| -> i32 {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let fields = stat.rsplit(')').next().unwrap();
+        fields
+            .split_whitespace()
+            .nth(1)
+            .map_or(0, |p| p.parse().unwrap())
+    };
+    let servers = env.servers();
+    let is_child = |pid: &i32| servers.contains(&parent(pid));
+    servers.iter().copied().filter(is_child).collect()
+}
+
+#[test]
+fn any_death_is_survived_and_living_users_keep_the_name() {
+    let env = Env::new();
+    let image = env.image();
+    let image = image.to_str().unwrap();
+    let mut child = background(
+        &env,
+        &[
+            "exec",
+            image,
+            "sh",
+            "-c",
+            "echo; read x; cat /opt/hello.txt; ls /usr",
+        ],
+    );
+    let namespace = || {
+        let out = env.run(["exec", image, "readlink", "/proc/self/ns/user"]);
+        out.ok().to_owned()
+    };
+    let before = namespace();
+    // Alternately the parent of the two and the child, which are keeper and worker in changing roles.
+    for round in 0..5 {
+        let (all, children) = (env.servers(), workers(&env));
+        assert_eq!((all.len(), children.len()), (2, 1), "{round}");
+        let victim = all
+            .iter()
+            .find(|p| children.contains(p) == (round % 2 == 1));
+        kill(Pid::from_raw(*victim.unwrap()), Signal::SIGKILL).unwrap();
+        wait_until("a replacement", || {
+            env.servers() != all && workers(&env).len() == 1
+        });
+        assert_eq!(namespace(), before, "{round}");
+    }
+    std::thread::sleep(Duration::from_secs(4)); // longer than a server without users waits
+    assert_eq!(namespace(), before);
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"go\n").unwrap();
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&out.stdout), "hello\nbin\n");
+    env.assert_nothing_left();
+}
+
 #[test]
 fn killed_worker_is_replaced_and_containers_carry_on() {
     let env = Env::new();
@@ -112,23 +168,7 @@ fn killed_worker_is_replaced_and_containers_carry_on() {
             "echo; read x; cat /opt/hello.txt; ls -d /made/up; ls /usr",
         ],
     );
-    let workers: Vec<i32> = env
-        .servers()
-        .into_iter()
-        .filter(|pid| {
-            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-            let parent: i32 = stat
-                .rsplit(')')
-                .next()
-                .unwrap()
-                .split_whitespace()
-                .nth(1)
-                .unwrap()
-                .parse()
-                .unwrap();
-            env.servers().contains(&parent)
-        })
-        .collect();
+    let workers = workers(&env);
     assert_eq!(workers.len(), 1);
     kill(Pid::from_raw(workers[0]), Signal::SIGKILL).unwrap();
     std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"go\n").unwrap();

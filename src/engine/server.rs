@@ -31,7 +31,7 @@ use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, listen, socket,
     socketpair,
 };
-use nix::sys::wait::{WaitStatus, waitpid};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use super::runtime::Directory;
 use super::sys::{self, Fork};
@@ -57,6 +57,8 @@ const MOUNT_POINT: &str = "/m";
 const VIEWS: &str = "/views";
 /// There when the server has left its name, which is not to be listened to any more.
 const LEFT: &str = "/left";
+/// There when the worker has ended by itself.
+const ENDED: &str = "/ended";
 
 /// Distinct requests, and bytes of them, that a server takes: it then leaves its name to a successor, and serves on
 /// what it serves.
@@ -398,39 +400,162 @@ fn keep(image: &Image, place: Option<&Place>, first: OwnedFd) {
         Ok(prepared) => prepared,
         Err(error) => return refuse(&first, place, &error),
     };
-    let mut deaths: Vec<Instant> = Vec::new();
-    let mut first = Some(first);
-    loop {
-        match sys::fork() {
-            Ok(Fork::Child) => {
-                work(image, &prepared, place, first.take(), deaths.is_empty());
-                sys::exit_now(0)
-            }
-            Ok(Fork::Parent(worker)) => {
-                first = None;
-                let status = loop {
-                    match waitpid(worker, None) {
-                        Err(nix::Error::EINTR) => {}
-                        other => break other,
+    let keeper = Keeper {
+        image,
+        prepared: &prepared,
+        place,
+        users: Vec::new(),
+        deaths: Vec::new(),
+    };
+    keeper.run(Some(first));
+}
+
+/// Holds what a worker that takes over needs.
+struct Keeper<'a> {
+    image: &'a Image<'a>,
+    prepared: &'a Prepared,
+    place: Option<&'a Place>,
+    /// The worker's users, which it tells over a socket.
+    users: Vec<OwnedFd>,
+    deaths: Vec<Instant>,
+}
+
+impl Keeper<'_> {
+    /// Starts workers until one ends by itself. `first` is the client that waits for the first one.
+    fn run(mut self, mut first: Option<OwnedFd>) {
+        loop {
+            match self.start(&mut first) {
+                Ok((worker, told)) => {
+                    first = None;
+                    if self.watch(&worker, &told) == Ended::ByItself || !self.may_go_on() {
+                        return;
                     }
-                };
-                if !matches!(status, Ok(WaitStatus::Signaled(..))) {
-                    return; // it has left by itself
                 }
-                deaths.push(Instant::now());
-                deaths.retain(|at| at.elapsed() < RESTART_WINDOW);
-                if deaths.len() > RESTARTS {
-                    return leave(place);
+                Err(error) => {
+                    return match &first {
+                        Some(first) => refuse(first, self.place, &error),
+                        None => leave_once(self.place),
+                    };
                 }
             }
-            Err(error) => {
-                return match &first {
-                    Some(first) => refuse(first, place, &error),
-                    None => leave(place),
+        }
+    }
+
+    /// Goes on for a keeper that was killed, beside its worker.
+    fn take_over(mut self, worker: &OwnedFd, told: &OwnedFd) {
+        if self.watch(worker, told) == Ended::Killed && self.may_go_on() {
+            self.run(None);
+        }
+    }
+
+    fn may_go_on(&mut self) -> bool {
+        self.deaths.push(Instant::now());
+        self.deaths.retain(|at| at.elapsed() < RESTART_WINDOW);
+        let may = self.deaths.len() <= RESTARTS;
+        if !may {
+            leave_once(self.place);
+        }
+        may
+    }
+
+    /// Starts a worker; gives a descriptor of it, and the socket over which it tells of its users.
+    fn start(&mut self, first: &mut Option<OwnedFd>) -> Result<(OwnedFd, OwnedFd)> {
+        let (told, tell) = user_line()?;
+        let keeper = own_process()?;
+        match sys::fork()? {
+            Fork::Child => {
+                drop(told);
+                let bond = Bond {
+                    keeper: Some(keeper),
+                    tell,
+                };
+                let users = std::mem::take(&mut self.users);
+                let (image, prepared, place) = (self.image, self.prepared, self.place);
+                let fresh = self.deaths.is_empty();
+                work(image, prepared, place, first.take(), users, bond, fresh);
+                end_worker()
+            }
+            Fork::Parent(worker) => {
+                let worker = rustix::process::Pid::from_raw(worker.as_raw())
+                    .context("a process id")
+                    .and_then(open_process)?;
+                Ok((worker, told))
+            }
+        }
+    }
+
+    /// Waits for the end of a worker, and meanwhile notes its users.
+    fn watch(&mut self, worker: &OwnedFd, told: &OwnedFd) -> Ended {
+        let mut telling = true;
+        loop {
+            let mut set = vec![PollFd::new(worker.as_fd(), PollFlags::POLLIN)];
+            set.extend(
+                self.users
+                    .iter()
+                    .map(|u| PollFd::new(u.as_fd(), PollFlags::POLLIN)),
+            );
+            set.extend(telling.then(|| PollFd::new(told.as_fd(), PollFlags::POLLIN)));
+            if !matches!(poll(&mut set, PollTimeout::NONE), Ok(n) if n > 0) {
+                continue;
+            }
+            let ready: Vec<bool> = set.iter().map(|p| p.any().unwrap_or(false)).collect();
+            let mut gone = ready.iter().skip(1);
+            self.users.retain(|_| gone.next() != Some(&true));
+            if gone.next() == Some(&true) {
+                match wire::receive(told.as_fd()) {
+                    Ok((bytes, users)) if !bytes.is_empty() => self.users.extend(users),
+                    _ => telling = false,
+                }
+            }
+            if ready.first() == Some(&true) {
+                while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(s) if s != WaitStatus::StillAlive)
+                {
+                }
+                return if Path::new(ENDED).exists() {
+                    Ended::ByItself
+                } else {
+                    Ended::Killed
                 };
             }
         }
     }
+}
+
+/// How a worker ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    ByItself,
+    Killed,
+}
+
+/// What a worker has of its keeper.
+struct Bond {
+    /// The process, for the worker to see its end. `None` when there is no other any more.
+    keeper: Option<OwnedFd>,
+    /// Where users are told.
+    tell: OwnedFd,
+}
+
+/// A socket pair: the worker sends each user to its keeper, and never waits for it.
+fn user_line() -> Result<(OwnedFd, OwnedFd)> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
+        .context("cannot create a socket")
+}
+
+fn own_process() -> Result<OwnedFd> {
+    open_process(rustix::process::getpid())
+}
+
+fn open_process(pid: rustix::process::Pid) -> Result<OwnedFd> {
+    rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())
+        .context("cannot open a process")
+}
+
+/// Ends a worker in a way that its keeper takes for no accident.
+fn end_worker() -> ! {
+    let _ = File::create(ENDED);
+    sys::exit_now(0)
 }
 
 /// Tells the first client why there is no server. Others that wait by now find the socket closed and try themselves.
@@ -455,6 +580,14 @@ fn leave(place: Option<&Place>) {
             place.listener.as_raw_fd(),
             nix::sys::socket::Shutdown::Both,
         );
+    }
+}
+
+/// The same where the server's own file tree is in place: once, as the name may be somebody else's afterwards.
+fn leave_once(place: Option<&Place>) {
+    if !Path::new(LEFT).exists() {
+        let _ = File::create(LEFT);
+        leave(place);
     }
 }
 
@@ -588,6 +721,8 @@ fn work(
     prepared: &Prepared,
     place: Option<&Place>,
     first: Option<OwnedFd>,
+    users: Vec<OwnedFd>,
+    bond: Bond,
     fresh: bool,
 ) {
     let server = match open_tree(image) {
@@ -633,9 +768,12 @@ fn work(
         }
     };
     let mut desk = Desk {
+        image,
         server,
         prepared,
-        users: Vec::new(),
+        place,
+        bond,
+        users,
         last: Instant::now(),
         known,
         left: false,
@@ -648,7 +786,7 @@ fn work(
     let _ = rustix::mount::unmount(MOUNT_POINT, rustix::mount::UnmountFlags::DETACH);
     desk.server.shrink();
     let _ = serving.join();
-    sys::exit_now(0)
+    end_worker()
 }
 
 fn entries(points: &[Point]) -> Vec<ViewEntry> {
@@ -667,8 +805,12 @@ fn entries(points: &[Point]) -> Vec<ViewEntry> {
 
 /// Where clients are received.
 struct Desk<'a> {
+    image: &'a Image<'a>,
     server: Arc<Server>,
     prepared: &'a Prepared,
+    /// For a new keeper.
+    place: Option<&'a Place>,
+    bond: Bond,
     users: Vec<OwnedFd>,
     last: Instant,
     known: Known,
@@ -702,6 +844,12 @@ impl Desk<'_> {
                 .iter()
                 .map(|u| PollFd::new(u.as_fd(), PollFlags::POLLIN))
                 .collect();
+            set.extend(
+                self.bond
+                    .keeper
+                    .iter()
+                    .map(|k| PollFd::new(k.as_fd(), PollFlags::POLLIN)),
+            );
             set.extend(place.map(|p| PollFd::new(p.listener.as_fd(), PollFlags::POLLIN)));
             let timeout =
                 PollTimeout::try_from(idle.as_millis().max(1)).unwrap_or(PollTimeout::MAX);
@@ -710,14 +858,48 @@ impl Desk<'_> {
             }
             let mut ready: Vec<bool> = set.iter().map(|p| p.any().unwrap_or(false)).collect();
             let knock = place.is_some() && ready.pop() == Some(true);
+            let alone = self.bond.keeper.is_some() && ready.pop() == Some(true);
             let mut ready = ready.into_iter();
             self.users.retain(|_| !ready.next().unwrap_or(false));
             if self.users.is_empty() {
                 self.last = Instant::now();
             }
+            if alone {
+                self.replace_keeper();
+            }
             if knock && let Some(place) = place {
                 self.receive(place);
             }
+        }
+    }
+
+    /// The keeper was killed: makes a child the new one. Without one the worker goes on unprotected.
+    fn replace_keeper(&mut self) {
+        self.bond.keeper = None;
+        let (Ok((told, tell)), Ok(worker)) = (user_line(), own_process()) else {
+            return;
+        };
+        match sys::fork_beside_threads() {
+            Ok(Fork::Child) => {
+                drop(tell);
+                let keeper = Keeper {
+                    image: self.image,
+                    prepared: self.prepared,
+                    place: self.place,
+                    users: std::mem::take(&mut self.users),
+                    deaths: Vec::new(),
+                };
+                keeper.take_over(&worker, &told);
+                sys::exit_now(0)
+            }
+            Ok(Fork::Parent(keeper)) => {
+                let keeper = rustix::process::Pid::from_raw(keeper.as_raw());
+                self.bond = Bond {
+                    keeper: keeper.and_then(|keeper| open_process(keeper).ok()),
+                    tell,
+                };
+            }
+            Err(_) => {}
         }
     }
 
@@ -738,8 +920,7 @@ impl Desk<'_> {
     fn leave(&mut self, place: &Place) {
         if !self.left {
             self.left = true;
-            let _ = File::create(LEFT);
-            leave(Some(place));
+            leave_once(Some(place));
         }
     }
 
@@ -779,8 +960,12 @@ impl Desk<'_> {
                 wire::send(client.as_fd(), &answer, &[])
             }
         };
-        if sent.is_ok() {
-            self.users.extend(fds.into_iter().next());
+        if sent.is_ok()
+            && let Some(user) = fds.into_iter().next()
+        {
+            // A keeper that does not keep up knows fewer.
+            let _ = wire::send(self.bond.tell.as_fd(), &[0], &[user.as_raw_fd()]);
+            self.users.push(user);
         }
         self.last = Instant::now();
         Room::Left

@@ -37,6 +37,19 @@ pub fn fork() -> Result<Fork> {
     }
 }
 
+/// `fork(2)` of a process with threads, of which the child has only the calling one.
+///
+/// # Errors
+/// `EAGAIN` at a process limit.
+pub fn fork_beside_threads() -> Result<Fork> {
+    // SAFETY: the C library keeps its own locks (memory, threads) usable in the child. Of ours, the caller's child
+    // touches none that another thread may have held: the image server's new keeper opens everything anew.
+    match unsafe { nix::unistd::fork() }.context("cannot create a process (fork)")? {
+        ForkResult::Parent { child } => Ok(Fork::Parent(child)),
+        ForkResult::Child => Ok(Fork::Child),
+    }
+}
+
 /// `fork` whose child is process 1 of a new pid namespace (`clone(2)`, `pid_namespaces(7)`).
 ///
 /// # Errors
