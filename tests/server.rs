@@ -353,3 +353,27 @@ fn failed_start_leaves_nothing() {
     out.fatal(&["cannot create a process"]);
     env.assert_nothing_left();
 }
+
+#[test]
+fn server_keeps_neither_environment_nor_capabilities_of_its_starter() {
+    let env = Env::new();
+    let image = env.image();
+    for options in ["--no-home", "--fakeroot"] {
+        let mut command = env.command(["exec", options, image.to_str().unwrap(), "true"]);
+        common::output(command.env("TOKEN", "secret")).ok();
+    }
+    let servers = env.servers();
+    assert_eq!(servers.len(), 4);
+    for pid in servers {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        assert!(environment.iter().all(|b| *b == 0));
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        for line in [
+            "CapEff:\t0000000000200000",
+            "CapPrm:\t0000000000200000",
+            "CapBnd:\t0000000000000000",
+        ] {
+            assert!(status.contains(line), "{line}: {status}");
+        }
+    }
+}

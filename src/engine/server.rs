@@ -656,6 +656,7 @@ fn prepare(image: &Image, place: Option<&Place>, first: &OwnedFd) -> Result<Prep
         }
     }
     enter_empty_tree(&mount.tree)?;
+    sys::keep_only_mounting();
     sys::confine_server();
     Ok(Prepared { devices, userns })
 }

@@ -242,9 +242,11 @@ pub fn arguments(argc: i32, argv: *const *const libc::c_char) -> Vec<OsString> {
 }
 
 /// Overwrites the command line that `ps` shows: a server must not look like the program of the user that
-/// happened to start it, or `pkill -f` of that program would hit the server. Best effort.
+/// happened to start it, or `pkill -f` of that program would hit the server. The environment goes too: it may hold
+/// secrets of a program that ended long ago. Best effort.
 pub fn set_title(title: &str) {
-    // The area lies between fields 48 and 49 of /proc/self/stat (proc(5)): arg_start, arg_end.
+    // The areas lie between fields 48 and 49, 50 and 51 of /proc/self/stat (proc(5)): arg_start, arg_end, env_start,
+    // env_end.
     let Ok(stat) = std::fs::read_to_string("/proc/self/stat") else {
         return;
     };
@@ -267,6 +269,16 @@ pub fn set_title(title: &str) {
         let area = std::ptr::with_exposed_provenance_mut::<u8>(start);
         std::ptr::write_bytes(area, 0, len);
         std::ptr::copy_nonoverlapping(text.as_ptr(), area, text.len());
+    }
+    if let (Some(start), Some(end)) = (number(50), number(51))
+        && start != 0
+        && start < end
+    {
+        // SAFETY: as above; the C library's pointers into this area lead to empty strings from now on.
+        unsafe {
+            let area = std::ptr::with_exposed_provenance_mut::<u8>(start);
+            std::ptr::write_bytes(area, 0, end - start);
+        }
     }
     let name = CString::new(title.split(' ').next().unwrap_or("capsid")).unwrap_or_default();
     let _ = rustix::thread::set_name(&name);
@@ -572,6 +584,19 @@ pub fn confine_server() {
             &raw const program,
         )
     };
+}
+
+/// Gives up every capability but the one that copying and detaching mounts takes (`capabilities(7)`). Best effort: what
+/// it guards against is a bug.
+pub fn keep_only_mounting() {
+    use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
+    drop_bounding_set();
+    let mounting = CapabilitySets {
+        effective: CapabilitySet::SYS_ADMIN,
+        permitted: CapabilitySet::SYS_ADMIN,
+        inheritable: CapabilitySet::empty(),
+    };
+    let _ = set_capabilities(None, mounting);
 }
 
 /// Until the next `execve(2)` no other process of the user may trace this one or open its descriptors
