@@ -14,6 +14,7 @@ use capsid::{cmd, exit, say};
 #[unsafe(no_mangle)]
 pub extern "C" fn main(argc: i32, argv: *const *const libc::c_char) -> i32 {
     sys::open_standard_descriptors();
+    sys::watch_children();
     let args = sys::arguments(argc, argv);
     // A bug of ours is one line too, like every other failure.
     std::panic::set_hook(Box::new(|info| {
@@ -22,9 +23,11 @@ pub extern "C" fn main(argc: i32, argv: *const *const libc::c_char) -> i32 {
             info.to_string().replace('\n', " ")
         ))
     }));
-    let status = catch_unwind(AssertUnwindSafe(|| match cmd::main(&args) {
-        Ok(status) => status,
-        Err(error) => report(&error),
+    let status = catch_unwind(AssertUnwindSafe(|| {
+        match sys::guard_directories().and_then(|()| cmd::main(&args)) {
+            Ok(status) => status,
+            Err(error) => report(&error),
+        }
     }));
     status.unwrap_or(exit::FATAL).into()
 }
@@ -38,6 +41,10 @@ fn report(error: &anyhow::Error) -> u8 {
         };
         eprintln!("{whose} {}", say::printable(&usage.text));
         return exit::USAGE;
+    }
+    // The end that SIGPIPE brings where it is not ignored.
+    if error.is::<say::Closed>() {
+        return exit::signalled(libc::SIGPIPE);
     }
     // One line, whatever the cause holds.
     say::fatal(format_args!(

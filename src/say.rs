@@ -1,4 +1,4 @@
-//! Messages to the person: levels, prefixes, colours; always on stderr.
+//! Messages to the person: levels, prefixes, colours; always on stderr. And results, on stdout.
 //!
 //! The form (`FATAL:   text`, level word padded to nine columns) is Apptainer's, because clients sort
 //! on it. Text that came from outside (file names, images) may hold control bytes: they are escaped
@@ -7,6 +7,8 @@
 use std::fmt::{Arguments, Write as _};
 use std::io::{IsTerminal, Write as _};
 use std::sync::atomic::{AtomicBool, AtomicI8, Ordering};
+
+use anyhow::{Context as _, Result};
 
 /// How much is said; the numbers are Apptainer's `MESSAGELEVEL`.
 static LEVEL: AtomicI8 = AtomicI8::new(INFO);
@@ -64,6 +66,31 @@ pub fn verbose(text: Arguments) {
 pub fn debug(text: Arguments) {
     say(DEBUG, "DEBUG:", "36", text);
 }
+
+/// Prints a result of a command on standard output.
+///
+/// # Errors
+/// When it is full or closed.
+pub fn out(text: Arguments) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    // Nobody flushes at the end: `main` is C's.
+    match stdout.write_fmt(text).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Err(Closed.into()),
+        other => other.context("cannot write to standard output"),
+    }
+}
+
+/// Whoever read standard output has seen enough.
+#[derive(Debug)]
+pub struct Closed;
+
+impl std::fmt::Display for Closed {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str("standard output is closed")
+    }
+}
+
+impl std::error::Error for Closed {}
 
 fn say(level: i8, word: &str, colour: &str, text: Arguments) {
     if level > self::level() {

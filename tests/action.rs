@@ -794,3 +794,98 @@ fn explain_prints_the_plan_and_runs_nothing() {
         "{out}"
     );
 }
+
+#[test]
+fn host_root_can_be_bound() {
+    let env = Env::new();
+    let image = env.image();
+    let link = env.path("link");
+    std::os::unix::fs::symlink("/tmp/..", &link).unwrap();
+    common::write(&env.path("work/note"), "of the host\n");
+    let note = env.path("work/note");
+    for (option, source) in [("-B", "/"), ("-B", link.to_str().unwrap()), ("--home", "/")] {
+        let out = env.run([
+            "exec",
+            "--contain",
+            option,
+            &format!("{source}:/host"),
+            "-B",
+            "/:/again",
+            image.to_str().unwrap(),
+            "cat",
+            &format!("/host{}", note.display()),
+            &format!("/again{}", note.display()),
+        ]);
+        assert_eq!(out.ok(), "of the host\nof the host", "{option} {source}");
+    }
+}
+
+#[test]
+fn directories_of_the_caller_do_not_come_along_without_proc() {
+    let env = Env::new();
+    let image = env.image();
+    let tree = env.path("tree");
+    fs::remove_dir(tree.join("proc")).unwrap();
+    std::os::unix::fs::symlink("/opt", tree.join("proc")).unwrap();
+    let linked = env.sif(&tree, "linked.sif");
+    let program = env!("CARGO_BIN_EXE_capsid");
+    for (image, options) in [
+        (&image, "--no-mount proc"),
+        (&image, "-C --no-mount proc"),
+        (&linked, ""),
+        (&linked, "-C"),
+    ] {
+        let line = format!(
+            "exec 7</; exec 8</etc/passwd; exec {program} exec {options} {} sh -c \
+             '(: <&7) && echo 7; (: <&8) && echo 8'",
+            image.display()
+        );
+        let out = output(&mut env.command_as(std::path::Path::new("sh"), ["-c", &line]));
+        let files = if options.contains("-C") { "" } else { "8\n" };
+        assert_eq!(out.stdout, files, "{options}: {out}");
+    }
+}
+
+#[test]
+fn caller_may_ignore_the_death_of_children() {
+    let env = Env::new();
+    let image = env.image();
+    let program = env!("CARGO_BIN_EXE_capsid");
+    for options in ["", "--pid", "--compat", "--fakeroot", "--pid --no-init"] {
+        let words = ["20", "env", "--ignore-signal=CHLD", program, "exec"];
+        let words = words.into_iter().chain(options.split_whitespace()).chain([
+            image.to_str().unwrap(),
+            "grep",
+            "SigIgn",
+            "/proc/self/status",
+        ]);
+        let out = output(&mut env.command_as(std::path::Path::new("timeout"), words));
+        assert_eq!(out.status, 0, "{options}: {out}");
+        let bit = out.stdout.trim().chars().rev().nth(4);
+        assert_eq!(bit, Some('1'), "as the caller had it: {options}: {out}");
+    }
+}
+
+#[test]
+fn root_of_a_namespace_needs_no_further_one() {
+    let env = Env::new();
+    let image = env.image();
+    let tree = env.path("tree");
+    let inside = |setting: &str, words: &str| {
+        let line = format!(
+            "echo 0 >/proc/sys/user/{setting}; exec {} exec {words}",
+            env!("CARGO_BIN_EXE_capsid")
+        );
+        let words = ["-Ur", "sh", "-c", &line];
+        output(&mut env.command_as(std::path::Path::new("unshare"), words))
+    };
+    for image in [&image, &tree] {
+        for options in ["", "--writable-tmpfs", "--pid", "--fakeroot"] {
+            let words = format!("{options} {} cat /opt/hello.txt", image.display());
+            assert_eq!(inside("max_user_namespaces", &words).ok(), "hello");
+        }
+        let words = format!("{} true", image.display());
+        inside("max_mnt_namespaces", &words).fatal(&["user.max_mnt_namespaces"]);
+    }
+    env.assert_nothing_left();
+}

@@ -251,3 +251,18 @@ fn hostile_files_in_the_image_stay_inside() {
     );
     assert_eq!(fs::read_to_string(&canary).unwrap(), "untouched");
 }
+
+#[test]
+fn names_that_are_none_are_refused() {
+    let env = Env::new();
+    env.image();
+    // A working directory that could be run.
+    let tree = env.path("tree");
+    let out = common::output(env.command(["exec", "", "true"]).current_dir(tree));
+    out.fatal(&["the name of the image is empty"]);
+    for name in ["instance:x", "instance:", "instance://x", "instance://"] {
+        let out = env.run(["exec", name, "true"]);
+        assert!(!out.stderr.contains("bug"), "{name}: {out}");
+        assert_eq!(out.status, 255, "{name}: {out}");
+    }
+}

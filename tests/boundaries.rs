@@ -137,3 +137,17 @@ fn unsafe_code_is_in_one_file() {
         );
     });
 }
+
+#[test]
+fn results_are_printed_in_one_place() {
+    each(&mut |_, file, code| {
+        for word in code.split_whitespace() {
+            let bare = word.contains("print!(") || word.contains("println!(");
+            let stderr = word.contains("eprint");
+            assert!(
+                !bare || stderr,
+                "{file}: {word}: use say::out, which tells of a full disk"
+            );
+        }
+    });
+}

@@ -115,3 +115,30 @@ fn doctor_finds_a_usable_machine() {
     }
     assert!(env.run(["doctor"]).ok().contains("user namespaces"));
 }
+
+#[test]
+fn output_that_cannot_be_written_is_an_error() {
+    let env = Env::new();
+    let image = env.image();
+    let image = image.to_str().unwrap();
+    let program = env!("CARGO_BIN_EXE_capsid");
+    for words in [
+        "--version",
+        "version",
+        "help",
+        "exec --help",
+        "doctor",
+        &format!("--explain exec {image} true"),
+        &format!("run-help {image}"),
+    ] {
+        let run = |line: &str| {
+            common::output(&mut env.command_as(std::path::Path::new("bash"), ["-c", line]))
+        };
+        run(&format!("exec {program} {words} >/dev/full"))
+            .fatal(&["cannot write to standard output: No space left on device"]);
+        let closed = run(&format!(
+            "trap '' PIPE; {{ sleep 0.2; {program} {words}; echo $? >&2; }} | true"
+        ));
+        assert_eq!(closed.stderr, "141\n", "{words}: {closed}");
+    }
+}

@@ -218,3 +218,20 @@ fn environment_file_that_is_missing_or_broken_is_named() {
     ])
     .fatal(&["bad.env"]);
 }
+
+#[test]
+fn switch_that_is_denied_beats_the_environment() {
+    let env = Env::new();
+    let image = env.image();
+    let image = image.to_str().unwrap();
+    let run = |options: &[&str]| {
+        let words = ["--explain", "exec"].iter().chain(options).copied();
+        let mut command = env.command(words.chain([image, "true"]));
+        let out = common::output(command.env("APPTAINER_PID", "1"));
+        out.ok().contains("enter    user, mount, pid")
+    };
+    assert!(run(&[]));
+    assert!(!run(&["--pid=false"]));
+    assert!(!run(&["-p", "--pid", "--pid=0"]), "the last one counts");
+    assert!(run(&["--pid=false", "--pid"]), "the last one counts");
+}

@@ -406,8 +406,11 @@ fn killed_processes_of_ours_end_the_instance() {
     let init = s.pid("n", "init");
     let servers = s.env.servers();
     assert_eq!(servers.len(), 2);
-    for pid in servers {
-        kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+    // One that sees the other end would replace it.
+    for signal in [Signal::SIGSTOP, Signal::SIGKILL] {
+        for pid in &servers {
+            kill(Pid::from_raw(*pid), signal).unwrap();
+        }
     }
     wait_until("the end", || {
         s.names().is_empty() && kill(init, None).is_err()

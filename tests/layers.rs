@@ -233,3 +233,63 @@ fn part_of_an_image_can_be_bound() {
     ]);
     assert_eq!(out.ok(), "from an image");
 }
+
+#[test]
+fn links_in_a_layer_do_not_lead_to_the_host() {
+    let env = Env::new();
+    let image = env.image();
+    let image = image.to_str().unwrap();
+    write(&env.path("secret/leaked"), "");
+    let link = |dir: &str, name: &str| {
+        fs::create_dir_all(env.path(dir)).unwrap();
+        std::os::unix::fs::symlink(env.path("secret"), env.path(dir).join(name)).unwrap();
+    };
+    link("evil", "upper");
+    let squashfs = env.squashfs(&env.path("evil"), "evil.squashfs", &[]);
+    let ext = env.path("evil.img");
+    output(
+        Command::new("mkfs.ext3")
+            .args(["-q", "-F", "-d"])
+            .args([&env.path("evil"), &ext])
+            .arg("8M"),
+    )
+    .ok();
+    link("work-link", "work");
+    let layers = [
+        format!("{}:ro", squashfs.display()),
+        format!("{}:ro", ext.display()),
+        format!("{}:ro", env.path("evil").display()),
+        env.path("evil").display().to_string(),
+        env.path("work-link").display().to_string(),
+    ];
+    for layer in layers {
+        env.run(["exec", "--overlay", &layer, image, "ls", "/"])
+            .fatal(&["symbolic link", layer.trim_end_matches(":ro")]);
+    }
+    assert_eq!(fs::read_dir(env.path("secret")).unwrap().count(), 1);
+}
+
+#[test]
+fn part_of_an_image_is_what_it_is_whatever_its_name() {
+    let env = Env::new();
+    let image = env.image();
+    write(&env.path("layer/plain"), "plain\n");
+    write(&env.path("layer/site.d/file"), "dotted\n");
+    let layer = env.squashfs(&env.path("layer"), "data.squashfs", &[]);
+    let bind = |part: &str, target: &str| format!("{}:{target}:image-src={part}", layer.display());
+    let out = env.run([
+        "exec",
+        "-B",
+        &bind("/plain", "/new/plain"),
+        "-B",
+        &bind("/site.d", "/new/site.d"),
+        image.to_str().unwrap(),
+        "cat",
+        "/new/plain",
+        "/new/site.d/file",
+    ]);
+    assert_eq!(out.ok(), "plain\ndotted");
+    let bind = bind("/no/such", "/new/place");
+    env.run(["exec", "-B", &bind, image.to_str().unwrap(), "true"])
+        .fatal(&["/no/such", "is not in the image", "data.squashfs"]);
+}

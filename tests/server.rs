@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
@@ -94,6 +95,62 @@ fn two_hundred_at_once_work() {
     env.assert_nothing_left();
 }
 
+/// Those of the environment's servers whose parent is one, too.
+fn workers(env: &Env) -> Vec<i32> {
+    let parent = |pid: &i32| -> i32 {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        let fields = stat.rsplit(')').next().unwrap();
+        fields
+            .split_whitespace()
+            .nth(1)
+            .map_or(0, |p| p.parse().unwrap())
+    };
+    let servers = env.servers();
+    let is_child = |pid: &i32| servers.contains(&parent(pid));
+    servers.iter().copied().filter(is_child).collect()
+}
+
+#[test]
+fn any_death_is_survived_and_living_users_keep_the_name() {
+    let env = Env::new();
+    let image = env.image();
+    let image = image.to_str().unwrap();
+    let mut child = background(
+        &env,
+        &[
+            "exec",
+            image,
+            "sh",
+            "-c",
+            "echo; read x; cat /opt/hello.txt; ls /usr",
+        ],
+    );
+    let namespace = || {
+        let out = env.run(["exec", image, "readlink", "/proc/self/ns/user"]);
+        out.ok().to_owned()
+    };
+    let before = namespace();
+    // Alternately the parent of the two and the child, which are keeper and worker in changing roles.
+    for round in 0..5 {
+        let (all, children) = (env.servers(), workers(&env));
+        assert_eq!((all.len(), children.len()), (2, 1), "{round}");
+        let victim = all
+            .iter()
+            .find(|p| children.contains(p) == (round % 2 == 1));
+        kill(Pid::from_raw(*victim.unwrap()), Signal::SIGKILL).unwrap();
+        wait_until("a replacement", || {
+            env.servers() != all && workers(&env).len() == 1
+        });
+        assert_eq!(namespace(), before, "{round}");
+    }
+    std::thread::sleep(Duration::from_secs(4)); // longer than a server without users waits
+    assert_eq!(namespace(), before);
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"go\n").unwrap();
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&out.stdout), "hello\nbin\n");
+    env.assert_nothing_left();
+}
+
 #[test]
 fn killed_worker_is_replaced_and_containers_carry_on() {
     let env = Env::new();
@@ -111,23 +168,7 @@ fn killed_worker_is_replaced_and_containers_carry_on() {
             "echo; read x; cat /opt/hello.txt; ls -d /made/up; ls /usr",
         ],
     );
-    let workers: Vec<i32> = env
-        .servers()
-        .into_iter()
-        .filter(|pid| {
-            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
-            let parent: i32 = stat
-                .rsplit(')')
-                .next()
-                .unwrap()
-                .split_whitespace()
-                .nth(1)
-                .unwrap()
-                .parse()
-                .unwrap();
-            env.servers().contains(&parent)
-        })
-        .collect();
+    let workers = workers(&env);
     assert_eq!(workers.len(), 1);
     kill(Pid::from_raw(workers[0]), Signal::SIGKILL).unwrap();
     std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"go\n").unwrap();
@@ -242,4 +283,97 @@ fn image_may_be_replaced_while_it_is_in_use() {
         String::from_utf8_lossy(&child.wait_with_output().unwrap().stdout),
         "hello\n"
     );
+}
+
+#[test]
+fn any_number_of_different_mount_points_is_served() {
+    let env = Env::new();
+    let image = env.image();
+    let image = image.to_str().unwrap();
+    let mut child = background(
+        &env,
+        &[
+            "exec",
+            image,
+            "sh",
+            "-c",
+            "echo; read x; cat /opt/hello.txt",
+        ],
+    );
+    // Few long paths, so that it is soon too much for one server.
+    let long = format!("{0}/{0}/{0}/{0}/{0}/{0}/{0}/{0}/{0}/{0}", "x".repeat(250));
+    for n in 0..30 {
+        let binds: Vec<String> = (0..20).map(|m| format!("/etc:/{n}/{m}/{long}")).collect();
+        let binds = binds.join(",");
+        env.run(["exec", "-B", &binds, image, "true"]).ok();
+    }
+    assert_eq!(env.servers().len(), 4, "the first one, and its successor");
+    std::io::Write::write_all(&mut child.stdin.take().unwrap(), b"go\n").unwrap();
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&out.stdout), "hello\n");
+    env.assert_nothing_left();
+}
+
+#[test]
+fn runtime_directory_that_cannot_be_written_is_no_obstacle() {
+    let env = Env::new();
+    let image = env.image();
+    fs::create_dir(env.runtime()).unwrap();
+    fs::set_permissions(env.runtime(), fs::Permissions::from_mode(0o700)).unwrap();
+    // Read-only for this run, in namespaces of its own.
+    let line = format!(
+        "mount --bind {0} {0} && mount -o remount,ro,bind {0} && exec {1} exec {2} cat /opt/hello.txt",
+        env.path("run").display(),
+        env!("CARGO_BIN_EXE_capsid"),
+        image.display()
+    );
+    let words = ["-rm", "sh", "-c", &line];
+    let out = common::output(&mut env.command_as(std::path::Path::new("unshare"), words));
+    assert_eq!(out.ok(), "hello");
+    assert_eq!(fs::read_dir(env.runtime()).unwrap().count(), 0);
+}
+
+#[test]
+fn failed_start_leaves_nothing() {
+    let env = Env::new();
+    let image = env.image();
+    let dead = env.runtime().join("image-0123456789abcdef");
+    env.run(["exec", image.to_str().unwrap(), "true"]).ok();
+    drop(std::os::unix::net::UnixListener::bind(&dead).unwrap());
+    wait_until("image servers to end", || env.servers().is_empty());
+    let program = env!("CARGO_BIN_EXE_capsid");
+    let words = [
+        "--nproc=1",
+        program,
+        "exec",
+        image.to_str().unwrap(),
+        "true",
+    ];
+    let out = common::output(&mut env.command_as(std::path::Path::new("prlimit"), words));
+    out.fatal(&["cannot create a process"]);
+    env.assert_nothing_left();
+}
+
+#[test]
+fn server_keeps_neither_environment_nor_capabilities_of_its_starter() {
+    let env = Env::new();
+    let image = env.image();
+    for options in ["--no-home", "--fakeroot"] {
+        let mut command = env.command(["exec", options, image.to_str().unwrap(), "true"]);
+        common::output(command.env("TOKEN", "secret")).ok();
+    }
+    let servers = env.servers();
+    assert_eq!(servers.len(), 4);
+    for pid in servers {
+        let environment = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+        assert!(environment.iter().all(|b| *b == 0));
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        for line in [
+            "CapEff:\t0000000000200000",
+            "CapPrm:\t0000000000200000",
+            "CapBnd:\t0000000000000000",
+        ] {
+            assert!(status.contains(line), "{line}: {status}");
+        }
+    }
 }

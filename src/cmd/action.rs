@@ -154,6 +154,9 @@ pub(super) fn payload(verb: Verb, args: &ActionArgs) -> Vec<OsString> {
 
 /// The image's path: a path that exists beats the reading of a colon as a URI.
 pub(super) fn image_path(image: &OsString, host: &Host) -> Result<PathBuf> {
+    if image.is_empty() {
+        bail!("the name of the image is empty");
+    }
     let path = host.cwd.join(image);
     let text = image.to_string_lossy();
     if let Some((scheme, _)) = text
@@ -199,8 +202,10 @@ fn run_help(image: &dyn image::Image, app: Option<&str>) -> Result<u8> {
         None => "/.singularity.d/runscript.help".into(),
     };
     match image.read(Path::new(&path))? {
-        Some(text) => print!("{}", String::from_utf8_lossy(&text)),
-        None => println!("No help sections were defined for this image"),
+        Some(text) => say::out(format_args!("{}", String::from_utf8_lossy(&text)))?,
+        None => say::out(format_args!(
+            "No help sections were defined for this image\n"
+        ))?,
     }
     Ok(exit::OK)
 }
@@ -282,7 +287,10 @@ fn binds(args: &ActionArgs, host: &Host) -> Result<Vec<Bind>> {
         let path = host.cwd.join(&bind.source);
         let file = image::open(&path)
             .with_context(|| format!("cannot bind the image {}", path.display()))?;
-        bind.image = Some(file.data(bind.id)?);
+        let part = bind.image_src.clone().unwrap_or_else(|| "/".into());
+        let part = image::part(file.data(bind.id)?, part)
+            .with_context(|| format!("cannot bind the image {}", path.display()))?;
+        bind.image = Some(part);
     }
     Ok(binds)
 }

@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::build::pack;
 use crate::host::go_arch;
 use crate::sif::Stamp;
-use crate::{exit, metadir};
+use crate::{exit, metadir, say};
 
 /// No options.
 #[derive(clap::Args, Debug)]
@@ -33,11 +33,11 @@ pub fn run(_args: &DemoArgs) -> Result<u8> {
     let image = scratch.0.join("demo.sif");
     let start = Instant::now();
     let size = make_image(&scratch.0, &image)?;
-    println!(
-        "made demo.sif of this machine's shell, {} KiB, in {} ms",
+    say::out(format_args!(
+        "made demo.sif of this machine's shell, {} KiB, in {} ms\n",
         size >> 10,
         start.elapsed().as_millis()
-    );
+    ))?;
     let name = format!("demo-{}", std::process::id());
     let joined = format!("instance://{name}");
     let shown: [&[&str]; 9] = [
@@ -85,9 +85,9 @@ pub fn run(_args: &DemoArgs) -> Result<u8> {
         step(&scratch.0, words)?;
     }
     drop(service);
-    println!(
-        "\nEverything works. The image is removed again; its server ends by itself in a few seconds."
-    );
+    say::out(format_args!(
+        "\nEverything works. The image is removed again; its server ends by itself in a few seconds.\n"
+    ))?;
     Ok(exit::OK)
 }
 
@@ -100,10 +100,10 @@ fn step(directory: &Path, words: &[&str]) -> Result<()> {
             (*w).to_owned()
         }
     };
-    println!(
-        "\n$ capsid {}",
+    say::out(format_args!(
+        "\n$ capsid {}\n",
         words.iter().map(quoted).collect::<Vec<_>>().join(" ")
-    );
+    ))?;
     let program = std::env::current_exe().context("cannot tell where this program is")?;
     let start = Instant::now();
     let status = Command::new(&program)
@@ -114,7 +114,10 @@ fn step(directory: &Path, words: &[&str]) -> Result<()> {
     if !status.success() {
         bail!("this step failed ({status}): see capsid doctor for what this machine lacks");
     }
-    println!("({:.1} ms)", start.elapsed().as_secs_f64() * 1000.0);
+    say::out(format_args!(
+        "({:.1} ms)\n",
+        start.elapsed().as_secs_f64() * 1000.0
+    ))?;
     Ok(())
 }
 

@@ -10,9 +10,9 @@ use serde::Serialize;
 
 use crate::engine::sys::{self, Fork};
 use crate::engine::{cgroup, network, rootfs, runtime, userns};
-use crate::exit;
 use crate::host::Host;
 use crate::plan::IdMap;
+use crate::{exit, say};
 
 /// Options of `doctor`.
 #[derive(clap::Args, Debug)]
@@ -94,15 +94,15 @@ pub fn run(args: &DoctorArgs) -> Result<u8> {
     ]);
     checks.insert(0, machine());
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&checks)?);
+        say::out(format_args!("{}\n", serde_json::to_string_pretty(&checks)?))?;
     } else {
-        print(&checks);
+        print(&checks)?;
     }
     let usable = checks.iter().all(|c| c.state != State::Fail);
     Ok(if usable { exit::OK } else { exit::USAGE })
 }
 
-fn print(checks: &[Check]) {
+fn print(checks: &[Check]) -> Result<()> {
     for check in checks {
         let state = match check.state {
             State::Ok => "ok",
@@ -110,11 +110,15 @@ fn print(checks: &[Check]) {
             State::Fail => "FAIL",
             State::Info => "info",
         };
-        println!("{state:<5} {:<18} {}", check.check, check.detail);
+        say::out(format_args!(
+            "{state:<5} {:<18} {}\n",
+            check.check, check.detail
+        ))?;
         if let Some(remedy) = &check.remedy {
-            println!("{:24} as root: {remedy}", "");
+            say::out(format_args!("{:24} as root: {remedy}\n", ""))?;
         }
     }
+    Ok(())
 }
 
 fn machine() -> Check {

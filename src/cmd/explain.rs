@@ -5,6 +5,7 @@ use anyhow::{Context, Result};
 use super::Explain;
 use crate::image::Root;
 use crate::plan::{IdMap, Join, Layer, Plan, Source};
+use crate::say;
 
 /// Prints the plan.
 ///
@@ -12,11 +13,11 @@ use crate::plan::{IdMap, Join, Layer, Plan, Source};
 /// When a path in it cannot be written as JSON.
 pub fn print(plan: &Plan, form: Explain) -> Result<()> {
     match form {
-        Explain::Text => lines(plan).iter().for_each(|line| println!("{line}")),
-        Explain::Json => println!(
-            "{}",
+        Explain::Text => say::out(format_args!("{}\n", lines(plan).join("\n")))?,
+        Explain::Json => say::out(format_args!(
+            "{}\n",
             serde_json::to_string_pretty(plan).context("the plan holds text that is not UTF-8")?
-        ),
+        ))?,
     }
     Ok(())
 }
@@ -169,6 +170,6 @@ fn source(source: &Source) -> String {
             account.groups.len(),
             account.name
         ),
-        Source::Image(image, path) => format!("{} of {}", path.display(), root(image)),
+        Source::Image(part) => format!("{} of {}", part.path.display(), root(&part.root)),
     }
 }

@@ -143,7 +143,7 @@ pub fn main(args: &[OsString]) -> Result<u8> {
         Global::Done(status) => return Ok(status),
     };
     let Some(verb) = words.first() else {
-        print_usage(persona);
+        print_usage(persona)?;
         return Ok(exit::USAGE);
     };
     let rest = &words[1..];
@@ -163,7 +163,7 @@ pub fn main(args: &[OsString]) -> Result<u8> {
         "doctor" => doctor::run(&parse::<doctor::DoctorArgs>("doctor", rest)?),
         "demo" => demo::run(&parse::<demo::DemoArgs>("demo", rest)?),
         "version" => {
-            println!("{}", version(persona));
+            say::out(format_args!("{}\n", version(persona)))?;
             Ok(exit::OK)
         }
         "help" => {
@@ -174,7 +174,7 @@ pub fn main(args: &[OsString]) -> Result<u8> {
             bail!("the command {name:?} is not supported by this version of capsid")
         }
         name => {
-            print_usage(persona);
+            print_usage(persona)?;
             Err(Usage {
                 command: String::new(),
                 text: format!("unknown command {name:?} for {:?}", program(persona)),
@@ -207,7 +207,11 @@ fn global_options(words: &[OsString], persona: Persona) -> Result<Global> {
             "--explain" | "--explain=text" => globals.explain = Some(Explain::Text),
             "--explain=json" => globals.explain = Some(Explain::Json),
             "--version" => {
-                println!("{} version {}", program(persona), version(persona));
+                say::out(format_args!(
+                    "{} version {}\n",
+                    program(persona),
+                    version(persona)
+                ))?;
                 return Ok(Global::Done(exit::OK));
             }
             "--help" | "-h" => {
@@ -283,7 +287,7 @@ fn parse_action(name: &str, words: &[OsString], host: &Host) -> Result<ActionArg
 /// Names of the options that were typed.
 fn typed(name: &str, words: &[OsString]) -> Result<Vec<String>> {
     let command = command::<ActionArgs>(name);
-    let (options, ..) = split_at_image(&command, words);
+    let (options, _, ..) = split_at_image(&command, words);
     let matches = matches(command, name, options)?;
     let typed = |id: &&clap::Id| {
         matches.value_source(id.as_str()) == Some(clap::parser::ValueSource::CommandLine)
@@ -303,9 +307,12 @@ fn parse_with_image<A: Args + FromArgMatches>(
     needed: usize,
 ) -> Result<(A, Vec<OsString>)> {
     let command = command::<A>(name);
-    let (options, image, rest) = split_at_image(&command, words);
+    let (options, denied, image, rest) = split_at_image(&command, words);
     let matches = matches(command.clone(), name, options.clone())?;
-    let typed = |id: &str| matches.value_source(id) == Some(clap::parser::ValueSource::CommandLine);
+    let typed = |id: &str| {
+        denied.iter().any(|d| d == id)
+            || matches.value_source(id) == Some(clap::parser::ValueSource::CommandLine)
+    };
     let mut all = environment::words(&command, &host.env, &typed)?;
     let args = if all.is_empty() {
         A::from_arg_matches(&matches)?
@@ -315,7 +322,7 @@ fn parse_with_image<A: Args + FromArgMatches>(
     };
     let words: Vec<OsString> = image.into_iter().chain(rest).collect();
     if words.len() < needed {
-        print_action_usage(name);
+        print_action_usage(name)?;
         let text = format!(
             "requires at least {needed} arg(s), only received {}",
             words.len()
@@ -329,13 +336,14 @@ fn parse_with_image<A: Args + FromArgMatches>(
     Ok((args, words))
 }
 
-/// Options, image, and what belongs to the payload. `--flag=true` and `--flag=false` of switches, which
-/// Go programs accept, are settled here.
+/// Options, switches that were denied, image, and what belongs to the payload. `--flag=true` and `--flag=false` of
+/// switches, which Go programs accept, are settled here: the last one counts.
 fn split_at_image(
     command: &Command,
     words: &[OsString],
-) -> (Vec<OsString>, Option<OsString>, Vec<OsString>) {
-    let mut options = Vec::new();
+) -> (Vec<OsString>, Vec<String>, Option<OsString>, Vec<OsString>) {
+    let mut options: Vec<OsString> = Vec::new();
+    let mut denied = Vec::new();
     let mut i = 0;
     let long = |name: &str| {
         command.get_arguments().find(|a| {
@@ -368,7 +376,14 @@ fn split_at_image(
                         Ok(true) => {
                             options.push(format!("--{}", arg.get_long().unwrap_or_default()).into())
                         }
-                        Ok(false) => {}
+                        Ok(false) => {
+                            let long = format!("--{}", arg.get_long().unwrap_or_default());
+                            let short = arg.get_short().map(|c| format!("-{c}"));
+                            options.retain(|o| {
+                                *o != *long && short.as_ref().is_none_or(|s| *o != **s)
+                            });
+                            denied.push(arg.get_id().to_string());
+                        }
                         Err(_) => options.push(word.clone()), // clap explains
                     }
                     continue;
@@ -401,6 +416,7 @@ fn split_at_image(
     }
     (
         options,
+        denied,
         words.get(i).cloned(),
         words.get(i + 1..).unwrap_or_default().to_vec(),
     )
@@ -436,7 +452,7 @@ fn matches(command: Command, name: &str, words: Vec<OsString>) -> Result<clap::A
     match command.try_get_matches_from(words) {
         Ok(matches) => Ok(matches),
         Err(error) if error.kind() == clap::error::ErrorKind::DisplayHelp => {
-            print!("{}", error.render());
+            say::out(format_args!("{}", error.render()))?;
             std::process::exit(exit::OK.into());
         }
         Err(error) => {
@@ -489,11 +505,11 @@ fn usage_line(name: &str) -> String {
     }
 }
 
-fn print_action_usage(name: &str) {
-    println!(
-        "Usage:\n  {}\n\nRun 'capsid help {name}' for more information.",
+fn print_action_usage(name: &str) -> Result<()> {
+    say::out(format_args!(
+        "Usage:\n  {}\n\nRun 'capsid help {name}' for more information.\n",
         usage_line(name)
-    );
+    ))
 }
 
 fn program(persona: Persona) -> &'static str {
@@ -510,19 +526,19 @@ fn version(persona: Persona) -> &'static str {
     }
 }
 
-fn print_usage(persona: Persona) {
-    println!(
-        "Usage:\n  {} [global options...] <command>\n\nAvailable Commands:",
+fn print_usage(persona: Persona) -> Result<()> {
+    say::out(format_args!(
+        "Usage:\n  {} [global options...] <command>\n\nAvailable Commands:\n",
         program(persona)
-    );
+    ))?;
     for (name, about) in COMMANDS {
-        println!("  {name:<12}{about}");
+        say::out(format_args!("  {name:<12}{about}\n"))?;
     }
-    println!(
+    say::out(format_args!(
         "\nGlobal options:\n  -d, --debug      show the plan and each step\n  -v, --verbose    say more\n  -q, --quiet      no INFO messages\n  \
          -s, --silent     errors only\n      --nocolor    no colours\n      --explain[=json]  print what would be done, and do nothing\n      \
-         --version    show the version\n  -h, --help       show this help"
-    );
+         --version    show the version\n  -h, --help       show this help\n"
+    ))
 }
 
 fn print_help(name: Option<&str>, persona: Persona) -> Result<()> {
@@ -543,7 +559,7 @@ fn print_help(name: Option<&str>, persona: Persona) -> Result<()> {
             "demo",
             vec!["--help".into()],
         )?),
-        _ => print_usage(persona),
+        _ => print_usage(persona)?,
     }
     Ok(())
 }
@@ -554,7 +570,8 @@ mod tests {
 
     fn split(words: &[&str]) -> (Vec<OsString>, Option<OsString>, Vec<OsString>) {
         let words: Vec<OsString> = words.iter().map(Into::into).collect();
-        split_at_image(&command::<ActionArgs>("exec"), &words)
+        let (options, _, image, rest) = split_at_image(&command::<ActionArgs>("exec"), &words);
+        (options, image, rest)
     }
 
     #[test]

@@ -28,8 +28,8 @@ pub mod wire;
 use std::convert::Infallible;
 use std::ffi::OsStr;
 
-use anyhow::{Context, Result};
-use nix::sched::{CloneFlags, setns, unshare};
+use anyhow::{Context, Result, anyhow};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::SigSet;
 
 use crate::image::Root;
@@ -107,8 +107,7 @@ fn enter_user_namespace(
     }
     say::debug(format_args!("image server for {:?}", plan.root));
     let stage = server::enter(&plan.root, plan.ids, server::Namespace::New, points, client)?;
-    setns(&stage.userns, CloneFlags::CLONE_NEWUSER)
-        .context("cannot join the image server's user namespace (setns)")?;
+    userns::join(&stage.userns)?;
     Ok(Some(stage))
 }
 
@@ -118,8 +117,12 @@ fn create_namespaces(plan: &Plan) -> Result<()> {
     flags.set(CloneFlags::CLONE_NEWIPC, ipc);
     flags.set(CloneFlags::CLONE_NEWNET, net);
     flags.set(CloneFlags::CLONE_NEWUTS, uts);
-    unshare(flags)
-        .context("cannot create namespaces (is a limit like user.max_mnt_namespaces reached?)")?;
+    unshare(flags).map_err(|error| match flags {
+        CloneFlags::CLONE_NEWNS => userns::no_mounts(error.into()),
+        _ => anyhow!(error).context(
+            "cannot create namespaces (a limit like user.max_mnt_namespaces or user.max_ipc_namespaces may be reached)",
+        ),
+    })?;
     if net {
         sys::loopback_up()?;
         // A network of its own has no ports that belong to the system. Best effort: programs can use higher ones.

@@ -112,7 +112,9 @@ pub fn restrict(ids: &IdMap, process: &Process, private_keys: bool) -> Result<()
         bail!("cannot set no_new_privs");
     }
     sys::forbid_terminal_injection()?;
-    sys::guard_descriptors(process.close_descriptors);
+    if process.close_descriptors {
+        sys::close_on_exec()?;
+    }
     rustix::process::umask(Mode::from_raw_mode(process.umask));
     Ok(())
 }
@@ -143,7 +145,7 @@ pub fn resolve(process: &Process, environment: &Environment, cwd: &Path) -> Resu
                 scripts::Level::Info => say::info(format_args!("{text}")),
                 scripts::Level::Error => say::error(format_args!("{text}")),
                 scripts::Level::Fatal => bail!("{text}"),
-                scripts::Level::Plain => println!("{text}"),
+                scripts::Level::Plain => say::out(format_args!("{text}\n"))?,
             }
             return Ok(Next::End(status));
         }
@@ -203,6 +205,7 @@ pub fn exec(program: &Program) -> Result<Infallible> {
         .map(|a| text(a))
         .collect::<Result<_>>()?;
     let shown = program.path.display();
+    sys::restore_children();
     match nix::unistd::execve(&path, &argv, &env) {
         // A script without an interpreter line is the shell's.
         Err(nix::Error::ENOEXEC) if is_text(&program.path) => {

@@ -17,7 +17,7 @@ use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
 use super::sys::{self, attr};
 use super::wire::Point;
 use super::{dev, server};
-use crate::image::Root;
+use crate::image::{Part, Root};
 use crate::plan::{Layer, Missing, Mount, Plan, Source, identity};
 use crate::say;
 
@@ -36,6 +36,8 @@ pub struct Tree {
     made: Vec<PathBuf>,
     /// Further images, for layers and binds: one for each use.
     images: Images,
+    /// Copies of the host's whole tree, for binds of it: one for each use.
+    hosts: Vec<(PathBuf, OwnedFd)>,
 }
 
 /// Further images as detached mounts.
@@ -55,7 +57,7 @@ pub fn images(plan: &Plan, client: &server::Client, lives: &mut Lives) -> Result
         _ => None,
     });
     let binds = plan.mounts.iter().filter_map(|mount| match &mount.source {
-        Source::Image(root, _) => Some(root),
+        Source::Image(part) => Some(&part.root),
         _ => None,
     });
     let mounted = |root: &Root| {
@@ -98,7 +100,7 @@ fn is_directory(source: &Source) -> bool {
         Source::Bind(path) => !rustix::fs::stat(path)
             .is_ok_and(|s| !rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir()),
         Source::Text(_) | Source::Passwd(_) | Source::Group(_) => false,
-        Source::Image(_, path) => path == Path::new("/") || path.extension().is_none(),
+        Source::Image(part) => part.directory,
         _ => true,
     }
 }
@@ -169,6 +171,7 @@ impl Tree {
             (None, Root::Directory(path)) => (sys::clone_tree(CWD, path)?, Vec::new()),
             (None, _) => bail!("an image file needs an image server"),
         };
+        let hosts = hosts(&plan.mounts)?;
         let session = sys::new_filesystem("tmpfs", &[("mode", Some(c"0755"))])?;
         sys::attach_over_root(session.as_fd())?;
         let session_dev = sys::identity(session.as_fd())?.0;
@@ -179,6 +182,7 @@ impl Tree {
             count: 0,
             made,
             images,
+            hosts,
         };
         let sandbox = matches!(plan.root, Root::Directory(_));
         if sandbox {
@@ -241,28 +245,20 @@ impl Tree {
                     ));
                 }
                 Layer::Directory(dir) => {
-                    let fd = upper_and_work(dir)?;
-                    let path = hold(&mut held, fd);
-                    writable = Some((format!("{path}/upper"), format!("{path}/work"), dir.clone()));
+                    let [upper, work] = upper_and_work(dir)?;
+                    writable = Some((hold(&mut held, upper), hold(&mut held, work), dir.clone()));
                 }
                 Layer::ReadOnlyDirectory(dir) => {
-                    let upper = dir.join("upper");
-                    lower.push(hold(
-                        &mut held,
-                        sys::open_path(if upper.is_dir() { &upper } else { dir })?,
-                    ));
+                    let fd = sys::open_path(dir)?;
+                    let upper = upper_of(&fd, dir)?;
+                    lower.push(hold(&mut held, upper.unwrap_or(fd)));
                 }
                 Layer::Image(root) => {
                     let fd = self.image(root)?;
                     self.park(&fd)?;
-                    let path = hold(&mut held, fd);
-                    let upper = PathBuf::from(format!("{path}/upper"));
                     // A squashfs layer may hold its tree in `upper`, as a directory of layers does.
-                    lower.push(if upper.is_dir() {
-                        upper.to_string_lossy().into_owned()
-                    } else {
-                        path
-                    });
+                    let upper = upper_of(&fd, root.file())?;
+                    lower.push(hold(&mut held, upper.unwrap_or(fd)));
                 }
             }
         }
@@ -379,7 +375,7 @@ impl Tree {
         let below_dev = |path: &Path| path.starts_with("/dev");
         let (tree, attributes) = match &mount.source {
             Source::Bind(path) => (
-                sys::clone_tree(CWD, path)?,
+                self.host_tree(path)?,
                 if below_dev(path) {
                     attr::NOSUID
                 } else {
@@ -388,7 +384,7 @@ impl Tree {
             ),
             Source::Directory(path, mode) => {
                 create_all(path, *mode)?;
-                (sys::clone_tree(CWD, path)?, attr::NOSUID | attr::NODEV)
+                (self.host_tree(path)?, attr::NOSUID | attr::NODEV)
             }
             Source::Private(mode) => (self.private_directory(*mode)?.1, 0),
             Source::Dev { .. } => (self.private_directory(0o755)?.1, 0),
@@ -418,7 +414,7 @@ impl Tree {
                     return Ok(None);
                 }
             },
-            Source::Image(root, path) => {
+            Source::Image(Part { root, path, .. }) => {
                 let tree = self.image(root)?;
                 if path == Path::new("/") {
                     (tree, 0)
@@ -437,6 +433,14 @@ impl Tree {
             sys::set_mount_attributes(tree.as_fd(), attributes)?;
         }
         Ok(Some(tree))
+    }
+
+    /// A copy of the host's files at `path`.
+    fn host_tree(&mut self, path: &Path) -> Result<OwnedFd> {
+        match self.hosts.iter().position(|(p, _)| p == path) {
+            Some(place) => Ok(self.hosts.swap_remove(place).1),
+            None => sys::clone_tree(CWD, path),
+        }
     }
 
     fn image(&mut self, root: &Root) -> Result<OwnedFd> {
@@ -520,6 +524,22 @@ impl Tree {
     }
 }
 
+/// Copies of the host's tree for the sources that lead to its `/`: taken before anything is mounted over it, or the
+/// copies would hold that too.
+fn hosts(mounts: &[Mount]) -> Result<Vec<(PathBuf, OwnedFd)>> {
+    let place = |path: &Path| rustix::fs::stat(path).map(|s| (s.st_dev, s.st_ino)).ok();
+    let root = place(Path::new("/"));
+    let mut hosts = Vec::new();
+    for mount in mounts {
+        if let Source::Bind(path) | Source::Directory(path, _) = &mount.source
+            && place(path) == root
+        {
+            hosts.push((path.clone(), sys::clone_tree(CWD, path)?));
+        }
+    }
+    Ok(hosts)
+}
+
 /// Makes `root`, which is mounted over `/`, the root of this process, and drops the host's tree, over which `covers`
 /// further mounts lie.
 ///
@@ -542,10 +562,7 @@ fn describe(source: &Source) -> String {
         Source::Proc => "proc".into(),
         Source::Dev { .. } => "a private /dev".into(),
         Source::Text(_) | Source::Passwd(_) | Source::Group(_) => "a generated file".into(),
-        Source::Image(
-            Root::Squashfs { file, .. } | Root::Ext { file, .. } | Root::Directory(file),
-            _,
-        ) => file.display().to_string(),
+        Source::Image(part) => part.root.file().display().to_string(),
     }
 }
 
@@ -590,9 +607,10 @@ fn throw_away(size_bytes: Option<u64>) -> Result<OwnedFd> {
 }
 
 /// `upper` and `work` in the caller's directory, created when missing.
-fn upper_and_work(dir: &Path) -> Result<OwnedFd> {
-    for name in ["upper", "work"] {
-        match rustix::fs::mkdir(dir.join(name), Mode::from_raw_mode(0o755)) {
+fn upper_and_work(dir: &Path) -> Result<[OwnedFd; 2]> {
+    let fd = sys::open_path(dir)?;
+    let part = |name: &str| {
+        match rustix::fs::mkdirat(&fd, name, Mode::from_raw_mode(0o755)) {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(error) => {
                 return Err(error).with_context(|| {
@@ -600,8 +618,31 @@ fn upper_and_work(dir: &Path) -> Result<OwnedFd> {
                 });
             }
         }
+        sys::open_directory_of(fd.as_fd(), name).map_err(|error| bad_part(&error, name, dir))
+    };
+    Ok([part("upper")?, part("work")?])
+}
+
+/// `upper` of a read-only layer, if it has one. Never through a link: the kernel would follow it on the host.
+fn upper_of(layer: &OwnedFd, path: &Path) -> Result<Option<OwnedFd>> {
+    match sys::open_directory_of(layer.as_fd(), "upper") {
+        Ok(fd) => Ok(Some(fd)),
+        Err(error) => match error.kind() {
+            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Ok(None),
+            _ => Err(bad_part(&error, "upper", path)),
+        },
     }
-    sys::open_path(dir)
+}
+
+fn bad_part(error: &io::Error, name: &str, layer: &Path) -> anyhow::Error {
+    let layer = layer.display();
+    if error.raw_os_error() == Some(libc::ELOOP) {
+        anyhow!(
+            "cannot use the overlay {layer}: {name} in it is a symbolic link, and must be a directory"
+        )
+    } else {
+        anyhow!("cannot open {name} in the overlay {layer}: {error}")
+    }
 }
 
 fn mount_overlay(

@@ -13,8 +13,9 @@
 //! socket is removed, its directory is in memory, its mounts are in a namespace of its own, which holds none of the
 //! host's.
 
+use std::collections::HashSet;
 use std::fs::File;
-use std::io::{Read as _, Write as _};
+use std::io::Write as _;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
@@ -26,11 +27,12 @@ use capsid_fuse::{Archive, Options, Owner, Server, ViewEntry, ViewKind};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::CloneFlags;
 use nix::sys::signal::Signal;
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, listen, socket,
     socketpair,
 };
-use nix::sys::wait::{WaitStatus, waitpid};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
 use super::runtime::Directory;
 use super::sys::{self, Fork};
@@ -55,6 +57,15 @@ const RESTART_WINDOW: Duration = Duration::from_secs(10);
 const MOUNT_POINT: &str = "/m";
 /// The mount points asked for so far, for a worker that takes over.
 const VIEWS: &str = "/views";
+/// There when the server has left its name, which is not to be listened to any more.
+const LEFT: &str = "/left";
+/// There when the worker has ended by itself.
+const ENDED: &str = "/ended";
+
+/// Distinct requests, and bytes of them, that a server takes: it then leaves its name to a successor, and serves on
+/// what it serves.
+const VIEWS_MAX: usize = 1024;
+const VIEWS_BYTES_MAX: usize = 1 << 20;
 
 /// Whose user namespace a server lives in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -134,7 +145,16 @@ pub fn enter(
                 }
             }
         }
-        if let Some(listener) = claim(&directory, &name)? {
+        let claimed = match claim(&directory, &name) {
+            Ok(claimed) => claimed,
+            Err(error) => {
+                say::verbose(format_args!(
+                    "{error:#}: this container gets an image server of its own"
+                ));
+                return start(&image, None, &request, client);
+            }
+        };
+        if let Some(listener) = claimed {
             let place = Place {
                 directory: directory.reopen(),
                 name: name.clone(),
@@ -265,14 +285,38 @@ fn claim(directory: &Directory, name: &str) -> Result<Option<OwnedFd>> {
         return Ok(None);
     }
     directory.remove(name);
+    sweep(directory);
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
         .context("cannot create a socket")?;
     let address = UnixAddr::new(&directory.entry(name)).context("the socket's address")?;
     let what = || format!("cannot create a socket in {}", directory.path.display());
     bind(fd.as_raw_fd(), &address).with_context(what)?;
-    listen(&fd, Backlog::new(4095).unwrap_or(Backlog::MAXCONN)).with_context(what)?;
+    let listening = listen(&fd, Backlog::new(4095).unwrap_or(Backlog::MAXCONN));
+    if listening.is_err() {
+        directory.remove(name);
+    }
+    listening.with_context(what)?;
     Ok(Some(fd))
+}
+
+/// Removes what servers left that were killed. Under the lock, so that none is between `bind` and `listen`.
+fn sweep(directory: &Directory) {
+    let Ok(entries) = std::fs::read_dir(directory.entry(".")) else {
+        return;
+    };
+    for name in entries.flatten().map(|e| e.file_name()) {
+        let Some(name) = name.to_str().filter(|n| n.starts_with("image-")) else {
+            continue;
+        };
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        if let Ok(fd) = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
+            && let Ok(address) = UnixAddr::new(&directory.entry(name))
+            && connect(fd.as_raw_fd(), &address) == Err(nix::Error::ECONNREFUSED)
+        {
+            directory.remove(name);
+        }
+    }
 }
 
 enum Silence {
@@ -295,22 +339,19 @@ fn ask(server: &OwnedFd, request: &[u8], client: &Client) -> Result<Result<Stage
     if wire::send(server.as_fd(), &with_header(request), &own).is_err() {
         return Err(Silence::Gone);
     }
-    loop {
-        return match wire::receive(server.as_fd()) {
-            Ok((bytes, fds)) => match (bytes.split_first(), <[OwnedFd; 3]>::try_from(fds)) {
-                (Some((0, made)), Ok([userns, tree, life])) => Ok(Ok(Stage {
-                    userns,
-                    tree,
-                    life,
-                    made: made.iter().map(|b| *b != 0).collect(),
-                })),
-                (Some((1, text)), _) => Ok(Err(anyhow!("{}", String::from_utf8_lossy(text)))),
-                _ => Err(Silence::Gone),
-            },
-            Err(nix::Error::EINTR) => continue,
-            Err(nix::Error::EAGAIN) => Err(Silence::Stuck),
-            Err(_) => Err(Silence::Gone),
-        };
+    match wire::receive(server.as_fd()) {
+        Ok((bytes, fds)) => match (bytes.split_first(), <[OwnedFd; 3]>::try_from(fds)) {
+            (Some((0, made)), Ok([userns, tree, life])) => Ok(Ok(Stage {
+                userns,
+                tree,
+                life,
+                made: made.iter().map(|b| *b != 0).collect(),
+            })),
+            (Some((1, text)), _) => Ok(Err(anyhow!("{}", String::from_utf8_lossy(text)))),
+            _ => Err(Silence::Gone),
+        },
+        Err(nix::Error::EAGAIN) => Err(Silence::Stuck),
+        Err(_) => Err(Silence::Gone),
     }
 }
 
@@ -331,6 +372,25 @@ struct Place {
 
 /// Starts a server and is its first client.
 fn start(image: &Image, place: Option<Place>, request: &[u8], client: &Client) -> Result<Stage> {
+    let ours = match launch(image, place.as_ref()) {
+        Ok(ours) => ours,
+        Err(error) => {
+            leave(place.as_ref());
+            return Err(error).context("cannot start an image server");
+        }
+    };
+    drop(place);
+    match ask(&ours, request, client) {
+        Ok(answer) => answer,
+        Err(_) => bail!(
+            "the image server of {} ended before it began to serve",
+            image.path.display()
+        ),
+    }
+}
+
+/// Starts a server; gives the end of its first client.
+fn launch(image: &Image, place: Option<&Place>) -> Result<OwnedFd> {
     let (ours, first) = socketpair(
         AddressFamily::Unix,
         SockType::SeqPacket,
@@ -340,21 +400,16 @@ fn start(image: &Image, place: Option<Place>, request: &[u8], client: &Client) -
     .context("cannot create a socket")?;
     match sys::fork()? {
         Fork::Parent(child) => {
-            drop((first, place));
             // The child only forks again, so that the server is nobody's child.
             while waitpid(child, None) == Err(nix::Error::EINTR) {}
-            match ask(&ours, request, client) {
-                Ok(answer) => answer,
-                Err(_) => bail!(
-                    "the image server of {} ended before it began to serve",
-                    image.path.display()
-                ),
-            }
+            Ok(ours)
         }
         Fork::Child => {
             drop(ours);
-            if matches!(sys::fork(), Ok(Fork::Child)) {
-                keep(image, place, first);
+            match sys::fork() {
+                Ok(Fork::Child) => keep(image, place, first),
+                Ok(Fork::Parent(_)) => {}
+                Err(error) => refuse(&first, place, &error),
             }
             sys::exit_now(0)
         }
@@ -362,47 +417,169 @@ fn start(image: &Image, place: Option<Place>, request: &[u8], client: &Client) -
 }
 
 /// The keeper: makes namespaces and mount, starts workers. Does not return.
-fn keep(image: &Image, place: Option<Place>, first: OwnedFd) {
+fn keep(image: &Image, place: Option<&Place>, first: OwnedFd) {
     let _ = rustix::process::setsid();
-    let ready = prepare(image, place.as_ref(), &first);
+    let ready = prepare(image, place, &first);
     let prepared = match ready {
         Ok(prepared) => prepared,
-        Err(error) => return refuse(&first, place.as_ref(), &error),
+        Err(error) => return refuse(&first, place, &error),
     };
-    let mut deaths: Vec<Instant> = Vec::new();
-    let mut first = Some(first);
-    loop {
-        match sys::fork() {
-            Ok(Fork::Child) => {
-                work(
-                    image,
-                    &prepared,
-                    place.as_ref(),
-                    first.take(),
-                    deaths.is_empty(),
-                );
-                sys::exit_now(0)
-            }
-            Ok(Fork::Parent(worker)) => {
-                first = None;
-                let status = loop {
-                    match waitpid(worker, None) {
-                        Err(nix::Error::EINTR) => {}
-                        other => break other,
+    let keeper = Keeper {
+        image,
+        prepared: &prepared,
+        place,
+        users: Vec::new(),
+        deaths: Vec::new(),
+    };
+    keeper.run(Some(first));
+}
+
+/// Holds what a worker that takes over needs.
+struct Keeper<'a> {
+    image: &'a Image<'a>,
+    prepared: &'a Prepared,
+    place: Option<&'a Place>,
+    /// The worker's users, which it tells over a socket.
+    users: Vec<OwnedFd>,
+    deaths: Vec<Instant>,
+}
+
+impl Keeper<'_> {
+    /// Starts workers until one ends by itself. `first` is the client that waits for the first one.
+    fn run(mut self, mut first: Option<OwnedFd>) {
+        loop {
+            match self.start(&mut first) {
+                Ok((worker, told)) => {
+                    first = None;
+                    if self.watch(&worker, &told) == Ended::ByItself || !self.may_go_on() {
+                        return;
                     }
-                };
-                if !matches!(status, Ok(WaitStatus::Signaled(..))) {
-                    return; // it has left by itself
                 }
-                deaths.push(Instant::now());
-                deaths.retain(|at| at.elapsed() < RESTART_WINDOW);
-                if deaths.len() > RESTARTS {
-                    return leave(place.as_ref());
+                Err(error) => {
+                    return match &first {
+                        Some(first) => refuse(first, self.place, &error),
+                        None => leave_once(self.place),
+                    };
                 }
             }
-            Err(_) => return leave(place.as_ref()),
         }
     }
+
+    /// Goes on for a keeper that was killed, beside its worker.
+    fn take_over(mut self, worker: &OwnedFd, told: &OwnedFd) {
+        if self.watch(worker, told) == Ended::Killed && self.may_go_on() {
+            self.run(None);
+        }
+    }
+
+    fn may_go_on(&mut self) -> bool {
+        self.deaths.push(Instant::now());
+        self.deaths.retain(|at| at.elapsed() < RESTART_WINDOW);
+        let may = self.deaths.len() <= RESTARTS;
+        if !may {
+            leave_once(self.place);
+        }
+        may
+    }
+
+    /// Starts a worker; gives a descriptor of it, and the socket over which it tells of its users.
+    fn start(&mut self, first: &mut Option<OwnedFd>) -> Result<(OwnedFd, OwnedFd)> {
+        let (told, tell) = user_line()?;
+        let keeper = own_process()?;
+        match sys::fork()? {
+            Fork::Child => {
+                drop(told);
+                let bond = Bond {
+                    keeper: Some(keeper),
+                    tell,
+                };
+                let users = std::mem::take(&mut self.users);
+                let (image, prepared, place) = (self.image, self.prepared, self.place);
+                let fresh = self.deaths.is_empty();
+                work(image, prepared, place, first.take(), users, bond, fresh);
+                end_worker()
+            }
+            Fork::Parent(worker) => {
+                let worker = rustix::process::Pid::from_raw(worker.as_raw())
+                    .context("a process id")
+                    .and_then(open_process)?;
+                Ok((worker, told))
+            }
+        }
+    }
+
+    /// Waits for the end of a worker, and meanwhile notes its users.
+    fn watch(&mut self, worker: &OwnedFd, told: &OwnedFd) -> Ended {
+        let mut telling = true;
+        loop {
+            let mut set = vec![PollFd::new(worker.as_fd(), PollFlags::POLLIN)];
+            set.extend(
+                self.users
+                    .iter()
+                    .map(|u| PollFd::new(u.as_fd(), PollFlags::POLLIN)),
+            );
+            set.extend(telling.then(|| PollFd::new(told.as_fd(), PollFlags::POLLIN)));
+            if !matches!(poll(&mut set, PollTimeout::NONE), Ok(n) if n > 0) {
+                continue;
+            }
+            let ready: Vec<bool> = set.iter().map(|p| p.any().unwrap_or(false)).collect();
+            let mut gone = ready.iter().skip(1);
+            self.users.retain(|_| gone.next() != Some(&true));
+            if gone.next() == Some(&true) {
+                match wire::receive(told.as_fd()) {
+                    Ok((bytes, users)) if !bytes.is_empty() => self.users.extend(users),
+                    _ => telling = false,
+                }
+            }
+            if ready.first() == Some(&true) {
+                while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(s) if s != WaitStatus::StillAlive)
+                {
+                }
+                return if Path::new(ENDED).exists() {
+                    Ended::ByItself
+                } else {
+                    Ended::Killed
+                };
+            }
+        }
+    }
+}
+
+/// How a worker ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ended {
+    ByItself,
+    Killed,
+}
+
+/// What a worker has of its keeper.
+struct Bond {
+    /// The process, for the worker to see its end. `None` when there is no other any more.
+    keeper: Option<OwnedFd>,
+    /// Where users are told.
+    tell: OwnedFd,
+}
+
+/// A socket pair: the worker sends each user to its keeper, and never waits for it.
+fn user_line() -> Result<(OwnedFd, OwnedFd)> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
+        .context("cannot create a socket")
+}
+
+fn own_process() -> Result<OwnedFd> {
+    open_process(rustix::process::getpid())
+}
+
+fn open_process(pid: rustix::process::Pid) -> Result<OwnedFd> {
+    rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty())
+        .context("cannot open a process")
+}
+
+/// Ends a worker in a way that its keeper takes for no accident.
+fn end_worker() -> ! {
+    let _ = File::create(ENDED);
+    sys::exit_now(0)
 }
 
 /// Tells the first client why there is no server. Others that wait by now find the socket closed and try themselves.
@@ -427,6 +604,14 @@ fn leave(place: Option<&Place>) {
             place.listener.as_raw_fd(),
             nix::sys::socket::Shutdown::Both,
         );
+    }
+}
+
+/// The same where the server's own file tree is in place: once, as the name may be somebody else's afterwards.
+fn leave_once(place: Option<&Place>) {
+    if !Path::new(LEFT).exists() {
+        let _ = File::create(LEFT);
+        leave(place);
     }
 }
 
@@ -464,7 +649,7 @@ fn prepare(image: &Image, place: Option<&Place>, first: &OwnedFd) -> Result<Prep
     match image.namespace {
         Namespace::New => userns::create(&image.ids, CloneFlags::CLONE_NEWNS)?,
         Namespace::Current => nix::sched::unshare(CloneFlags::CLONE_NEWNS)
-            .context("cannot create a mount namespace")?,
+            .map_err(|error| userns::no_mounts(error.into()))?,
     }
     rustix::mount::mount_change(
         "/",
@@ -497,6 +682,7 @@ fn prepare(image: &Image, place: Option<&Place>, first: &OwnedFd) -> Result<Prep
         }
     }
     enter_empty_tree(&mount.tree)?;
+    sys::keep_only_mounting();
     sys::confine_server();
     let life = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
         .context("cannot create a pipe")?;
@@ -568,6 +754,8 @@ fn work(
     prepared: &Prepared,
     place: Option<&Place>,
     first: Option<OwnedFd>,
+    users: Vec<OwnedFd>,
+    bond: Bond,
     fresh: bool,
 ) {
     let server = match open_tree(image) {
@@ -584,10 +772,15 @@ fn work(
         .iter()
         .filter_map(|d| d.try_clone().ok())
         .collect();
+    let mut known = Known::default();
+    let mut place = place;
     if !fresh {
-        restore_views(&server);
+        known.restore(&server);
+        place = place.filter(|_| !Path::new(LEFT).exists());
         Server::resume(prepared.devices[0].as_fd());
     }
+    // Before there are threads, which then do not take it.
+    let told_to_hurry = sys::signal_set([libc::SIGTERM]).thread_block();
     let serving = {
         let server = Arc::clone(&server);
         std::thread::Builder::new()
@@ -599,12 +792,32 @@ fn work(
                 }
             })
     };
-    let Ok(serving) = serving else { return };
+    let serving = match serving {
+        Ok(serving) => serving,
+        Err(error) => {
+            if let Some(first) = &first {
+                let error = anyhow::Error::from(error).context("cannot start a thread");
+                refuse(first, place, &error);
+            }
+            return;
+        }
+    };
+    let hurry = told_to_hurry
+        .and_then(|()| {
+            SignalFd::with_flags(&sys::signal_set([libc::SIGTERM]), SfdFlags::SFD_CLOEXEC)
+        })
+        .ok();
     let mut desk = Desk {
+        image,
+        hurry: hurry.as_ref(),
         server,
         prepared,
-        users: Vec::new(),
+        place,
+        bond,
+        users,
         last: Instant::now(),
+        known,
+        left: false,
     };
     if let Some(first) = first {
         desk.answer(&first);
@@ -614,23 +827,7 @@ fn work(
     let _ = rustix::mount::unmount(MOUNT_POINT, rustix::mount::UnmountFlags::DETACH);
     desk.server.shrink();
     let _ = serving.join();
-    sys::exit_now(0)
-}
-
-fn restore_views(server: &Server) {
-    let Ok(text) = std::fs::read(VIEWS) else {
-        return;
-    };
-    let mut rest = text.as_slice();
-    while let Some((len, tail)) = rest.split_first_chunk::<4>() {
-        let Some((record, tail)) = tail.split_at_checked(u32::from_le_bytes(*len) as usize) else {
-            return;
-        };
-        if let Some(points) = wire::decode_points(record) {
-            let _ = server.add_view(&entries(&points));
-        }
-        rest = tail;
-    }
+    end_worker()
 }
 
 fn entries(points: &[Point]) -> Vec<ViewEntry> {
@@ -649,17 +846,27 @@ fn entries(points: &[Point]) -> Vec<ViewEntry> {
 
 /// Where clients are received.
 struct Desk<'a> {
+    /// Where `SIGTERM` arrives: a service manager wants an end, so an idle server does not linger. `None` when it has
+    /// arrived.
+    hurry: Option<&'a SignalFd>,
+    image: &'a Image<'a>,
     server: Arc<Server>,
     prepared: &'a Prepared,
+    /// For a new keeper.
+    place: Option<&'a Place>,
+    bond: Bond,
     users: Vec<OwnedFd>,
     last: Instant,
+    known: Known,
+    /// The name is given up.
+    left: bool,
 }
 
 impl Desk<'_> {
     /// Answers clients until there have been no users for a while, and then leaves the name.
     fn run(&mut self, mut place: Option<&Place>, serving: &std::thread::JoinHandle<()>) {
         loop {
-            let patience = if place.is_some() {
+            let patience = if place.is_some() && self.hurry.is_some() {
                 IDLE
             } else {
                 Duration::ZERO
@@ -669,13 +876,11 @@ impl Desk<'_> {
             } else {
                 Duration::from_secs(3600)
             };
-            if idle.is_zero() || serving.is_finished() {
+            if idle.is_zero() || serving.is_finished() || (self.left && place.is_some()) {
+                let Some(place) = place.take() else { return };
+                self.leave(place);
                 // Who knocked before the name was gone is still let in.
-                leave(place);
-                match place.take() {
-                    Some(place) => while self.receive(place) {},
-                    None => return,
-                }
+                while self.receive(place) {}
                 continue;
             }
             let mut set: Vec<PollFd> = self
@@ -683,22 +888,69 @@ impl Desk<'_> {
                 .iter()
                 .map(|u| PollFd::new(u.as_fd(), PollFlags::POLLIN))
                 .collect();
+            set.extend(
+                self.bond
+                    .keeper
+                    .iter()
+                    .map(|k| PollFd::new(k.as_fd(), PollFlags::POLLIN)),
+            );
             set.extend(place.map(|p| PollFd::new(p.listener.as_fd(), PollFlags::POLLIN)));
+            set.extend(
+                self.hurry
+                    .map(|h| PollFd::new(h.as_fd(), PollFlags::POLLIN)),
+            );
             let timeout =
                 PollTimeout::try_from(idle.as_millis().max(1)).unwrap_or(PollTimeout::MAX);
             if !matches!(poll(&mut set, timeout), Ok(n) if n > 0) {
                 continue;
             }
             let mut ready: Vec<bool> = set.iter().map(|p| p.any().unwrap_or(false)).collect();
+            if self.hurry.is_some() && ready.pop() == Some(true) {
+                self.hurry = None;
+            }
             let knock = place.is_some() && ready.pop() == Some(true);
+            let alone = self.bond.keeper.is_some() && ready.pop() == Some(true);
             let mut ready = ready.into_iter();
             self.users.retain(|_| !ready.next().unwrap_or(false));
             if self.users.is_empty() {
                 self.last = Instant::now();
             }
+            if alone {
+                self.replace_keeper();
+            }
             if knock && let Some(place) = place {
                 self.receive(place);
             }
+        }
+    }
+
+    /// The keeper was killed: makes a child the new one. Without one the worker goes on unprotected.
+    fn replace_keeper(&mut self) {
+        self.bond.keeper = None;
+        let (Ok((told, tell)), Ok(worker)) = (user_line(), own_process()) else {
+            return;
+        };
+        match sys::fork_beside_threads() {
+            Ok(Fork::Child) => {
+                drop(tell);
+                let keeper = Keeper {
+                    image: self.image,
+                    prepared: self.prepared,
+                    place: self.place,
+                    users: std::mem::take(&mut self.users),
+                    deaths: Vec::new(),
+                };
+                keeper.take_over(&worker, &told);
+                sys::exit_now(0)
+            }
+            Ok(Fork::Parent(keeper)) => {
+                let keeper = rustix::process::Pid::from_raw(keeper.as_raw());
+                self.bond = Bond {
+                    keeper: keeper.and_then(|keeper| open_process(keeper).ok()),
+                    tell,
+                };
+            }
+            Err(_) => {}
         }
     }
 
@@ -708,13 +960,22 @@ impl Desk<'_> {
             return false;
         };
         let client = sys::own(client);
-        if wire::is_own_peer(&client) {
-            self.answer(&client);
+        if wire::is_own_peer(&client) && self.answer(&client) == Room::Full {
+            // Before the client hears that there is no answer, so that it finds the name free.
+            self.leave(place);
         }
         true
     }
 
-    fn answer(&mut self, client: &OwnedFd) {
+    /// Leaves the name, once: it may be somebody else's afterwards.
+    fn leave(&mut self, place: &Place) {
+        if !self.left {
+            self.left = true;
+            leave_once(Some(place));
+        }
+    }
+
+    fn answer(&mut self, client: &OwnedFd) -> Room {
         // A client sends at once; one that does not must not keep the others waiting.
         let timeout = nix::sys::time::TimeVal::new(2, 0);
         let _ = nix::sys::socket::setsockopt(
@@ -723,14 +984,17 @@ impl Desk<'_> {
             &timeout,
         );
         let Ok((packet, fds)) = wire::receive(client.as_fd()) else {
-            return;
+            return Room::Left;
         };
         let Some(points) = packet
             .split_first()
             .and_then(|(_, body)| wire::decode_points(body))
         else {
-            return;
+            return Room::Left;
         };
+        if self.known.room(&packet[1..]) == Room::Full {
+            return Room::Full;
+        }
         let sent = match self.root_with(&points, &packet[1..]) {
             Ok((tree, made)) => {
                 let mut answer = vec![0];
@@ -751,14 +1015,19 @@ impl Desk<'_> {
                 wire::send(client.as_fd(), &answer, &[])
             }
         };
-        if sent.is_ok() {
-            self.users.extend(fds.into_iter().next());
+        if sent.is_ok()
+            && let Some(user) = fds.into_iter().next()
+        {
+            // A keeper that does not keep up knows fewer.
+            let _ = wire::send(self.bond.tell.as_fd(), &[0], &[user.as_raw_fd()]);
+            self.users.push(user);
         }
         self.last = Instant::now();
+        Room::Left
     }
 
     /// A detached copy of the image's mount in which all mount points exist, and which of them are new.
-    fn root_with(&self, points: &[Point], raw: &[u8]) -> Result<(OwnedFd, Vec<bool>)> {
+    fn root_with(&mut self, points: &[Point], raw: &[u8]) -> Result<(OwnedFd, Vec<bool>)> {
         let missing = |p: &Point| {
             !self
                 .server
@@ -770,38 +1039,73 @@ impl Desk<'_> {
             .server
             .add_view(&entries(points))
             .context("cannot make the mount points")?;
-        remember(raw)?;
+        self.known.note(raw)?;
         let path = format!("{MOUNT_POINT}/{}", view.0);
         let tree = sys::clone_tree(rustix::fs::CWD, Path::new(&path))?;
         Ok((tree, made))
     }
 }
 
-/// Notes a request for a worker that may have to take over; each distinct one once.
-fn remember(raw: &[u8]) -> Result<()> {
-    let mut record = u32::try_from(raw.len())
-        .context("a request")?
-        .to_le_bytes()
-        .to_vec();
-    record.extend(raw);
-    let what = "cannot note the mount points";
-    let mut file = File::options()
-        .create(true)
-        .read(true)
-        .append(true)
-        .open(VIEWS)
-        .context(what)?;
-    let mut known = Vec::new();
-    file.read_to_end(&mut known).context(what)?;
-    let mut rest = known.as_slice();
-    while let Some((len, tail)) = rest.split_first_chunk::<4>() {
-        let len = u32::from_le_bytes(*len) as usize;
-        if tail.get(..len) == Some(raw) {
+/// Whether a server can take one more distinct request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Room {
+    Left,
+    Full,
+}
+
+/// The distinct requests so far: here, and in a file for a worker that takes over.
+#[derive(Default)]
+struct Known {
+    requests: HashSet<Vec<u8>>,
+    bytes: usize,
+}
+
+impl Known {
+    fn room(&self, raw: &[u8]) -> Room {
+        let more = self.requests.len() < VIEWS_MAX && self.bytes + raw.len() <= VIEWS_BYTES_MAX;
+        // The first one always fits; what is wrong with it is told when it is tried.
+        if more || self.requests.is_empty() || self.requests.contains(raw) {
+            Room::Left
+        } else {
+            Room::Full
+        }
+    }
+
+    fn note(&mut self, raw: &[u8]) -> Result<()> {
+        if !self.requests.insert(raw.to_vec()) {
             return Ok(());
         }
-        rest = tail.get(len..).unwrap_or_default();
+        self.bytes += raw.len();
+        let mut record = u32::try_from(raw.len())
+            .context("a request")?
+            .to_le_bytes()
+            .to_vec();
+        record.extend(raw);
+        File::options()
+            .create(true)
+            .append(true)
+            .open(VIEWS)
+            .and_then(|mut file| file.write_all(&record))
+            .context("cannot note the mount points")
     }
-    file.write_all(&record).context(what)
+
+    /// Makes the views again that the worker before this one made, with the same numbers.
+    fn restore(&mut self, server: &Server) {
+        let text = std::fs::read(VIEWS).unwrap_or_default();
+        let mut rest = text.as_slice();
+        while let Some((len, tail)) = rest.split_first_chunk::<4>() {
+            let Some((record, tail)) = tail.split_at_checked(u32::from_le_bytes(*len) as usize)
+            else {
+                return;
+            };
+            if let Some(points) = wire::decode_points(record) {
+                let _ = server.add_view(&entries(&points));
+            }
+            self.bytes += record.len();
+            self.requests.insert(record.to_vec());
+            rest = tail;
+        }
+    }
 }
 
 #[cfg(test)]

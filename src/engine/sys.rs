@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsFd as _, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use nix::unistd::{ForkResult, Pid};
@@ -32,6 +33,19 @@ pub enum Fork {
 pub fn fork() -> Result<Fork> {
     // SAFETY: the process has one thread here (threads start only in the image server's worker, after its
     // last fork), so no lock can be held for ever in the child.
+    match unsafe { nix::unistd::fork() }.context("cannot create a process (fork)")? {
+        ForkResult::Parent { child } => Ok(Fork::Parent(child)),
+        ForkResult::Child => Ok(Fork::Child),
+    }
+}
+
+/// `fork(2)` of a process with threads, of which the child has only the calling one.
+///
+/// # Errors
+/// `EAGAIN` at a process limit.
+pub fn fork_beside_threads() -> Result<Fork> {
+    // SAFETY: the C library keeps its own locks (memory, threads) usable in the child. Of ours, the caller's child
+    // touches none that another thread may have held: the image server's new keeper opens everything anew.
     match unsafe { nix::unistd::fork() }.context("cannot create a process (fork)")? {
         ForkResult::Parent { child } => Ok(Fork::Parent(child)),
         ForkResult::Child => Ok(Fork::Child),
@@ -174,6 +188,22 @@ pub fn open_in_root(root: BorrowedFd, path: &Path, flags: OFlags) -> io::Result<
     }
 }
 
+/// Opens the directory `name` of `dir` for reference only; a symbolic link is refused (`ELOOP`), wherever it leads.
+///
+/// # Errors
+/// As `openat2(2)`.
+pub fn open_directory_of(dir: BorrowedFd, name: &str) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::BENEATH;
+    Ok(rustix::fs::openat2(
+        dir,
+        name,
+        flags,
+        Mode::empty(),
+        resolve,
+    )?)
+}
+
 /// A new file system, configured and ready as a detached mount.
 ///
 /// # Errors
@@ -199,7 +229,13 @@ pub fn new_filesystem(kind: &str, options: &[(&str, Option<&CStr>)]) -> Result<O
     } else {
         attributes
     };
-    fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes).with_context(what)
+    // A detached mount lives in a mount namespace of its own.
+    fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
+        .map_err(|error| match error {
+            rustix::io::Errno::NOSPC => super::userns::no_mounts(error.into()),
+            _ => error.into(),
+        })
+        .with_context(what)
 }
 
 /// A file descriptor number that this process was given: in `main`, or in a control message just received.
@@ -218,9 +254,11 @@ pub fn arguments(argc: i32, argv: *const *const libc::c_char) -> Vec<OsString> {
 }
 
 /// Overwrites the command line that `ps` shows: a server must not look like the program of the user that
-/// happened to start it, or `pkill -f` of that program would hit the server. Best effort.
+/// happened to start it, or `pkill -f` of that program would hit the server. The environment goes too: it may hold
+/// secrets of a program that ended long ago. Best effort.
 pub fn set_title(title: &str) {
-    // The area lies between fields 48 and 49 of /proc/self/stat (proc(5)): arg_start, arg_end.
+    // The areas lie between fields 48 and 49, 50 and 51 of /proc/self/stat (proc(5)): arg_start, arg_end, env_start,
+    // env_end.
     let Ok(stat) = std::fs::read_to_string("/proc/self/stat") else {
         return;
     };
@@ -243,6 +281,16 @@ pub fn set_title(title: &str) {
         let area = std::ptr::with_exposed_provenance_mut::<u8>(start);
         std::ptr::write_bytes(area, 0, len);
         std::ptr::copy_nonoverlapping(text.as_ptr(), area, text.len());
+    }
+    if let (Some(start), Some(end)) = (number(50), number(51))
+        && start != 0
+        && start < end
+    {
+        // SAFETY: as above; the C library's pointers into this area lead to empty strings from now on.
+        unsafe {
+            let area = std::ptr::with_exposed_provenance_mut::<u8>(start);
+            std::ptr::write_bytes(area, 0, end - start);
+        }
     }
     let name = CString::new(title.split(' ').next().unwrap_or("capsid")).unwrap_or_default();
     let _ = rustix::thread::set_name(&name);
@@ -269,11 +317,15 @@ pub fn close_all_but(keep: &[RawFd]) {
     close(from, u32::MAX);
 }
 
-/// Marks every descriptor that the caller left open close-on-exec (`all`), or only the directories: a
-/// directory of the host must never become a way out of the container.
-pub fn guard_descriptors(all: bool) {
+/// Marks the directories among the caller's descriptors close-on-exec: a directory of the host must never become a way
+/// out of the container. Called first of all, while nothing of ours is open and /proc is the host's; where there is none,
+/// no descriptor is let through.
+///
+/// # Errors
+/// Without /proc before Linux 5.11.
+pub fn guard_directories() -> Result<()> {
     let Ok(entries) = std::fs::read_dir("/proc/self/fd") else {
-        return;
+        return close_on_exec();
     };
     let open: Vec<RawFd> = entries
         .flatten()
@@ -284,13 +336,34 @@ pub fn guard_descriptors(all: bool) {
         // SAFETY: the number was just listed as open; if it was the listing's own it is closed by now and the
         // call fails with EBADF, which is ignored.
         let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-        let directory = || {
-            rustix::fs::fstat(fd)
-                .is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir())
-        };
-        if all || directory() {
-            let _ = rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC);
+        if rustix::fs::fstat(fd)
+            .is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir())
+        {
+            rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC)
+                .context("cannot keep a directory back")?;
         }
+    }
+    Ok(())
+}
+
+/// Marks every descriptor but the standard ones close-on-exec.
+///
+/// # Errors
+/// Before Linux 5.11.
+pub fn close_on_exec() -> Result<()> {
+    // SAFETY: a flag of descriptors changes, and no memory is passed.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_close_range,
+            3u32,
+            u32::MAX,
+            libc::CLOSE_RANGE_CLOEXEC,
+        )
+    };
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error()).context("cannot keep descriptors back (close_range)")
     }
 }
 
@@ -464,6 +537,24 @@ pub fn default_signals() {
     }
 }
 
+/// Whether the caller ignored `SIGCHLD`.
+static CHILDREN_IGNORED: AtomicBool = AtomicBool::new(false);
+
+/// Gives `SIGCHLD` its default disposition: where it is ignored, nobody can wait for a child (`wait(2)`).
+pub fn watch_children() {
+    use nix::sys::signal::{SigHandler, Signal, signal};
+    // SAFETY: SIG_DFL runs no code of ours.
+    let before = unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) };
+    CHILDREN_IGNORED.store(matches!(before, Ok(SigHandler::SigIgn)), Ordering::Relaxed);
+}
+
+/// Gives the payload the disposition of `SIGCHLD` that the caller had.
+pub fn restore_children() {
+    if CHILDREN_IGNORED.load(Ordering::Relaxed) {
+        ignore_signals(&[nix::sys::signal::Signal::SIGCHLD]);
+    }
+}
+
 /// Brings the loopback interface of the current network namespace up (`netdevice(7)`).
 ///
 /// # Errors
@@ -621,6 +712,19 @@ pub fn confine_server() {
     };
 }
 
+/// Gives up every capability but the one that copying and detaching mounts takes (`capabilities(7)`). Best effort: what
+/// it guards against is a bug.
+pub fn keep_only_mounting() {
+    use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
+    drop_bounding_set();
+    let mounting = CapabilitySets {
+        effective: CapabilitySet::SYS_ADMIN,
+        permitted: CapabilitySet::SYS_ADMIN,
+        inheritable: CapabilitySet::empty(),
+    };
+    let _ = set_capabilities(None, mounting);
+}
+
 /// Until the next `execve(2)` no other process of the user may trace this one or open its descriptors
 /// (`PR_SET_DUMPABLE`): it holds capabilities in its user namespace, and files of the host.
 pub fn forbid_tracing() {
@@ -638,6 +742,19 @@ pub fn new_session_keyring() {
             std::ptr::null::<libc::c_char>(),
         )
     };
+}
+
+/// Whether this process may mount in its user namespace, and that one is not the machine's own.
+pub fn is_root_of_nested_namespace() -> bool {
+    let nested = std::fs::read_to_string("/proc/self/uid_map").is_ok_and(|map| {
+        let fields: Vec<&str> = map.split_ascii_whitespace().collect();
+        fields != ["0", "0", "4294967295"]
+    });
+    nested
+        && rustix::thread::capabilities(None).is_ok_and(|sets| {
+            sets.effective
+                .contains(rustix::thread::CapabilitySet::SYS_ADMIN)
+        })
 }
 
 /// Ends the process at once, running nothing of the parent's.

@@ -4,11 +4,11 @@
 //! the mapper is forked before `unshare` and waits for a byte.
 
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, anyhow, bail};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::{CloneFlags, setns, unshare};
 
 use super::sys::{self, Fork};
 use crate::plan::{IdMap, SubIds};
@@ -23,7 +23,17 @@ pub fn create(ids: &IdMap, more: CloneFlags) -> Result<()> {
         IdMap::Ranges { .. } | IdMap::All => Some(Mapper::start(*ids)?),
         IdMap::Own { .. } | IdMap::Root { .. } => None,
     };
-    unshare(CloneFlags::CLONE_NEWUSER | more).map_err(explain)?;
+    if let Err(error) = unshare(CloneFlags::CLONE_NEWUSER | more) {
+        if let Some(mapper) = mapper {
+            mapper.stop();
+        }
+        // Root of a namespace in which there may be no further one can do with that one.
+        let full = matches!(error, nix::Error::ENOSPC | nix::Error::EUSERS);
+        if full && *ids == IdMap::All && sys::is_root_of_nested_namespace() {
+            return unshare(more).map_err(|error| no_mounts(error.into()));
+        }
+        return Err(explain(error));
+    }
     if let Some(mapper) = mapper {
         return mapper.map();
     }
@@ -59,6 +69,36 @@ fn map_all(pid: i32) -> Result<()> {
         write_map(&pid.to_string(), file, &lines.collect::<String>())?;
     }
     Ok(())
+}
+
+/// Joins a user namespace, unless this process lives in it already.
+///
+/// # Errors
+/// As `setns(2)`.
+pub fn join(userns: &OwnedFd) -> Result<()> {
+    match setns(userns, CloneFlags::CLONE_NEWUSER) {
+        // Also what the kernel says of the namespace that one is in.
+        Err(nix::Error::EINVAL)
+            if sys::identity(current()?.as_fd())? == sys::identity(userns.as_fd())? =>
+        {
+            Ok(())
+        }
+        other => other.context("cannot join the image server's user namespace (setns)"),
+    }
+}
+
+/// A refusal of a mount namespace, with the limit when that is what refuses.
+pub fn no_mounts(error: std::io::Error) -> anyhow::Error {
+    let full = error.raw_os_error() == Some(libc::ENOSPC);
+    let limit = "/proc/sys/user/max_mnt_namespaces";
+    match std::fs::read_to_string(limit) {
+        Ok(now) if full => anyhow!(
+            "cannot create a mount namespace: the limit user.max_mnt_namespaces (now {}) is reached: \
+             sysctl -w user.max_mnt_namespaces=65536",
+            now.trim()
+        ),
+        _ => anyhow!(error).context("cannot create a mount namespace"),
+    }
 }
 
 /// A refusal of user namespaces, with what refuses them and what an administrator can do.
@@ -118,6 +158,12 @@ impl Mapper {
                 sys::exit_now(0)
             }
         }
+    }
+
+    /// Lets it go: it sees the closed pipe.
+    fn stop(self) {
+        drop(self.start);
+        let _ = nix::sys::wait::waitpid(self.pid, None);
     }
 
     fn map(mut self) -> Result<()> {

@@ -1,6 +1,6 @@
 //! The parent that waits, where a pid namespace needs one: signals go in, the status comes out.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use nix::sys::signal::{SigSet, Signal, kill, raise};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -70,7 +70,9 @@ pub fn until_exit(child: Pid, reap: bool) -> Result<End> {
                 Ok(WaitStatus::Signaled(pid, signal, _)) if pid == child => {
                     return Ok(End::Signalled(signal));
                 }
-                Ok(WaitStatus::StillAlive) | Err(_) => break,
+                Ok(WaitStatus::StillAlive) | Err(nix::Error::EINTR) => break,
+                // It has ended, and somebody else was told how.
+                Err(error) => bail!("cannot tell how the program ended (wait): {error}"),
                 Ok(_) => {}
             }
         }

@@ -81,14 +81,26 @@ pub fn decode_points(mut bytes: &[u8]) -> Option<Vec<Point>> {
 pub fn send(socket: BorrowedFd, bytes: &[u8], fds: &[RawFd]) -> nix::Result<()> {
     let rights = [ControlMessage::ScmRights(fds)];
     let control: &[ControlMessage] = if fds.is_empty() { &[] } else { &rights };
-    sendmsg::<()>(
-        socket.as_raw_fd(),
-        &[IoSlice::new(bytes)],
-        control,
-        MsgFlags::MSG_NOSIGNAL,
-        None,
-    )
-    .map(drop)
+    again(|| {
+        sendmsg::<()>(
+            socket.as_raw_fd(),
+            &[IoSlice::new(bytes)],
+            control,
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        )
+        .map(drop)
+    })
+}
+
+/// Repeats what a signal interrupted: a process that was stopped goes on where it was.
+fn again<T>(mut call: impl FnMut() -> nix::Result<T>) -> nix::Result<T> {
+    loop {
+        match call() {
+            Err(nix::Error::EINTR) => {}
+            other => return other,
+        }
+    }
 }
 
 /// Receives one packet with its descriptors; no bytes at all is the end of the conversation.
@@ -96,6 +108,10 @@ pub fn send(socket: BorrowedFd, bytes: &[u8], fds: &[RawFd]) -> nix::Result<()> 
 /// # Errors
 /// As `recvmsg(2)`.
 pub fn receive(socket: BorrowedFd) -> nix::Result<(Vec<u8>, Vec<OwnedFd>)> {
+    again(|| receive_once(socket))
+}
+
+fn receive_once(socket: BorrowedFd) -> nix::Result<(Vec<u8>, Vec<OwnedFd>)> {
     let mut bytes = vec![0; MAX];
     let mut space = nix::cmsg_space!([RawFd; MAX_FDS]);
     let (len, fds) = {

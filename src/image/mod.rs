@@ -40,6 +40,75 @@ pub enum Root {
     },
 }
 
+impl Root {
+    /// The file or directory of the host.
+    pub fn file(&self) -> &Path {
+        let (Root::Squashfs { file, .. } | Root::Ext { file, .. } | Root::Directory(file)) = self;
+        file
+    }
+}
+
+/// A file or a directory in a file system image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Part {
+    /// The file system.
+    pub root: Root,
+    /// Absolute, inside.
+    pub path: PathBuf,
+    /// It is a directory.
+    pub directory: bool,
+}
+
+/// Finds a file or directory in a file system image.
+///
+/// # Errors
+/// When it is not there, or the image cannot be read.
+pub fn part(root: Root, path: PathBuf) -> Result<Part> {
+    use std::os::unix::ffi::OsStrExt as _;
+    let what = || {
+        format!(
+            "cannot read {} of {}",
+            path.display(),
+            root.file().display()
+        )
+    };
+    let kind = kind(&root, path.as_os_str().as_bytes()).with_context(what)?;
+    let Some(kind) = kind else {
+        bail!("image-src {} is not in the image", path.display());
+    };
+    Ok(Part {
+        directory: kind == capsid_fuse::Kind::Dir,
+        root,
+        path,
+    })
+}
+
+fn kind(root: &Root, path: &[u8]) -> Result<Option<capsid_fuse::Kind>> {
+    let options = capsid_fuse::Options {
+        owner: capsid_fuse::Owner::Image,
+        stage: false,
+        max_threads: 1,
+        cache_bytes: 1 << 20,
+    };
+    let server = match root {
+        Root::Directory(_) => return Ok(Some(capsid_fuse::Kind::Dir)), // refused when it is mounted
+        Root::Squashfs {
+            file,
+            offset_bytes,
+            len_bytes,
+        } => capsid_fuse::Server::squashfs(archive(file, *offset_bytes, *len_bytes)?, options),
+        Root::Ext {
+            file,
+            offset_bytes,
+            len_bytes,
+        } => {
+            let file = File::open(file)?;
+            capsid_fuse::Server::ext(file, *offset_bytes, Some(*len_bytes), "upper", options)?
+        }
+    };
+    Ok(server.kind(path)?)
+}
+
 /// What planning has to know of an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Facts {

@@ -165,6 +165,8 @@ pub fn run(registry: &Registry, mut spec: Spec, tell: &dyn Fn(&Message)) -> Resu
             .filter(|_| spec.foreground),
     );
     let stops = sys::signal_set(stops);
+    // That the caller ignored the ends of children is not the service's business.
+    sys::watch_children();
     stops.thread_block().context("cannot block signals")?;
     let signals = SignalFd::with_flags(&stops, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .context("cannot watch signals")?;

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
 
-use crate::image::Root;
+use crate::image::Part;
 
 /// One bind.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,8 +23,8 @@ pub struct Bind {
     pub image_src: Option<PathBuf>,
     /// `id`: object of the SIF that holds the file system.
     pub id: Option<u32>,
-    /// The file system in the image file, found by the command, which may read files.
-    pub image: Option<Root>,
+    /// What is taken of the image file, found by the command, which may read files.
+    pub image: Option<Part>,
     /// Listed in `*_BIND`, so that a container started inside has it too.
     pub nested: bool,
 }

@@ -19,7 +19,7 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::host::Host;
-use crate::image::{Facts, Root};
+use crate::image::{Facts, Part, Root};
 use crate::proc;
 pub use bind::Bind;
 pub use identity::{IdMap, SubIds};
@@ -202,8 +202,8 @@ pub enum Source {
     Passwd(identity::Account),
     /// The image's group(5), with these groups of the caller.
     Group(identity::Account),
-    /// A file system image, or a directory in it.
-    Image(Root, PathBuf),
+    /// A file system image, or a part of it.
+    Image(Part),
 }
 
 /// What to do when a mount cannot be made.

@@ -393,10 +393,7 @@ fn user_binds(context: &Context, before: &[Mount], warnings: &mut Vec<String>) -
         }
         let source = match &bind.image {
             None => Source::Bind(source),
-            Some(root) => Source::Image(
-                root.clone(),
-                bind.image_src.clone().unwrap_or_else(|| "/".into()),
-            ),
+            Some(part) => Source::Image(part.clone()),
         };
         let made = mount(source, &bind.target, Missing::Fail, Why::Bind);
         mounts.push(Mount {

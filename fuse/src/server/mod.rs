@@ -122,7 +122,15 @@ impl Server {
     /// # Errors
     /// When the image is damaged there, or there are too many links.
     pub fn exists(&self, path: &[u8]) -> Result<bool> {
-        views::exists(&self.tree, path)
+        Ok(self.kind(path)?.is_some())
+    }
+
+    /// What the image itself has at `path`. Links are followed and do not lead outside.
+    ///
+    /// # Errors
+    /// When the image is damaged there, or there are too many links.
+    pub fn kind(&self, path: &[u8]) -> Result<Option<crate::Kind>> {
+        views::kind(&self.tree, path)
     }
 
     /// Serves from one descriptor, until the file system is unmounted everywhere.

@@ -188,13 +188,13 @@ impl Views {
     }
 }
 
-/// Whether the image itself has a file at `path`, links followed.
-pub(crate) fn exists(tree: &Tree, path: &[u8]) -> Result<bool> {
+/// What the image itself has at `path`, links followed.
+pub(crate) fn kind(tree: &Tree, path: &[u8]) -> Result<Option<Kind>> {
     let view = View::default();
     let root = Spot::Image(tree.root());
     match follow(root, path, |here, name, _| step(tree, &view, here, name)) {
-        Ok(found) => Ok(found.is_some()),
-        Err(Error::NotDirectory) => Ok(false),
+        Ok(Some(Spot::Image(at))) => Ok(Some(tree.stat(at)?.kind)),
+        Ok(_) | Err(Error::NotDirectory) => Ok(None),
         Err(error) => Err(error),
     }
 }

@@ -106,7 +106,7 @@ pub fn list(args: &ListArgs) -> Result<u8> {
             ]);
         }
     }
-    print_table(&rows);
+    print_table(&rows)?;
     Ok(exit::OK)
 }
 

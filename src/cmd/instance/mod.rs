@@ -53,7 +53,7 @@ pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
         "inspect" => watch::inspect(&super::parse("instance inspect", rest)?),
         "unit" => unit::run(rest),
         "" | "help" | "--help" | "-h" => {
-            print_usage(persona);
+            print_usage(persona)?;
             Ok(if verb.is_empty() {
                 exit::USAGE
             } else {
@@ -61,7 +61,7 @@ pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
             })
         }
         other => {
-            print_usage(persona);
+            print_usage(persona)?;
             Err(Usage {
                 command: "instance".into(),
                 text: format!("unknown command {other:?}"),
@@ -71,15 +71,18 @@ pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
     }
 }
 
-fn print_usage(persona: Persona) {
+fn print_usage(persona: Persona) -> Result<()> {
     let program = super::program(persona);
-    println!(
-        "Manage containers running as services\n\nUsage:\n  {program} instance <command>\n\nAvailable Commands:"
-    );
+    say::out(format_args!(
+        "Manage containers running as services\n\nUsage:\n  {program} instance <command>\n\nAvailable Commands:\n"
+    ))?;
     for (name, about) in COMMANDS {
-        println!("  {name:<10}{about}");
+        say::out(format_args!("  {name:<10}{about}\n"))?;
     }
-    println!("\nRun '{program} instance <command> --help' for the options of a command.");
+    say::out(format_args!(
+        "\nRun '{program} instance <command> --help' for the options of a command.\n"
+    ))?;
+    Ok(())
 }
 
 /// Says that a command found no instance: a wrong command line, as clients expect it.
@@ -120,12 +123,12 @@ fn print_json(value: &impl serde::Serialize) -> Result<()> {
     let form = serde_json::ser::PrettyFormatter::with_indent(b"\t");
     let mut serializer = serde_json::Serializer::with_formatter(&mut text, form);
     value.serialize(&mut serializer)?;
-    println!("{}", String::from_utf8_lossy(&text));
+    say::out(format_args!("{}\n", String::from_utf8_lossy(&text)))?;
     Ok(())
 }
 
 /// Prints a table as the peers do: each column as wide as its widest field, and four blanks.
-fn print_table(rows: &[Vec<String>]) {
+fn print_table(rows: &[Vec<String>]) -> Result<()> {
     let columns = rows.first().map_or(0, Vec::len);
     let widths: Vec<usize> = (0..columns)
         .map(|n| rows.iter().map(|r| r[n].chars().count()).max().unwrap_or(0))
@@ -136,6 +139,7 @@ fn print_table(rows: &[Vec<String>]) {
             .zip(&widths)
             .map(|(field, width)| format!("{:<1$}    ", say::printable(field), width))
             .collect();
-        println!("{}", line.trim_end());
+        say::out(format_args!("{}\n", line.trim_end()))?;
     }
+    Ok(())
 }

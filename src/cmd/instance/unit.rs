@@ -6,9 +6,9 @@ use anyhow::{Context, Result, bail};
 
 use crate::cmd::action;
 use crate::cmd::flags::StartArgs;
-use crate::exit;
 use crate::host::Host;
 use crate::plan::service::is_name;
+use crate::{exit, say};
 
 /// Options of `instance unit`; all of `instance start` follow it into the unit.
 #[derive(clap::Args, Debug)]
@@ -68,32 +68,47 @@ pub fn run(words: &[OsString]) -> Result<u8> {
             "~/.config/systemd/user/{name}.service, then: systemctl --user enable --now {name} (and loginctl enable-linger, to run without a login)"
         )
     };
-    println!("# {place}");
-    println!("[Unit]\nDescription=Instance {name} of {}", image.display());
+    say::out(format_args!("# {place}\n"))?;
+    say::out(format_args!(
+        "[Unit]\nDescription=Instance {name} of {}\n",
+        image.display()
+    ))?;
     if args.system {
         // State of instances lies in the user's runtime directory.
         let runtime = format!("user-runtime-dir@{}.service", host.uid);
-        println!("Wants=network-online.target {runtime}\nAfter=network-online.target {runtime}");
+        say::out(format_args!(
+            "Wants=network-online.target {runtime}\nAfter=network-online.target {runtime}\n"
+        ))?;
     }
-    println!("\n[Service]\nType=notify\nNotifyAccess=main");
+    say::out(format_args!(
+        "\n[Service]\nType=notify\nNotifyAccess=main\n"
+    ))?;
     if args.system {
-        println!("User={}", host.user.name);
-        println!("Environment=XDG_RUNTIME_DIR=/run/user/{}", host.uid);
+        say::out(format_args!("User={}\n", host.user.name))?;
+        say::out(format_args!(
+            "Environment=XDG_RUNTIME_DIR=/run/user/{}\n",
+            host.uid
+        ))?;
     }
-    println!("WorkingDirectory={}", quoted(host.cwd.as_os_str()));
-    println!("ExecStart={}", start.join(" "));
-    println!("ExecStop={}", stop.join(" "));
+    say::out(format_args!(
+        "WorkingDirectory={}\n",
+        quoted(host.cwd.as_os_str())
+    ))?;
+    say::out(format_args!("ExecStart={}\n", start.join(" ")))?;
+    say::out(format_args!("ExecStop={}\n", stop.join(" ")))?;
     // What a service ends with that was asked to.
-    println!("SuccessExitStatus=130 143");
-    println!("Restart=on-failure\nTimeoutStopSec=30\nDelegate=yes");
-    println!(
-        "\n[Install]\nWantedBy={}",
+    say::out(format_args!("SuccessExitStatus=130 143\n"))?;
+    say::out(format_args!(
+        "Restart=on-failure\nTimeoutStopSec=30\nDelegate=yes\n"
+    ))?;
+    say::out(format_args!(
+        "\n[Install]\nWantedBy={}\n",
         if args.system {
             "multi-user.target"
         } else {
             "default.target"
         }
-    );
+    ))?;
     Ok(exit::OK)
 }
 

@@ -99,7 +99,7 @@ pub fn wait(args: &WaitArgs) -> Result<u8> {
         if args.until.as_deref() == Some("ready") {
             bail!("instance {} has ended", args.name);
         }
-        println!("{}", record.exit_status());
+        say::out(format_args!("{}\n", record.exit_status()))?;
         return Ok(record.exit_status());
     };
     let until = match args.until.as_deref() {
@@ -129,7 +129,7 @@ pub fn wait(args: &WaitArgs) -> Result<u8> {
         ),
         Some(_) if until == control::Until::Ready => Ok(exit::OK),
         Some(record) => {
-            println!("{}", record.exit_status());
+            say::out(format_args!("{}\n", record.exit_status()))?;
             Ok(record.exit_status())
         }
     }
@@ -209,7 +209,7 @@ pub fn inspect(args: &InspectArgs) -> Result<u8> {
     lines.push(("stderr", record.log_err.display().to_string()));
     lines.extend(hints.into_iter().map(|h| ("hint", h)));
     for (name, value) in lines {
-        println!("{name:<10}{}", say::printable(&value));
+        say::out(format_args!("{name:<10}{}\n", say::printable(&value)))?;
     }
     Ok(exit::OK)
 }
@@ -330,9 +330,9 @@ pub fn stats(args: &StatsArgs) -> Result<u8> {
         }
         if terminal && !once {
             // Home, and clear what is below.
-            print!("\x1b[H\x1b[J");
+            say::out(format_args!("\x1b[H\x1b[J"))?;
         }
-        print_table(&rows);
+        print_table(&rows)?;
         std::io::stdout()
             .flush()
             .context("cannot write to standard output")?;
