@@ -757,11 +757,10 @@ fn what_is_not_supported_is_an_error_never_ignored() {
     let image = env.image();
     let image = image.to_str().unwrap();
     for options in [
-        &["--memory", "1G"][..],
-        &["--security", "uid:0"],
+        &["--security", "uid:0"][..],
         &["--keep-privs"],
         &["--fusemount", "x"],
-        &["--apply-cgroups", "f"],
+        &["--oom-kill-disable"],
     ] {
         let out = env.run(["exec"].iter().chain(options).chain(&[image, "true"]));
         out.fatal(&[options[0], "not supported"]);

@@ -869,13 +869,15 @@ fn foreground_instance_ends_with_its_script() {
     let mut bytes = [0; 100];
     let len = manager.recv(&mut bytes).unwrap();
     assert!(bytes[..len].starts_with(b"READY=1\nMAINPID="));
-    let s = Services::new("trap 'echo bye; exit 0' TERM; while :; do sleep 0.05; done");
+    let s = Services::new("trap 'echo bye; exit 0' TERM; echo up; while :; do sleep 0.05; done");
     let child = s
         .command(&["instance", "start", "--foreground", "IMAGE", "n"])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
-    wait_until("the instance", || s.names() == ["n"]);
+    wait_until("the instance", || {
+        s.names() == ["n"] && s.run(&["instance", "logs", "n"]).stdout == "up\n"
+    });
     kill(
         Pid::from_raw(i32::try_from(child.id()).unwrap()),
         Signal::SIGTERM,
@@ -883,7 +885,7 @@ fn foreground_instance_ends_with_its_script() {
     .unwrap();
     let out = child.wait_with_output().unwrap();
     assert!(out.status.success());
-    assert_eq!(String::from_utf8_lossy(&out.stdout), "bye\n");
+    assert_eq!(String::from_utf8_lossy(&out.stdout), "up\nbye\n");
     s.env.assert_nothing_left();
 }
 

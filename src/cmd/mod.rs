@@ -287,7 +287,7 @@ fn parse_action(name: &str, words: &[OsString], host: &Host) -> Result<ActionArg
 /// Names of the options that were typed.
 fn typed(name: &str, words: &[OsString]) -> Result<Vec<String>> {
     let command = command::<ActionArgs>(name);
-    let (options, _, ..) = split_at_image(&command, words);
+    let (options, ..) = split_at_image(&command, words);
     let matches = matches(command, name, options)?;
     let typed = |id: &&clap::Id| {
         matches.value_source(id.as_str()) == Some(clap::parser::ValueSource::CommandLine)
