@@ -182,7 +182,8 @@ fn machine_that_lacks_something_gets_the_remedy() {
     spoilt(&env, "mount --bind /dev/null /dev/fuse", &exec).fatal(&["/dev/fuse", "mknod"]);
     spoilt(&env, "mount -t tmpfs none /dev", &exec)
         .fatal(&["no /dev/fuse", "load the kernel module fuse"]);
-    let limit = "echo 0 > /proc/sys/user/max_user_namespaces; exec \"$@\"";
+    // Without the right to mount, which makes up for it.
+    let limit = "echo 0 > /proc/sys/user/max_user_namespaces; exec setpriv --bounding-set -sys_admin \"$@\"";
     let words = [
         "-Ur",
         "sh",
@@ -265,4 +266,29 @@ fn names_that_are_none_are_refused() {
         assert!(!out.stderr.contains("bug"), "{name}: {out}");
         assert_eq!(out.status, 255, "{name}: {out}");
     }
+}
+
+#[test]
+fn what_would_hide_the_image_or_itself_is_refused() {
+    let env = Env::new();
+    let image = env.image();
+    let image = image.to_str().unwrap();
+    env.run(["exec", "-B", "/etc:/", image, "true"])
+        .fatal(&["bound on /"]);
+    env.run(["exec", "-B", "/etc:/opt/..", image, "true"])
+        .fatal(&["bound on /"]);
+    env.run(["exec", "--scratch", "/", image, "true"])
+        .fatal(&["--scratch", "mounted on /"]);
+    let layer = env.squashfs(&env.path("tree"), "layer.squashfs", &[]);
+    let layer = format!("{}:ro", layer.display());
+    let words = [
+        "exec",
+        "--overlay",
+        &layer,
+        "--overlay",
+        &layer,
+        image,
+        "true",
+    ];
+    env.run(words).fatal(&["layer.squashfs", "given twice"]);
 }

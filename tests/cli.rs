@@ -142,3 +142,21 @@ fn output_that_cannot_be_written_is_an_error() {
         assert_eq!(closed.stderr, "141\n", "{words}: {closed}");
     }
 }
+
+#[test]
+fn usage_shows_the_name_that_was_called() {
+    let env = Env::new();
+    let apptainer = env.path("apptainer");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_capsid"), &apptainer).unwrap();
+    for words in [["exec", "--help"].as_slice(), &["exec"]] {
+        let out = common::output(&mut env.command_as(&apptainer, words));
+        assert!(
+            out.stdout.contains("apptainer [global options...] exec"),
+            "{out}"
+        );
+        assert!(
+            !out.stdout.contains("capsid [") && !out.stdout.contains("'capsid"),
+            "{out}"
+        );
+    }
+}

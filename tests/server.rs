@@ -377,3 +377,33 @@ fn server_keeps_neither_environment_nor_capabilities_of_its_starter() {
         }
     }
 }
+
+#[test]
+fn lack_of_descriptors_is_named_and_spoils_nothing() {
+    let env = Env::new();
+    let first = env.image();
+    let program = env!("CARGO_BIN_EXE_capsid");
+    for limit in 5..40 {
+        // Once as the one that starts the server, and once as a later one.
+        let image = env.path(&format!("{limit}.sif"));
+        fs::copy(&first, &image).unwrap();
+        let image = image.to_str().unwrap();
+        let limit = format!("--nofile={limit}:{limit}");
+        let words = [&limit, program, "exec", image, "cat", "/opt/hello.txt"];
+        let few = || {
+            let mut command = env.command_as(std::path::Path::new("prlimit"), words);
+            let out = common::output(&mut command);
+            if out.status != 127 && out.stdout != "hello\n" {
+                out.fatal(&["oo many open files"]);
+            }
+        };
+        few();
+        assert_eq!(
+            env.run(["exec", image, "cat", "/opt/hello.txt"]).ok(),
+            "hello",
+            "{limit}"
+        );
+        few();
+    }
+    env.assert_nothing_left();
+}

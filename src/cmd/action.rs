@@ -240,7 +240,7 @@ pub(super) fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Requ
         no_home: args.no_home,
         no_mount: no_mount(&args.no_mount),
         workdir: args.workdir.as_ref().map(|w| normalise(&host.cwd.join(w))),
-        scratch: args.scratch.clone(),
+        scratch: scratch(args)?,
         layers: layers(args, host)?,
         writable: args.writable,
         contain: args.contain || all,
@@ -295,6 +295,14 @@ fn binds(args: &ActionArgs, host: &Host) -> Result<Vec<Bind>> {
     Ok(binds)
 }
 
+fn scratch(args: &ActionArgs) -> Result<Vec<PathBuf>> {
+    let root = |path: &&PathBuf| normalise(&Path::new("/").join(path)) == Path::new("/");
+    match args.scratch.iter().find(root) {
+        Some(path) => bail!("--scratch {path:?}: nothing can be mounted on /: the image is there"),
+        None => Ok(args.scratch.clone()),
+    }
+}
+
 fn home(args: &ActionArgs) -> Result<Option<(PathBuf, PathBuf)>> {
     let Some(text) = &args.home else {
         return Ok(None);
@@ -334,6 +342,7 @@ fn no_mount(names: &[String]) -> Vec<String> {
 /// `--overlay` in the order given, then the throw-away layer.
 fn layers(args: &ActionArgs, host: &Host) -> Result<Vec<Layer>> {
     let mut layers = Vec::new();
+    let mut seen: Vec<PathBuf> = Vec::new();
     for text in &args.overlay {
         let (text, read_only) = match text.strip_suffix(":ro") {
             Some(text) => (text, true),
@@ -346,6 +355,12 @@ fn layers(args: &ActionArgs, host: &Host) -> Result<Vec<Layer>> {
                 path.display()
             );
         }
+        // The kernel would say ELOOP.
+        let real = std::fs::canonicalize(&path).unwrap_or_else(|_| path.clone());
+        if seen.contains(&real) {
+            bail!("the overlay {} is given twice", path.display());
+        }
+        seen.push(real);
         if path.is_dir() {
             layers.push(if read_only {
                 Layer::ReadOnlyDirectory(path)

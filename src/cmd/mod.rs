@@ -14,6 +14,7 @@ pub mod instance;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Result, bail};
 use clap::{Args, Command, FromArgMatches};
@@ -129,6 +130,7 @@ pub fn main(args: &[OsString]) -> Result<u8> {
         "apptainer" | "singularity" | "run-singularity" => Persona::Apptainer,
         _ => Persona::Capsid,
     };
+    PEER.store(persona == Persona::Apptainer, Ordering::Relaxed);
     let words = args.get(1..).unwrap_or_default();
     if called == "run-singularity" {
         return action::run(
@@ -485,7 +487,24 @@ fn matches(command: Command, name: &str, words: Vec<OsString>) -> Result<clap::A
     }
 }
 
+/// Whether the program was called by a peer's name, for the usage lines.
+static PEER: AtomicBool = AtomicBool::new(false);
+
+/// The name that the usage lines show.
+fn own_name() -> &'static str {
+    program(if PEER.load(Ordering::Relaxed) {
+        Persona::Apptainer
+    } else {
+        Persona::Capsid
+    })
+}
+
 fn usage_line(name: &str) -> String {
+    let line = capsid_usage_line(name);
+    line.replacen("capsid", own_name(), 1)
+}
+
+fn capsid_usage_line(name: &str) -> String {
     match name {
         "exec" => "capsid [global options...] exec [exec options...] <container> <command>".into(),
         "run" => "capsid [global options...] run [run options...] <container> [args...]".into(),
@@ -507,8 +526,9 @@ fn usage_line(name: &str) -> String {
 
 fn print_action_usage(name: &str) -> Result<()> {
     say::out(format_args!(
-        "Usage:\n  {}\n\nRun 'capsid help {name}' for more information.\n",
-        usage_line(name)
+        "Usage:\n  {}\n\nRun '{} help {name}' for more information.\n",
+        usage_line(name),
+        own_name()
     ))
 }
 

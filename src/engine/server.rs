@@ -350,6 +350,9 @@ fn ask(server: &OwnedFd, request: &[u8], client: &Client) -> Result<Result<Stage
             (Some((1, text)), _) => Ok(Err(anyhow!("{}", String::from_utf8_lossy(text)))),
             _ => Err(Silence::Gone),
         },
+        Err(nix::Error::EMFILE) => Ok(Err(anyhow!(
+            "too many open files: raise the limit (ulimit -n)"
+        ))),
         Err(nix::Error::EAGAIN) => Err(Silence::Stuck),
         Err(_) => Err(Silence::Gone),
     }
@@ -635,6 +638,11 @@ fn prepare(image: &Image, place: Option<&Place>, first: &OwnedFd) -> Result<Prep
         Signal::SIGUSR2,
     ]);
     let _ = nix::sys::signal::SigSet::empty().thread_set_mask();
+    // One descriptor for each user.
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
+    }
     sys::detach_standard_descriptors();
     let mut keep = vec![image.file.as_raw_fd(), first.as_raw_fd()];
     if let Some(place) = place {
@@ -819,8 +827,18 @@ fn work(
         known,
         left: false,
     };
-    if let Some(first) = first {
-        desk.answer(&first);
+    if let Some(first) = first
+        && desk.answer(&first) == Room::Full
+    {
+        // Nothing is known yet, so it is descriptors that there is no room for.
+        if let Some(place) = place {
+            desk.leave(place);
+        }
+        let _ = wire::send(
+            first.as_fd(),
+            b"\x01too many open files: raise the limit (ulimit -n)",
+            &[],
+        );
     }
     desk.run(place, &serving);
     // The mount goes when the last container's copy goes, and the serving thread ends with it.
@@ -956,8 +974,13 @@ impl Desk<'_> {
 
     /// Lets one waiting client in; false when there is none.
     fn receive(&mut self, place: &Place) -> bool {
-        let Ok(client) = accept4(place.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) else {
-            return false;
+        let client = match accept4(place.listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
+            Ok(client) => client,
+            Err(nix::Error::EMFILE | nix::Error::ENFILE) => {
+                self.leave(place); // the next one starts a server with room
+                return false;
+            }
+            Err(_) => return false,
         };
         let client = sys::own(client);
         if wire::is_own_peer(&client) && self.answer(&client) == Room::Full {
@@ -983,8 +1006,10 @@ impl Desk<'_> {
             nix::sys::socket::sockopt::ReceiveTimeout,
             &timeout,
         );
-        let Ok((packet, fds)) = wire::receive(client.as_fd()) else {
-            return Room::Left;
+        let (packet, fds) = match wire::receive(client.as_fd()) {
+            Ok(received) => received,
+            Err(nix::Error::EMFILE) => return Room::Full,
+            Err(_) => return Room::Left,
         };
         let Some(points) = packet
             .split_first()
@@ -1008,6 +1033,10 @@ impl Desk<'_> {
                         self.prepared.life.0.as_raw_fd(),
                     ],
                 )
+            }
+            // Another server has room.
+            Err(error) if error.downcast_ref() == Some(&rustix::io::Errno::MFILE) => {
+                return Room::Full;
             }
             Err(error) => {
                 let mut answer = vec![1];

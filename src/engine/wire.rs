@@ -106,7 +106,7 @@ fn again<T>(mut call: impl FnMut() -> nix::Result<T>) -> nix::Result<T> {
 /// Receives one packet with its descriptors; no bytes at all is the end of the conversation.
 ///
 /// # Errors
-/// As `recvmsg(2)`.
+/// As `recvmsg(2)`, and `EMFILE` when there was no room for a descriptor.
 pub fn receive(socket: BorrowedFd) -> nix::Result<(Vec<u8>, Vec<OwnedFd>)> {
     again(|| receive_once(socket))
 }
@@ -122,6 +122,9 @@ fn receive_once(socket: BorrowedFd) -> nix::Result<(Vec<u8>, Vec<OwnedFd>)> {
             Some(&mut space),
             MsgFlags::MSG_CMSG_CLOEXEC,
         )?;
+        if message.flags.contains(MsgFlags::MSG_CTRUNC) {
+            return Err(nix::Error::EMFILE); // the kernel leaves out what finds no place (unix(7))
+        }
         let mut fds = Vec::new();
         for control in message.cmsgs()? {
             if let ControlMessageOwned::ScmRights(received) = control {

@@ -116,6 +116,9 @@ fn bind(source: &str, target: &str) -> Result<Bind> {
         bail!("while parsing bind path: destination {target:?} must be an absolute path");
     }
     let target = crate::host::normalise(Path::new(target));
+    if target == Path::new("/") {
+        bail!("while parsing bind path: nothing can be bound on /: the image is there");
+    }
     Ok(Bind {
         source: source.into(),
         target,
