@@ -49,51 +49,66 @@ const ROCM_TOOLS: [&str; 2] = ["rocm-smi", "rocminfo"];
 
 /// What to bind: path of the host, place inside.
 pub fn find(nv: bool, rocm: bool) -> Vec<(PathBuf, PathBuf)> {
-    let mut found = Vec::new();
-    if nv && Path::new("/dev/nvidiactl").exists() {
-        found.extend(devices(|name| name.starts_with("nvidia")));
-        found.extend(libraries(&NVIDIA));
-        found.extend(tools(&NVIDIA_TOOLS));
-        let socket = PathBuf::from("/run/nvidia-persistenced/socket");
-        found.extend(socket.exists().then(|| (socket.clone(), socket)));
+    if !nv && !rocm {
+        return Vec::new();
     }
-    if rocm && Path::new("/dev/kfd").exists() {
-        found.extend(devices(|name| name == "kfd" || name == "dri"));
-        found.extend(libraries(&ROCM));
-        found.extend(tools(&ROCM_TOOLS));
+    find_below(Path::new("/"), nv, rocm, &loader_cache)
+}
+
+/// The same on a machine whose files lie below `top`.
+fn find_below(
+    top: &Path,
+    nv: bool,
+    rocm: bool,
+    loader_cache: &dyn Fn() -> String,
+) -> Vec<(PathBuf, PathBuf)> {
+    let mut found = Vec::new();
+    if nv && top.join("dev/nvidiactl").exists() {
+        found.extend(devices(top, |name| name.starts_with("nvidia")));
+        found.extend(parse_cache(&loader_cache(), &NVIDIA));
+        found.extend(tools(top, &NVIDIA_TOOLS));
+        let socket = Path::new("run/nvidia-persistenced/socket");
+        let place = Path::new("/").join(socket);
+        found.extend(top.join(socket).exists().then(|| (top.join(socket), place)));
+    }
+    if rocm && top.join("dev/kfd").exists() {
+        found.extend(devices(top, |name| name == "kfd" || name == "dri"));
+        found.extend(parse_cache(&loader_cache(), &ROCM));
+        found.extend(tools(top, &ROCM_TOOLS));
     }
     found
 }
 
-fn devices(wanted: impl Fn(&str) -> bool) -> Vec<(PathBuf, PathBuf)> {
-    let Ok(entries) = std::fs::read_dir("/dev") else {
+fn devices(top: &Path, wanted: impl Fn(&str) -> bool) -> Vec<(PathBuf, PathBuf)> {
+    let Ok(entries) = std::fs::read_dir(top.join("dev")) else {
         return Vec::new();
     };
     let wanted = |e: &std::fs::DirEntry| e.file_name().to_str().is_some_and(&wanted);
-    entries
+    let mut found: Vec<_> = entries
         .flatten()
         .filter(wanted)
-        .map(|e| (e.path(), e.path()))
-        .collect()
+        .map(|e| (e.path(), Path::new("/dev").join(e.file_name())))
+        .collect();
+    found.sort();
+    found
 }
 
-fn libraries(names: &[&str]) -> Vec<(PathBuf, PathBuf)> {
+/// What `ldconfig -p` prints; empty where there is none.
+fn loader_cache() -> String {
     let Some(program) = ["/sbin/ldconfig", "/usr/sbin/ldconfig"]
         .into_iter()
         .find(|p| Path::new(p).exists())
     else {
-        return Vec::new();
+        return String::new();
     };
-    let Ok(out) = Command::new(program)
+    let out = Command::new(program)
         .arg("-p")
         .env_clear()
         .stdin(Stdio::null())
         .stderr(Stdio::null())
-        .output()
-    else {
-        return Vec::new();
-    };
-    parse_cache(&String::from_utf8_lossy(&out.stdout), names)
+        .output();
+    out.map(|out| String::from_utf8_lossy(&out.stdout).into_owned())
+        .unwrap_or_default()
 }
 
 /// Lines like `libcuda.so.1 (libc6,x86-64) => /usr/lib/libcuda.so.1`; the first of a name is the one the loader takes.
@@ -120,11 +135,11 @@ fn parse_cache(cache: &str, names: &[&str]) -> Vec<(PathBuf, PathBuf)> {
     found
 }
 
-fn tools(names: &[&str]) -> Vec<(PathBuf, PathBuf)> {
+fn tools(top: &Path, names: &[&str]) -> Vec<(PathBuf, PathBuf)> {
     let paths = |name: &&str| {
-        ["/usr/bin", "/opt/rocm/bin"]
+        ["usr/bin", "opt/rocm/bin"]
             .iter()
-            .map(|d| Path::new(d).join(name))
+            .map(|d| top.join(d).join(name))
             .find(|p| p.exists())
             .map(|p| (p, Path::new("/usr/bin").join(name)))
     };
@@ -149,5 +164,56 @@ mod tests {
                 )]
             );
         }
+    }
+
+    #[test]
+    fn devices_libraries_and_tools_of_a_node_are_bound() {
+        let dir = tempfile::tempdir().unwrap();
+        let top = dir.path();
+        for file in [
+            "dev/nvidiactl",
+            "dev/nvidia0",
+            "dev/null",
+            "dev/kfd",
+            "usr/bin/nvidia-smi",
+            "opt/rocm/bin/rocminfo",
+            "run/nvidia-persistenced/socket",
+        ] {
+            let path = top.join(file);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, "").unwrap();
+        }
+        let cache = || {
+            "\tlibcuda.so.1 (libc6,x86-64) => /usr/lib/libcuda.so.1\n\tlibamdhip64.so (libc6,x86-64) => /opt/libamdhip64.so\n"
+                .to_owned()
+        };
+        let places = |nv, rocm| -> Vec<String> {
+            let found = find_below(top, nv, rocm, &cache);
+            let places = found
+                .into_iter()
+                .map(|(_, place)| place.display().to_string());
+            places.collect()
+        };
+        if cfg!(target_arch = "x86_64") {
+            assert_eq!(
+                places(true, false),
+                [
+                    "/dev/nvidia0",
+                    "/dev/nvidiactl",
+                    "/.singularity.d/libs/libcuda.so.1",
+                    "/usr/bin/nvidia-smi",
+                    "/run/nvidia-persistenced/socket",
+                ]
+            );
+            assert_eq!(
+                places(false, true),
+                [
+                    "/dev/kfd",
+                    "/.singularity.d/libs/libamdhip64.so",
+                    "/usr/bin/rocminfo"
+                ]
+            );
+        }
+        assert!(find_below(Path::new("/no/such"), true, true, &cache).is_empty());
     }
 }

@@ -485,8 +485,10 @@ fn namespaces_are_new_only_when_asked_for() {
             && !net.stdout.contains("eth"),
         "{net}"
     );
-    env.run(["exec", "--net", image, "true"])
-        .fatal(&["--net", "--network none"]);
+    let net = env.run(["exec", "--net", image, "ifconfig"]);
+    assert!(net.ok().contains("10.0.2.100"), "{net}");
+    env.run(["exec", "--net", "--network", "bridge", image, "true"])
+        .fatal(&["--network bridge", "or use none"]);
 }
 
 #[test]

@@ -454,7 +454,7 @@ fn stop_is_orderly_and_ends_everything() {
     // The service ends well on its signal; what it left behind, which ignores that as a shell's background jobs do, is told
     // in the other way.
     let s = Services::new(
-        "trap 'echo bye; exit 0' INT\n(trap 'echo child bye; exit 0' TERM; while :; do sleep 0.05; done) &\necho up\nwhile :; do sleep 0.05; done",
+        "trap 'echo bye; exit 0' INT\n(trap 'echo child bye; exit 0' TERM; echo up; while :; do sleep 0.05; done) &\nwhile :; do sleep 0.05; done",
     );
     s.run(&[
         "instance",
@@ -1038,6 +1038,44 @@ fn web_server_answers_the_moment_its_start_returns() {
         s.run(&["instance", "stop", "web"]).ok();
     }
     s.env.assert_nothing_left();
+}
+
+#[test]
+fn program_in_the_foreground_is_reached_too() {
+    let s = Services::new(FOREVER);
+    let port = free_port();
+    let publish = format!("127.0.0.1:{port}:80");
+    for pid in [&[][..], &["--pid"]] {
+        let words = [
+            &["exec", "--publish", &publish][..],
+            pid,
+            &["IMAGE", "httpd", "-f", "-p", "80", "-h", "/opt"],
+        ]
+        .concat();
+        let mut child = s.command(&words).spawn().unwrap();
+        let url = format!("http://127.0.0.1:{port}/hello.txt");
+        let get = || output(Command::new("curl").args(["-s", "-m", "5", &url]));
+        wait_until("the page", || get().stdout == "hello\n");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        wait_until("the port to be free", || {
+            std::net::TcpListener::bind(("127.0.0.1", port)).is_ok()
+        });
+    }
+    s.run(&[
+        "exec",
+        "--publish",
+        "80",
+        "--network",
+        "none",
+        "IMAGE",
+        "true",
+    ])
+    .fatal(&["--publish"]);
+    let taken = std::net::TcpListener::bind(("127.0.0.1", port)).unwrap();
+    s.run(&["exec", "--publish", &publish, "IMAGE", "true"])
+        .fatal(&["cannot connect the container's network"]);
+    drop(taken);
 }
 
 #[test]

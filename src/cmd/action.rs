@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use super::flags::ActionArgs;
 use super::{Explain, Persona, Usage, explain};
+use crate::engine::network::Network;
 use crate::host::{Host, normalise};
 use crate::image::{self, Root};
 use crate::plan::limits::{self, Limits};
@@ -37,7 +38,7 @@ pub fn run_on(
     {
         return super::instance::join::run(name, &args, &host, instance);
     }
-    if let Some(refusal) = args.refusal(false) {
+    if let Some(refusal) = args.refusal() {
         bail!("{} is not supported: {}", refusal.option, refusal.why);
     }
     let path = image_path(&args.image, &host)?;
@@ -66,9 +67,46 @@ pub fn run_on(
             say::debug(format_args!("plan: {line}"));
         }
     }
+    let xdg = host.var("XDG_RUNTIME_DIR");
+    let scratch = std::env::temp_dir();
+    let network = network(&args, &scratch)?;
     // The cgroup goes with its last process; an empty one is removed by the next run.
     engine::cgroup::apply(&limits(&args, &host)?, limits_policy(&host)?, name)?;
-    engine::run(&planned.plan, host.var("XDG_RUNTIME_DIR"))
+    engine::run(&planned.plan, xdg, network.as_ref())
+}
+
+/// The connection to the outside: asked for by `--publish`, or by `--net` without `--network none`.
+///
+/// # Errors
+/// When it contradicts other options, or no program can connect a network here.
+pub(super) fn network(args: &ActionArgs, scratch: &Path) -> Result<Option<Network>> {
+    let none = args.network.as_deref() == Some("none");
+    if !args.publish.is_empty() && none {
+        bail!(
+            "--publish needs a network with a connection to the outside: leave out --network none"
+        );
+    }
+    if let Some(other) = args.network.as_deref().filter(|n| *n != "none")
+        && args.net
+    {
+        bail!(
+            "--network {other} is not supported: leave it out for a network that is connected by pasta or slirp4netns, or use none"
+        );
+    }
+    if !is_connected(args) {
+        return Ok(None);
+    }
+    let publish: Vec<_> = args
+        .publish
+        .iter()
+        .map(|text| engine::network::parse_publish(text))
+        .collect::<Result<_>>()?;
+    Network::find(publish, scratch).map(Some)
+}
+
+/// Whether the container gets a network of its own that is connected to the outside.
+fn is_connected(args: &ActionArgs) -> bool {
+    (args.net || !args.publish.is_empty()) && args.network.as_deref() != Some("none")
 }
 
 /// The name in `instance://NAME`.
@@ -248,7 +286,7 @@ pub(super) fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Requ
         namespaces: Namespaces {
             pid,
             ipc: args.ipc || all,
-            net: args.net,
+            net: args.net || !args.publish.is_empty(),
             uts,
         },
         fakeroot,
@@ -258,7 +296,11 @@ pub(super) fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Requ
             Init::Appinit
         },
         hostname: args.hostname.clone(),
-        dns: args.dns.clone(),
+        dns: if args.dns.is_empty() && is_connected(args) {
+            vec![engine::network::NAME_SERVER.into()]
+        } else {
+            args.dns.clone()
+        },
         cwd: args.cwd.clone(),
         no_umask: args.no_umask || args.compat,
         environment: EnvironmentRequest {

@@ -92,12 +92,15 @@ pub struct ActionArgs {
     /// New IPC namespace
     #[arg(short = 'i', long, help_heading = "Isolation")]
     pub ipc: bool,
-    /// New network namespace (with --network none)
+    /// New network namespace, connected by pasta or slirp4netns, or with --network none not at all
     #[arg(short = 'n', long, help_heading = "Isolation")]
     pub net: bool,
-    /// Network of the new namespace; none is what a normal user can have
+    /// none: nothing but the loopback interface in the new network namespace
     #[arg(long, value_name = "NAME", help_heading = "Isolation")]
     pub network: Option<String>,
+    /// Lead a port of the host to one of the container: [ADDRESS:]HOST:CONTAINER[/udp] (brings --net)
+    #[arg(long, value_name = "SPEC", help_heading = "Isolation")]
+    pub publish: Vec<String>,
     #[arg(long, hide = true)]
     pub network_args: Vec<String>,
     #[arg(long, hide = true)]
@@ -310,9 +313,6 @@ pub struct StartArgs {
     /// Stay in the foreground, show the output, and end with the script and its status
     #[arg(long, help_heading = "Service")]
     pub foreground: bool,
-    /// Lead a port of the host to one of the container: [ADDRESS:]HOST:CONTAINER[/udp] (brings --net)
-    #[arg(long, value_name = "SPEC", help_heading = "Service")]
-    pub publish: Vec<String>,
     #[arg(long, hide = true)]
     pub boot: bool,
     #[arg(long, hide = true)]
@@ -333,10 +333,10 @@ pub struct Refusal {
 
 impl ActionArgs {
     /// The first option in use that is not supported: an isolation request that cannot be met must be an
-    /// error, never a warning. `connected`: a network with a connection to the outside can be had.
-    pub fn refusal(&self, connected: bool) -> Option<Refusal> {
-        let network = "a normal user can only use --network none here; an instance can have a connected network (--net, --publish)";
-        let cases: [(bool, &str, &str); 17] = [
+    /// error, never a warning.
+    pub fn refusal(&self) -> Option<Refusal> {
+        let network = "networks are connected by pasta or slirp4netns (--net, --publish), or not at all (--network none)";
+        let cases: [(bool, &str, &str); 15] = [
             (
                 !self.blkio_weight_device.is_empty(),
                 "--blkio-weight-device",
@@ -349,16 +349,6 @@ impl ActionArgs {
             ),
             (!self.network_args.is_empty(), "--network-args", network),
             (self.netns_path.is_some(), "--netns-path", network),
-            (
-                self.net && !connected && self.network.as_deref() != Some("none"),
-                "--net",
-                network,
-            ),
-            (
-                !self.net && self.network.as_deref().is_some_and(|n| n != "none"),
-                "--network",
-                network,
-            ),
             (
                 !self.fusemount.is_empty(),
                 "--fusemount",

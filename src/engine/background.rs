@@ -135,7 +135,7 @@ fn give_birth(
         }
         Fork::Child => {
             sys::die_with(client.user.as_ref());
-            let made = super::create_namespaces(plan).and_then(|()| {
+            let made = super::create_namespaces(plan, plan.namespaces).and_then(|()| {
                 init::serve(plan, service, streams, control, |plan| {
                     super::inside(plan, stage, &points, images)
                 })

@@ -35,6 +35,7 @@ use nix::sys::signal::SigSet;
 use crate::image::Root;
 use crate::plan::{Init, Namespaces, Plan};
 use crate::say;
+use network::{Connector, Network};
 use process::Next;
 use sys::Fork;
 
@@ -42,15 +43,23 @@ use sys::Fork;
 ///
 /// # Errors
 /// When the container cannot be made or the program not be started.
-pub fn run(plan: &Plan, xdg: Option<&OsStr>) -> Result<u8> {
+pub fn run(plan: &Plan, xdg: Option<&OsStr>, network: Option<&Network>) -> Result<u8> {
     rootfs::check_sources(plan)?;
+    let connector = network.map(Connector::start).transpose()?;
     let points = rootfs::points(plan);
     let client = server::Client::own(xdg);
     let stage = enter_user_namespace(plan, &points, &client)?;
     let images = rootfs::images(plan, &client, &mut Vec::new())?;
     sys::forbid_tracing();
+    let mut namespaces = plan.namespaces;
+    if let Some(connector) = connector {
+        // Before there is a process 1: whoever connects it needs a number that counts outside.
+        new_network()?;
+        connector.connect(rustix::process::getpid().as_raw_nonzero().get())?;
+        namespaces.net = false;
+    }
     if !plan.namespaces.pid {
-        create_namespaces(plan)?;
+        create_namespaces(plan, namespaces)?;
         return match inside(plan, stage, &points, images)? {
             Next::End(status) => Ok(status),
             Next::Run(program) => never(process::exec(&program)),
@@ -64,6 +73,7 @@ pub fn run(plan: &Plan, xdg: Option<&OsStr>) -> Result<u8> {
         }
         Fork::Child => {
             sys::die_with(client.user.as_ref());
+            create_namespaces(plan, namespaces)?;
             first_process(plan, stage, &points, images, &mask)
         }
     }
@@ -77,7 +87,6 @@ fn first_process(
     images: rootfs::Images,
     mask: &SigSet,
 ) -> Result<u8> {
-    create_namespaces(plan)?;
     match inside(plan, stage, points, images)? {
         Next::End(status) => Ok(status),
         Next::Run(program) => match plan.process.init {
@@ -111,11 +120,10 @@ fn enter_user_namespace(
     Ok(Some(stage))
 }
 
-fn create_namespaces(plan: &Plan) -> Result<()> {
-    let Namespaces { ipc, net, uts, .. } = plan.namespaces;
+fn create_namespaces(plan: &Plan, namespaces: Namespaces) -> Result<()> {
+    let Namespaces { ipc, net, uts, .. } = namespaces;
     let mut flags = CloneFlags::CLONE_NEWNS;
     flags.set(CloneFlags::CLONE_NEWIPC, ipc);
-    flags.set(CloneFlags::CLONE_NEWNET, net);
     flags.set(CloneFlags::CLONE_NEWUTS, uts);
     unshare(flags).map_err(|error| match flags {
         CloneFlags::CLONE_NEWNS => userns::no_mounts(error.into()),
@@ -124,14 +132,23 @@ fn create_namespaces(plan: &Plan) -> Result<()> {
         ),
     })?;
     if net {
-        sys::loopback_up()?;
-        // A network of its own has no ports that belong to the system. Best effort: programs can use higher ones.
-        let _ = std::fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
+        new_network()?;
     }
     if let Some(name) = &plan.hostname {
         nix::unistd::sethostname(name)
             .with_context(|| format!("cannot set the host name {name:?}"))?;
     }
+    Ok(())
+}
+
+/// A network with nothing but the loopback interface.
+fn new_network() -> Result<()> {
+    unshare(CloneFlags::CLONE_NEWNET).context(
+        "cannot create a network namespace (is the limit user.max_net_namespaces reached?)",
+    )?;
+    sys::loopback_up()?;
+    // A network of its own has no ports that belong to the system. Best effort: programs can use higher ones.
+    let _ = std::fs::write("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0");
     Ok(())
 }
 

@@ -6,7 +6,7 @@
 use std::fs;
 use std::io::{Read as _, Write as _};
 use std::net::IpAddr;
-use std::os::fd::AsRawFd as _;
+use std::os::fd::{AsFd as _, AsRawFd as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::sys;
+use crate::proc::Held;
 
 /// The container's address in its own network.
 pub const ADDRESS: &str = "10.0.2.100";
@@ -89,6 +90,79 @@ impl Network {
             programs,
             scratch: scratch.to_owned(),
         })
+    }
+}
+
+/// A process in the host's namespaces that connects the network of a program which is about to start, and stays until that
+/// has ended: the program itself has no parent of ours that could.
+pub struct Connector(UnixStream);
+
+impl Connector {
+    /// Starts it, while this process is still in the host's namespaces.
+    ///
+    /// # Errors
+    /// When no process can be made.
+    pub fn start(network: &Network) -> Result<Connector> {
+        let (ours, theirs) = UnixStream::pair().context("cannot create a socket")?;
+        let program = Held::child(rustix::process::getpid().as_raw_nonzero().get())
+            .context("cannot hold this process (pidfd_open)")?;
+        match sys::fork()? {
+            sys::Fork::Parent(child) => {
+                // It only forks again, so that the program has no child that it does not know.
+                while nix::sys::wait::waitpid(child, None) == Err(nix::Error::EINTR) {}
+                Ok(Connector(ours))
+            }
+            sys::Fork::Child => {
+                drop(ours);
+                if matches!(sys::fork(), Ok(sys::Fork::Child)) {
+                    stay(network, theirs, &program);
+                }
+                sys::exit_now(0)
+            }
+        }
+    }
+
+    /// Has the network namespace of this process connected.
+    ///
+    /// # Errors
+    /// When no program can.
+    pub fn connect(mut self, pid: i32) -> Result<()> {
+        sys::allow_tracing();
+        let mut answer = String::new();
+        let heard = self
+            .0
+            .write_all(&pid.to_le_bytes())
+            .and_then(|()| self.0.read_to_string(&mut answer));
+        sys::forbid_tracing();
+        heard.context("cannot hear from the process that connects the network")?;
+        match answer.as_str() {
+            "ok" => Ok(()),
+            "" => bail!("the process that connects the network was killed"),
+            error => bail!("{error}"),
+        }
+    }
+}
+
+fn stay(network: &Network, mut socket: UnixStream, program: &Held) {
+    let _ = rustix::process::setsid();
+    sys::detach_standard_descriptors();
+    let mut keep = [socket.as_raw_fd(), program.as_fd().as_raw_fd()];
+    keep.sort_unstable();
+    sys::close_all_but(&keep);
+    sys::set_title("capsid-network");
+    let mut pid = [0; 4];
+    if socket.read_exact(&mut pid).is_err() {
+        return; // the container could not be made
+    }
+    match connect(network, i32::from_le_bytes(pid)) {
+        Ok(_helper) => {
+            if socket.write_all(b"ok").is_ok() {
+                drop(socket);
+                while !program.wait(Duration::from_secs(3600)) {}
+            }
+        }
+        // Nobody is left to tell when the program is gone.
+        Err(error) => drop(socket.write_all(format!("{error:#}").as_bytes())),
     }
 }
 

@@ -11,7 +11,7 @@ use crate::plan::{Init, Join, Process, env};
 use crate::say;
 
 /// Options that say what a container is made of: it is too late for them.
-const OF_THE_CONTAINER: [&str; 30] = [
+const OF_THE_CONTAINER: [&str; 31] = [
     "bind",
     "mount",
     "home",
@@ -31,6 +31,7 @@ const OF_THE_CONTAINER: [&str; 30] = [
     "ipc",
     "net",
     "network",
+    "publish",
     "uts",
     "hostname",
     "dns",

@@ -9,7 +9,6 @@ use anyhow::{Context, Result, bail};
 
 use crate::cmd::flags::StartArgs;
 use crate::cmd::{Usage, action};
-use crate::engine::network::{self, Network};
 use crate::host::{Host, normalise};
 use crate::instance::monitor::{self, Message, Report, Spec};
 use crate::instance::{Container, Record, Registry, Script, control, logs, now_s};
@@ -42,16 +41,12 @@ fn start(verb: &str, name: &str, args: StartArgs, host: Host) -> Result<u8> {
     let facts = image.facts();
     image::check_arch(facts.arch.as_deref(), host.arch)?;
     let registry = Registry::open(&host)?;
-    let network = network(&args, &registry)?;
+    let network = action::network(action, registry.path())?;
     let service = service(&args, network.is_some())?;
     let mut request = action::request(if verb == "run" { "run" } else { "start" }, action, &host)?;
     request.instance = Some(name.to_owned());
     request.namespaces.pid = true;
-    request.namespaces.net |= network.is_some();
     request.close_descriptors = true;
-    if network.is_some() && request.dns.is_empty() {
-        request.dns = vec![network::NAME_SERVER.into()];
-    }
     let groups = host.groups();
     let planned = plan::plan(&request, &host, &facts, image.root(), &groups)?;
     drop(image);
@@ -113,7 +108,7 @@ fn refuse(name: &str, args: &StartArgs) -> Result<()> {
             bail!("{option} is not supported: checkpoints are not");
         }
     }
-    if let Some(refusal) = args.action.refusal(true) {
+    if let Some(refusal) = args.action.refusal() {
         bail!("{} is not supported: {}", refusal.option, refusal.why);
     }
     Ok(())
@@ -124,33 +119,6 @@ fn seconds(text: &str) -> Result<Duration> {
         Ok(seconds) if (0.0..=1e9).contains(&seconds) => Ok(Duration::from_secs_f64(seconds)),
         _ => bail!("{text:?} is not a number of seconds"),
     }
-}
-
-/// The connection to the outside: asked for by `--publish`, or by `--net` without `--network none`.
-fn network(args: &StartArgs, registry: &Registry) -> Result<Option<Network>> {
-    let action = &args.action;
-    let none = action.network.as_deref() == Some("none");
-    if !args.publish.is_empty() && none {
-        bail!(
-            "--publish needs a network with a connection to the outside: leave out --network none"
-        );
-    }
-    if let Some(other) = action.network.as_deref().filter(|n| *n != "none")
-        && action.net
-    {
-        bail!(
-            "--network {other} is not supported: leave it out for a network that is connected by pasta or slirp4netns, or use none"
-        );
-    }
-    if none || !action.net && args.publish.is_empty() {
-        return Ok(None);
-    }
-    let publish: Vec<_> = args
-        .publish
-        .iter()
-        .map(|text| network::parse_publish(text))
-        .collect::<Result<_>>()?;
-    Network::find(publish, registry.path()).map(Some)
 }
 
 fn service(args: &StartArgs, connected: bool) -> Result<Service> {
