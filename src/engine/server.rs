@@ -380,15 +380,23 @@ fn launch(image: &Image, place: Option<&Place>) -> Result<OwnedFd> {
     match sys::fork()? {
         Fork::Parent(child) => {
             // The child only forks again, so that the server is nobody's child.
-            while waitpid(child, None) == Err(nix::Error::EINTR) {}
-            Ok(ours)
+            let status = loop {
+                match waitpid(child, None) {
+                    Err(nix::Error::EINTR) => {}
+                    other => break other,
+                }
+            };
+            match status {
+                Ok(WaitStatus::Exited(_, 0)) => Ok(ours),
+                _ => bail!("cannot create a process (fork): is a limit (ulimit -u) reached?"),
+            }
         }
         Fork::Child => {
             drop(ours);
             match sys::fork() {
                 Ok(Fork::Child) => keep(image, place, first),
                 Ok(Fork::Parent(_)) => {}
-                Err(error) => refuse(&first, place, &error),
+                Err(_) => sys::exit_now(1), // told by the parent, which waits for us
             }
             sys::exit_now(0)
         }
@@ -479,10 +487,16 @@ impl Keeper<'_> {
                 end_worker()
             }
             Fork::Parent(worker) => {
-                let worker = rustix::process::Pid::from_raw(worker.as_raw())
+                let opened = rustix::process::Pid::from_raw(worker.as_raw())
                     .context("a process id")
-                    .and_then(open_process)?;
-                Ok((worker, told))
+                    .and_then(open_process);
+                let Ok(opened) = opened else {
+                    // It serves its clients, and has no successor.
+                    *first = None;
+                    while waitpid(worker, None) == Err(nix::Error::EINTR) {}
+                    sys::exit_now(0)
+                };
+                Ok((opened, told))
             }
         }
     }
@@ -511,6 +525,12 @@ impl Keeper<'_> {
                 }
             }
             if ready.first() == Some(&true) {
+                // What it told last.
+                while let Ok((bytes, users)) = wire::receive(told.as_fd())
+                    && !bytes.is_empty()
+                {
+                    self.users.extend(users);
+                }
                 while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(s) if s != WaitStatus::StillAlive)
                 {
                 }
