@@ -775,23 +775,25 @@ fn work(
         place = place.filter(|_| !Path::new(LEFT).exists());
         Server::resume(prepared.devices[0].as_fd());
     }
-    let serving = {
+    let bell = std::io::pipe().map_err(anyhow::Error::from);
+    let serving = bell.and_then(|(rung, bell)| {
         let server = Arc::clone(&server);
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("serve".into())
             .spawn(move || {
+                let _bell = Bell(bell);
                 if server.serve_on(devices).is_err() {
                     // The keeper replaces a worker that dies so.
                     let _ = nix::sys::signal::kill(nix::unistd::getpid(), Signal::SIGKILL);
                 }
-            })
-    };
-    let serving = match serving {
+            })?;
+        Ok((thread, rung))
+    });
+    let (serving, rung) = match serving {
         Ok(serving) => serving,
         Err(error) => {
             if let Some(first) = &first {
-                let error = anyhow::Error::from(error).context("cannot start a thread");
-                refuse(first, place, &error);
+                refuse(first, place, &error.context("cannot start a thread"));
             }
             return;
         }
@@ -824,8 +826,18 @@ fn work(
     // The mount goes when the last container's copy goes, and the serving thread ends with it.
     let _ = rustix::mount::unmount(MOUNT_POINT, rustix::mount::UnmountFlags::DETACH);
     desk.server.shrink();
+    desk.wait_for(&rung);
     let _ = serving.join();
     end_worker()
+}
+
+/// Rings, by a byte in a pipe, when it goes: a copy of its descriptor in a new keeper does not matter.
+struct Bell(std::io::PipeWriter);
+
+impl Drop for Bell {
+    fn drop(&mut self) {
+        let _ = self.0.write_all(&[0]);
+    }
 }
 
 fn entries(points: &[Point]) -> Vec<ViewEntry> {
@@ -908,6 +920,27 @@ impl Desk<'_> {
             }
             if knock && let Some(place) = place {
                 self.receive(place);
+            }
+        }
+    }
+
+    /// Waits for the bell of the serving thread.
+    fn wait_for(&mut self, rung: &std::io::PipeReader) {
+        loop {
+            let mut set = vec![PollFd::new(rung.as_fd(), PollFlags::POLLIN)];
+            set.extend(
+                self.bond
+                    .keeper
+                    .iter()
+                    .map(|k| PollFd::new(k.as_fd(), PollFlags::POLLIN)),
+            );
+            let _ = poll(&mut set, PollTimeout::NONE);
+            let ready: Vec<bool> = set.iter().map(|p| p.any().unwrap_or(false)).collect();
+            if ready.first() == Some(&true) {
+                return;
+            }
+            if ready.get(1) == Some(&true) {
+                self.replace_keeper();
             }
         }
     }
