@@ -196,7 +196,16 @@ fn daemon_left_behind_keeps_its_root() {
         out.display()
     );
     env.run(["exec", image, "setsid", "sh", "-c", &line]).ok();
-    std::thread::sleep(Duration::from_secs(5)); // longer than a server without users waits
+    std::thread::sleep(Duration::from_secs(4)); // longer than a server without users waits
+    // Keeper and worker are still there for each other.
+    for child in [false, true] {
+        let (all, children) = (env.servers(), workers(&env));
+        let victim = all.iter().find(|p| children.contains(p) == child);
+        kill(Pid::from_raw(*victim.unwrap()), Signal::SIGKILL).unwrap();
+        wait_until("a replacement", || {
+            env.servers() != all && workers(&env).len() == 1
+        });
+    }
     wait_until("the daemon's file", || out.exists());
     assert_eq!(fs::read_to_string(&out).unwrap(), "hello\n");
     env.assert_nothing_left();

@@ -404,15 +404,23 @@ fn launch(image: &Image, place: Option<&Place>) -> Result<OwnedFd> {
     match sys::fork()? {
         Fork::Parent(child) => {
             // The child only forks again, so that the server is nobody's child.
-            while waitpid(child, None) == Err(nix::Error::EINTR) {}
-            Ok(ours)
+            let status = loop {
+                match waitpid(child, None) {
+                    Err(nix::Error::EINTR) => {}
+                    other => break other,
+                }
+            };
+            match status {
+                Ok(WaitStatus::Exited(_, 0)) => Ok(ours),
+                _ => bail!("cannot create a process (fork): is a limit (ulimit -u) reached?"),
+            }
         }
         Fork::Child => {
             drop(ours);
             match sys::fork() {
                 Ok(Fork::Child) => keep(image, place, first),
                 Ok(Fork::Parent(_)) => {}
-                Err(error) => refuse(&first, place, &error),
+                Err(_) => sys::exit_now(1), // told by the parent, which waits for us
             }
             sys::exit_now(0)
         }
@@ -503,10 +511,16 @@ impl Keeper<'_> {
                 end_worker()
             }
             Fork::Parent(worker) => {
-                let worker = rustix::process::Pid::from_raw(worker.as_raw())
+                let opened = rustix::process::Pid::from_raw(worker.as_raw())
                     .context("a process id")
-                    .and_then(open_process)?;
-                Ok((worker, told))
+                    .and_then(open_process);
+                let Ok(opened) = opened else {
+                    // It serves its clients, and has no successor.
+                    *first = None;
+                    while waitpid(worker, None) == Err(nix::Error::EINTR) {}
+                    sys::exit_now(0)
+                };
+                Ok((opened, told))
             }
         }
     }
@@ -535,6 +549,12 @@ impl Keeper<'_> {
                 }
             }
             if ready.first() == Some(&true) {
+                // What it told last.
+                while let Ok((bytes, users)) = wire::receive(told.as_fd())
+                    && !bytes.is_empty()
+                {
+                    self.users.extend(users);
+                }
                 while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(s) if s != WaitStatus::StillAlive)
                 {
                 }
@@ -789,23 +809,25 @@ fn work(
     }
     // Before there are threads, which then do not take it.
     let told_to_hurry = sys::signal_set([libc::SIGTERM]).thread_block();
-    let serving = {
+    let bell = std::io::pipe().map_err(anyhow::Error::from);
+    let serving = bell.and_then(|(rung, bell)| {
         let server = Arc::clone(&server);
-        std::thread::Builder::new()
+        let thread = std::thread::Builder::new()
             .name("serve".into())
             .spawn(move || {
+                let _bell = Bell(bell);
                 if server.serve_on(devices).is_err() {
                     // The keeper replaces a worker that dies so.
                     let _ = nix::sys::signal::kill(nix::unistd::getpid(), Signal::SIGKILL);
                 }
-            })
-    };
-    let serving = match serving {
+            })?;
+        Ok((thread, rung))
+    });
+    let (serving, rung) = match serving {
         Ok(serving) => serving,
         Err(error) => {
             if let Some(first) = &first {
-                let error = anyhow::Error::from(error).context("cannot start a thread");
-                refuse(first, place, &error);
+                refuse(first, place, &error.context("cannot start a thread"));
             }
             return;
         }
@@ -844,8 +866,18 @@ fn work(
     // The mount goes when the last container's copy goes, and the serving thread ends with it.
     let _ = rustix::mount::unmount(MOUNT_POINT, rustix::mount::UnmountFlags::DETACH);
     desk.server.shrink();
+    desk.wait_for(&rung);
     let _ = serving.join();
     end_worker()
+}
+
+/// Rings, by a byte in a pipe, when it goes: a copy of its descriptor in a new keeper does not matter.
+struct Bell(std::io::PipeWriter);
+
+impl Drop for Bell {
+    fn drop(&mut self) {
+        let _ = self.0.write_all(&[0]);
+    }
 }
 
 fn entries(points: &[Point]) -> Vec<ViewEntry> {
@@ -938,6 +970,27 @@ impl Desk<'_> {
             }
             if knock && let Some(place) = place {
                 self.receive(place);
+            }
+        }
+    }
+
+    /// Waits for the bell of the serving thread.
+    fn wait_for(&mut self, rung: &std::io::PipeReader) {
+        loop {
+            let mut set = vec![PollFd::new(rung.as_fd(), PollFlags::POLLIN)];
+            set.extend(
+                self.bond
+                    .keeper
+                    .iter()
+                    .map(|k| PollFd::new(k.as_fd(), PollFlags::POLLIN)),
+            );
+            let _ = poll(&mut set, PollTimeout::NONE);
+            let ready: Vec<bool> = set.iter().map(|p| p.any().unwrap_or(false)).collect();
+            if ready.first() == Some(&true) {
+                return;
+            }
+            if ready.get(1) == Some(&true) {
+                self.replace_keeper();
             }
         }
     }
