@@ -446,7 +446,14 @@ fn stale_record_neither_shows_nor_blocks() {
     }
     fs::write(&file, "{").unwrap();
     assert!(s.names().is_empty());
+    // A draft of somebody who was killed, and one of somebody who is writing.
+    let drafts = [i32::MAX, i32::try_from(own).unwrap()]
+        .map(|pid| s.env.path(&format!("run/capsid/new.{pid}.instance.n")));
+    drafts
+        .iter()
+        .for_each(|draft| fs::write(draft, "{").unwrap());
     s.run(&["instance", "start", "IMAGE", "n"]).ok();
+    assert_eq!(drafts.map(|draft| draft.exists()), [false, true]);
 }
 
 #[test]

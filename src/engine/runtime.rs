@@ -10,6 +10,9 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 
+/// How the name of a file begins that is still being written; the writer's number follows.
+pub const DRAFT: &str = "new.";
+
 /// The directory, open.
 #[derive(Debug)]
 pub struct Directory {
@@ -134,7 +137,10 @@ impl Directory {
     /// As the system calls; the old file then stands.
     pub fn replace(&self, name: &str, bytes: &[u8]) -> std::io::Result<()> {
         use std::io::Write as _;
-        let draft = format!("new.{}.{name}", rustix::process::getpid().as_raw_nonzero());
+        let draft = format!(
+            "{DRAFT}{}.{name}",
+            rustix::process::getpid().as_raw_nonzero()
+        );
         let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(&self.fd, &draft, flags, Mode::RUSR | Mode::WUSR)?;

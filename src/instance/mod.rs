@@ -198,6 +198,7 @@ impl Registry {
     /// # Errors
     /// When an instance of the name runs or is being started.
     pub fn claim(&self, record: &Record) -> Result<()> {
+        self.sweep();
         loop {
             let lock = self.directory.lock();
             let Some(other) = self.read(&self.file_name(&record.name)) else {
@@ -290,6 +291,20 @@ impl Registry {
         }
         found.sort_by(|a, b| (&a.job, &a.name).cmp(&(&b.job, &b.name)));
         found
+    }
+
+    /// Removes drafts of processes that were killed while they wrote.
+    fn sweep(&self) {
+        let _lock = self.directory.lock();
+        for file in self.directory.entries() {
+            let writer = file.strip_prefix(runtime::DRAFT).and_then(|rest| {
+                let (pid, _) = rest.split_once('.')?;
+                pid.parse().ok()
+            });
+            if writer.is_some_and(|pid| proc::Id::of(pid).is_none()) {
+                self.directory.remove(&file);
+            }
+        }
     }
 
     fn read(&self, file: &str) -> Option<Record> {
