@@ -38,7 +38,7 @@ fn each(check: impl Fn(&dyn Fn(&str, &[&str]) -> Output)) {
         });
     }
     common::wait_until("image servers to end", || {
-        std::fs::read_dir(env.runtime()).unwrap().next().is_none()
+        std::fs::read_dir(env.runtime()).map_or(true, |mut d| d.next().is_none())
     });
 }
 
@@ -169,5 +169,28 @@ fn embedded_overlay_is_seen() {
             .ok(),
             "from embedded overlay"
         );
+    });
+}
+
+#[test]
+fn images_say_what_their_builder_wrote_down() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/fixtures");
+    each(|run| {
+        for image in ["busybox-gzip.sif", "scif.sif", "oci.sif", "noshell2.sif"] {
+            let out = run(image, &["inspect", "--all", "IMAGE"]);
+            let ours: serde_json::Value = serde_json::from_str(out.ok()).unwrap();
+            let file = std::fs::File::open(fixtures.join(image)).unwrap();
+            let sif = capsid::sif::Sif::read(&file).unwrap();
+            let noted = sif
+                .objects
+                .iter()
+                .find(|o| o.data_type == capsid::sif::DataType::GenericJson)
+                .unwrap();
+            let mut text = vec![0; usize::try_from(noted.len_bytes).unwrap()];
+            std::os::unix::fs::FileExt::read_exact_at(&file, &mut text, noted.offset_bytes)
+                .unwrap();
+            let theirs: serde_json::Value = serde_json::from_slice(&text).unwrap();
+            assert_eq!(ours, theirs, "{image}");
+        }
     });
 }

@@ -10,6 +10,7 @@ pub mod doctor;
 pub mod environment;
 pub mod explain;
 pub mod flags;
+pub mod inspect;
 pub mod instance;
 
 use std::ffi::{OsStr, OsString};
@@ -79,6 +80,7 @@ const COMMANDS: &[(&str, &str)] = &[
         "Check what this machine offers, and what an administrator has to do",
     ),
     ("exec", "Run a command within a container"),
+    ("inspect", "Show what an image says about itself"),
     ("instance", "Manage containers running as services"),
     (
         "run",
@@ -98,7 +100,6 @@ const MISSING: &[&str] = &[
     "checkpoint",
     "config",
     "delete",
-    "inspect",
     "key",
     "keyserver",
     "oci",
@@ -155,6 +156,7 @@ pub fn main(args: &[OsString]) -> Result<u8> {
             let args = parse_action(name, rest, &host)?;
             action::run_on(name, args, globals.explain, persona, host)
         }
+        "inspect" => inspect::run(parse::<inspect::InspectArgs>("inspect", rest)?),
         "instance" => instance::run(rest, persona),
         // As an older client writes them.
         name @ ("instance.start" | "instance.stop" | "instance.list") => {
@@ -520,6 +522,7 @@ fn capsid_usage_line(name: &str) -> String {
         "shell" | "test" | "run-help" => {
             format!("capsid [global options...] {name} [{name} options...] <container>")
         }
+        "inspect" => "capsid inspect [options...] <image>".into(),
         other => format!("capsid {other} [options...]"),
     }
 }
@@ -568,6 +571,11 @@ fn print_help(name: Option<&str>, persona: Persona) -> Result<()> {
             name,
             vec!["--help".into()],
         )?),
+        Some("inspect") => drop(matches(
+            command::<inspect::InspectArgs>("inspect"),
+            "inspect",
+            vec!["--help".into()],
+        )?),
         Some("instance") => drop(instance::run(&["help".into()], persona)?),
         Some("doctor") => drop(matches(
             command::<doctor::DoctorArgs>("doctor"),
@@ -581,6 +589,16 @@ fn print_help(name: Option<&str>, persona: Persona) -> Result<()> {
         )?),
         _ => print_usage(persona)?,
     }
+    Ok(())
+}
+
+/// Prints JSON as the peers do: indented by tabs.
+fn print_json(value: &impl serde::Serialize) -> Result<()> {
+    let mut text = Vec::new();
+    let form = serde_json::ser::PrettyFormatter::with_indent(b"\t");
+    let mut serializer = serde_json::Serializer::with_formatter(&mut text, form);
+    value.serialize(&mut serializer)?;
+    say::out(format_args!("{}\n", String::from_utf8_lossy(&text)))?;
     Ok(())
 }
 

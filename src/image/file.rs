@@ -1,5 +1,6 @@
 //! A file system in a file: a bare squashfs, one behind a `#!` line (Singularity 2), or an ext file system.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -7,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use capsid_fuse::Superblock;
 
-use super::{Facts, Image, Root, name, read_squashfs};
+use super::{Facts, Image, Root, name, names_in_squashfs, read_squashfs};
 
 /// What Singularity 2 put before a squashfs, so that it could be executed.
 const LAUNCH: &[u8] = b"#!/usr/bin/env run-singularity\n";
@@ -92,6 +93,19 @@ impl Image for FileImage {
                 len_bytes,
             } => read_squashfs(file, *offset_bytes, *len_bytes, path),
             _ => bail!("reading single files of an ext3 image is not supported: run it with exec"),
+        }
+    }
+
+    fn names(&self, path: &Path) -> Result<Vec<OsString>> {
+        match &self.root {
+            Root::Squashfs {
+                file,
+                offset_bytes,
+                len_bytes,
+            } => names_in_squashfs(file, *offset_bytes, *len_bytes, path),
+            _ => {
+                bail!("listing directories of an ext3 image is not supported: run it with exec")
+            }
         }
     }
 

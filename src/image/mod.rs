@@ -7,6 +7,7 @@ mod file;
 mod sandbox;
 mod sif;
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _};
 use std::path::{Path, PathBuf};
@@ -136,6 +137,13 @@ pub trait Image {
     /// When it cannot be read or is larger than [`MAX_READ`].
     fn read(&self, path: &Path) -> Result<Option<Vec<u8>>>;
 
+    /// The names in a directory of the root file system, at most [`MAX_NAMES`] of them; none when there is no such
+    /// directory.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    fn names(&self, path: &Path) -> Result<Vec<OsString>>;
+
     /// The file system that a bind takes from the image: object `id`, or the first one meant for data.
     ///
     /// # Errors
@@ -145,6 +153,9 @@ pub trait Image {
 
 /// Bytes that [`Image::read`] gives at most.
 pub const MAX_READ: u64 = 4 << 20;
+
+/// Names that [`Image::names`] gives at most.
+pub const MAX_NAMES: usize = 65_536;
 
 /// Opens an image: a SIF, a bare squashfs, the older form with a `#!` line before the squashfs, an ext file system, or
 /// a directory.
@@ -238,6 +249,30 @@ fn read_squashfs(
     archive
         .read_file(path.as_os_str().as_bytes(), MAX_READ)
         .with_context(what)
+}
+
+fn names_in_squashfs(
+    file: &Path,
+    offset_bytes: u64,
+    len_bytes: u64,
+    path: &Path,
+) -> Result<Vec<OsString>> {
+    use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+    let archive = archive(file, offset_bytes, len_bytes)?;
+    let what = || format!("cannot list {} of {}", path.display(), file.display());
+    let mut names = Vec::new();
+    if let Some(directory) = archive
+        .resolve(path.as_os_str().as_bytes())
+        .with_context(what)?
+    {
+        archive
+            .read_dir(directory, 0, &mut |entry| {
+                names.push(OsString::from_vec(entry.name.to_vec()));
+                names.len() < MAX_NAMES
+            })
+            .with_context(what)?;
+    }
+    Ok(names)
 }
 
 fn name(path: &Path) -> String {

@@ -1,7 +1,9 @@
 //! A directory as an image.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::Read as _;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -57,6 +59,26 @@ impl Image for Sandbox {
             bail!("{}: larger than {MAX_READ} bytes", what());
         }
         Ok(Some(bytes))
+    }
+
+    fn names(&self, path: &Path) -> Result<Vec<OsString>> {
+        let what = || format!("cannot list {} of {}", path.display(), self.path.display());
+        let root = File::open(&self.path).with_context(what)?;
+        let inside = path.strip_prefix("/").unwrap_or(path);
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let directory =
+            match rustix::fs::openat2(&root, inside, flags, Mode::empty(), ResolveFlags::IN_ROOT) {
+                Ok(fd) => rustix::fs::Dir::new(fd).with_context(what)?,
+                Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => return Ok(Vec::new()),
+                Err(error) => return Err(error).with_context(what),
+            };
+        let names = directory
+            .flatten()
+            .map(|e| OsStr::from_bytes(e.file_name().to_bytes()).to_owned());
+        Ok(names
+            .filter(|n| n != "." && n != "..")
+            .take(super::MAX_NAMES)
+            .collect())
     }
 
     fn data(&self, _id: Option<u32>) -> Result<Root> {

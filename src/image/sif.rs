@@ -1,11 +1,12 @@
 //! A SIF: the primary partition is the root, overlay partitions lie over it.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail};
 
-use super::{Facts, Image, Root, file, name, read_squashfs};
+use super::{Facts, Image, Root, file, name, names_in_squashfs, read_squashfs};
 use crate::sif::{DataType, Descriptor, FsType, PartType, Partition, Sif};
 
 /// See the module.
@@ -99,6 +100,10 @@ impl Image for SifImage {
 
     fn read(&self, path: &Path) -> Result<Option<Vec<u8>>> {
         read_squashfs(&self.path, self.primary.0, self.primary.1, path)
+    }
+
+    fn names(&self, path: &Path) -> Result<Vec<OsString>> {
+        names_in_squashfs(&self.path, self.primary.0, self.primary.1, path)
     }
 
     fn data(&self, id: Option<u32>) -> Result<Root> {

@@ -6,7 +6,8 @@ use anyhow::{Result, bail};
 use nix::sys::signal::Signal;
 use serde::Serialize;
 
-use super::{check_user, none_found, print_json, print_table, start::usage};
+use super::{check_user, none_found, print_table, start::usage};
+use crate::cmd::print_json;
 use crate::host::Host;
 use crate::instance::{Record, Registry, control};
 use crate::plan::service::fits;

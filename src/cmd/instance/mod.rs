@@ -117,16 +117,6 @@ fn record_of(name: &str, host: &Host) -> Result<crate::instance::Record> {
         .ok_or_else(|| anyhow::anyhow!("no instance found with name {name}"))
 }
 
-/// Prints JSON as the peers do: indented by tabs.
-fn print_json(value: &impl serde::Serialize) -> Result<()> {
-    let mut text = Vec::new();
-    let form = serde_json::ser::PrettyFormatter::with_indent(b"\t");
-    let mut serializer = serde_json::Serializer::with_formatter(&mut text, form);
-    value.serialize(&mut serializer)?;
-    say::out(format_args!("{}\n", String::from_utf8_lossy(&text)))?;
-    Ok(())
-}
-
 /// Prints a table as the peers do: each column as wide as its widest field, and four blanks.
 fn print_table(rows: &[Vec<String>]) -> Result<()> {
     let columns = rows.first().map_or(0, Vec::len);

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{check_user, none_found, print_json, print_table, record_of};
+use super::{check_user, none_found, print_table, record_of};
+use crate::cmd::print_json;
 use crate::host::Host;
 use crate::instance::stats::{self, Usage};
 use crate::instance::{Record, Registry, State, control, logs};
