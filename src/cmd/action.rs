@@ -68,7 +68,7 @@ pub fn run_on(
     }
     // The cgroup goes with its last process; an empty one is removed by the next run.
     engine::cgroup::apply(&limits(&args, &host)?, limits_policy(&host)?, name)?;
-    engine::run(&planned.plan, host.var("XDG_RUNTIME_DIR"))
+    engine::run(&planned.plan, host.runtime_home().as_deref())
 }
 
 /// The name in `instance://NAME`.
