@@ -94,7 +94,10 @@ impl Host {
     pub fn in_numbered_step(&self) -> bool {
         let cgroups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
         let numbered = |line: &str| digits(line.split_once("/step_")?.1);
-        let mut ours = cgroups.lines().filter(|line| line.contains("slurm") && line.contains("/job_")).peekable();
+        let mut ours = cgroups
+            .lines()
+            .filter(|line| line.contains("slurm") && line.contains("/job_"))
+            .peekable();
         match ours.peek() {
             Some(_) => ours.any(|line| numbered(line).is_some()),
             None => self

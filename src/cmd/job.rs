@@ -20,13 +20,28 @@ use crate::{exit, job, say};
 
 /// The commands below `job`, with the line that their list shows.
 pub const COMMANDS: &[(&str, &str)] = &[
-    ("status", "Show the services of this job, and its instances on this node"),
+    (
+        "status",
+        "Show the services of this job, and its instances on this node",
+    ),
     ("start", "Start the services of a file in this job"),
     ("stop", "Stop all instances of this job on this node"),
-    ("env", "Print where the services of this job are, for a shell"),
-    ("services", "Without the administrator's scripts: start a supervisor on every node"),
-    ("begin", "For Slurm's Prolog (root): make a job's directory, start its supervisor"),
-    ("end", "For Slurm's Epilog (root): end what is left of a job"),
+    (
+        "env",
+        "Print where the services of this job are, for a shell",
+    ),
+    (
+        "services",
+        "Without the administrator's scripts: start a supervisor on every node",
+    ),
+    (
+        "begin",
+        "For Slurm's Prolog (root): make a job's directory, start its supervisor",
+    ),
+    (
+        "end",
+        "For Slurm's Epilog (root): end what is left of a job",
+    ),
     ("sweep", "For root: end what is left of jobs that are over"),
 ];
 
@@ -128,7 +143,11 @@ pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
         }
         "" | "help" | "--help" | "-h" => {
             print_usage(persona);
-            Ok(if verb.is_empty() { exit::USAGE } else { exit::OK })
+            Ok(if verb.is_empty() {
+                exit::USAGE
+            } else {
+                exit::OK
+            })
         }
         other => {
             print_usage(persona);
@@ -202,12 +221,16 @@ fn supervise(args: &SuperviseArgs) -> Result<u8> {
     let own = |fd: Option<i32>| fd.filter(|fd| *fd > 2).map(sys::own);
     let fds: [Option<OwnedFd>; 2] = [own(args.adopted), own(args.listening)];
     for fd in fds.iter().flatten() {
-        rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC).context("a descriptor that we were given")?;
+        rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC)
+            .context("a descriptor that we were given")?;
     }
     let [adopted, listening] = fds;
     let var = |name: &str| host.var(name).map(OsString::from);
     let (node, nodes) = supervisor::nodes(&var);
-    let file = supervisor::declared_by(host.var("CAPSID_JOB_COMMENT"), host.var("CAPSID_JOB_DIRECTORY"));
+    let file = supervisor::declared_by(
+        host.var("CAPSID_JOB_COMMENT"),
+        host.var("CAPSID_JOB_DIRECTORY"),
+    );
     let mut setup = supervisor::Setup {
         adopted,
         listening,
@@ -217,7 +240,9 @@ fn supervise(args: &SuperviseArgs) -> Result<u8> {
     };
     if args.announce {
         // Through a copy of standard output; the byte is the word.
-        setup.listening = Some(rustix::io::dup(rustix::stdio::stdout()).context("cannot duplicate a descriptor")?);
+        setup.listening = Some(
+            rustix::io::dup(rustix::stdio::stdout()).context("cannot duplicate a descriptor")?,
+        );
     }
     supervisor::run(&registry, &host, setup)
 }
@@ -225,12 +250,15 @@ fn supervise(args: &SuperviseArgs) -> Result<u8> {
 /// What the supervisor executes: `instance start|run` whose instance ends with the supervisor.
 fn spawn(words: &[OsString]) -> Result<u8> {
     let number = |at: usize| words.get(at)?.to_str()?.parse::<i32>().ok();
-    let (Some(life), Some(level), Some(verb)) = (number(0).filter(|fd| *fd > 2), number(1), words.get(2)) else {
+    let (Some(life), Some(level), Some(verb)) =
+        (number(0).filter(|fd| *fd > 2), number(1), words.get(2))
+    else {
         bail!("capsid job spawn is what a supervisor executes");
     };
     say::set_level(i8::try_from(level).unwrap_or(say::INFO));
     let life = sys::own(life);
-    rustix::io::fcntl_setfd(&life, rustix::io::FdFlags::CLOEXEC).context("the descriptor of the supervisor")?;
+    rustix::io::fcntl_setfd(&life, rustix::io::FdFlags::CLOEXEC)
+        .context("the descriptor of the supervisor")?;
     super::instance::start::spawned(&verb.to_string_lossy(), &words[3..], life)
 }
 
@@ -238,7 +266,13 @@ fn spawn(words: &[OsString]) -> Result<u8> {
 fn tidy() -> Result<u8> {
     let host = Host::read()?;
     let registry = Registry::open(&host)?;
-    if registry.job.is_none() || Some(registry.path()) != host.runtime_home().map(|h| PathBuf::from(h).join("capsid")).as_deref() {
+    if registry.job.is_none()
+        || Some(registry.path())
+            != host
+                .runtime_home()
+                .map(|h| PathBuf::from(h).join("capsid"))
+                .as_deref()
+    {
         bail!("capsid job tidy is what capsid job end executes");
     }
     job::stop_all(&registry, Duration::ZERO);
@@ -252,7 +286,9 @@ fn tidy() -> Result<u8> {
 /// The supervisor of this job; an error that says what to do when there is none.
 fn supervisor(registry: &Registry) -> Result<Supervisor> {
     let Some(job) = &registry.job else {
-        bail!("this is not a Slurm job: there is no job in the cgroup's path, and SLURM_JOB_ID is not set");
+        bail!(
+            "this is not a Slurm job: there is no job in the cgroup's path, and SLURM_JOB_ID is not set"
+        );
     };
     client::find(registry).with_context(|| {
         format!(
@@ -266,7 +302,9 @@ fn status(args: &StatusArgs) -> Result<u8> {
     let host = Host::read()?;
     let registry = Registry::open(&host)?;
     if registry.job.is_none() {
-        bail!("this is not a Slurm job: there is no job in the cgroup's path, and SLURM_JOB_ID is not set");
+        bail!(
+            "this is not a Slurm job: there is no job in the cgroup's path, and SLURM_JOB_ID is not set"
+        );
     }
     let supervised = client::find(&registry).is_some();
     let list = job::services(&registry).unwrap_or_default();
@@ -283,7 +321,11 @@ fn status(args: &StatusArgs) -> Result<u8> {
     println!(
         "job {}: {}",
         registry.job.as_deref().unwrap_or_default(),
-        if supervised { "a supervisor on this node" } else { "no supervisor on this node" }
+        if supervised {
+            "a supervisor on this node"
+        } else {
+            "no supervisor on this node"
+        }
     );
     if let Some(failure) = &list.failure {
         println!("services: {}", say::printable(failure));
@@ -316,7 +358,11 @@ fn start(args: &StartArgs) -> Result<u8> {
     // On every node, by a step of the job that does not wait for others to end.
     let program = std::env::current_exe().context("cannot tell where this program is")?;
     let mut srun = srun(nodes.len());
-    let status = srun.arg(program).args(["job", "start", "--here", "-f"]).arg(file).status();
+    let status = srun
+        .arg(program)
+        .args(["job", "start", "--here", "-f"])
+        .arg(file)
+        .status();
     let status = status.context("cannot start srun, which reaches the other nodes of the job")?;
     Ok(u8::try_from(status.code().unwrap_or(255)).unwrap_or(exit::FATAL))
 }
@@ -324,7 +370,16 @@ fn start(args: &StartArgs) -> Result<u8> {
 fn srun(nodes: usize) -> Command {
     let mut srun = Command::new("srun");
     let count = nodes.to_string();
-    srun.args(["--overlap", "--quiet", "--ntasks-per-node=1", "-N", &count, "-n", &count, "--mem=0"]);
+    srun.args([
+        "--overlap",
+        "--quiet",
+        "--ntasks-per-node=1",
+        "-N",
+        &count,
+        "-n",
+        &count,
+        "--mem=0",
+    ]);
     srun.stdin(Stdio::null());
     srun
 }
@@ -350,27 +405,38 @@ fn services() -> Result<u8> {
     let host = Host::read()?;
     let registry = Registry::open(&host)?;
     let Some(job) = &registry.job else {
-        bail!("this is not a Slurm job: there is no job in the cgroup's path, and SLURM_JOB_ID is not set");
+        bail!(
+            "this is not a Slurm job: there is no job in the cgroup's path, and SLURM_JOB_ID is not set"
+        );
     };
     if client::find(&registry).is_some() {
         say::info(format_args!("job {job} has a supervisor already"));
         return Ok(exit::OK);
     }
     if host.in_numbered_step() {
-        bail!("capsid job services belongs into the batch script: started by srun, it would end with this step");
+        bail!(
+            "capsid job services belongs into the batch script: started by srun, it would end with this step"
+        );
     }
     let nodes = supervisor::nodes(&|name| host.var(name).map(OsString::from)).1;
     let program = std::env::current_exe().context("cannot tell where this program is")?;
     let mut srun = srun(nodes.len());
-    srun.arg(program).args(["job", "supervise", "--announce"]).stdout(Stdio::piped());
-    let mut child = srun.spawn().context("cannot start srun, which reaches the nodes of the job")?;
+    srun.arg(program)
+        .args(["job", "supervise", "--announce"])
+        .stdout(Stdio::piped());
+    let mut child = srun
+        .spawn()
+        .context("cannot start srun, which reaches the nodes of the job")?;
     let mut out = std::io::BufReader::new(child.stdout.take().context("srun's output")?);
     let mut ready = 0;
     while ready < nodes.len() {
         let bytes = out.fill_buf().context("srun's output")?;
         if bytes.is_empty() {
             let status = child.wait().context("srun")?;
-            bail!("srun ended with {status} before all {} supervisors of job {job} were there", nodes.len());
+            bail!(
+                "srun ended with {status} before all {} supervisors of job {job} were there",
+                nodes.len()
+            );
         }
         ready += bytes.iter().filter(|b| **b == b'1').count();
         let len = bytes.len();
@@ -379,6 +445,9 @@ fn services() -> Result<u8> {
     // srun stays, with a pipe that nobody reads: nothing more is said there.
     std::mem::forget(out);
     let _ = std::io::stdout().flush();
-    say::info(format_args!("job {job} has a supervisor on each of its {} nodes", nodes.len()));
+    say::info(format_args!(
+        "job {job} has a supervisor on each of its {} nodes",
+        nodes.len()
+    ));
     Ok(exit::OK)
 }

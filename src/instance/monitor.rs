@@ -300,10 +300,13 @@ impl Monitor<'_> {
             let Some(container) = &self.container else {
                 return Ok(());
             };
-            let timeout = deadline.or(self.orphaned).map_or(PollTimeout::NONE, |at: Instant| {
-                let left = at.saturating_duration_since(Instant::now());
-                PollTimeout::try_from(left.as_micros().div_ceil(1000)).unwrap_or(PollTimeout::MAX)
-            });
+            let timeout = deadline
+                .or(self.orphaned)
+                .map_or(PollTimeout::NONE, |at: Instant| {
+                    let left = at.saturating_duration_since(Instant::now());
+                    PollTimeout::try_from(left.as_micros().div_ceil(1000))
+                        .unwrap_or(PollTimeout::MAX)
+                });
             let mut set = vec![
                 PollFd::new(signals.as_fd(), PollFlags::POLLIN),
                 PollFd::new(container.held.as_fd(), PollFlags::POLLIN),

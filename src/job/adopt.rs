@@ -19,7 +19,9 @@ pub fn tracking(slurm_conf: Option<&Path>) -> Tracking {
     let text = std::fs::read_to_string(path).unwrap_or_default();
     let set = text.lines().find_map(|line| {
         let (key, value) = line.split_once('=')?;
-        key.trim().eq_ignore_ascii_case("ProctrackType").then(|| value.trim().to_ascii_lowercase())
+        key.trim()
+            .eq_ignore_ascii_case("ProctrackType")
+            .then(|| value.trim().to_ascii_lowercase())
     });
     match set {
         Some(kind) if !kind.starts_with("proctrack/cgroup") => Tracking::None,
@@ -43,7 +45,9 @@ fn hierarchies() -> Vec<PathBuf> {
 fn children(path: &Path, fits: &dyn Fn(&str) -> bool) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
     entries
-        .filter(|e| e.file_type().is_ok_and(|t| t.is_dir()) && e.file_name().to_str().is_some_and(fits))
+        .filter(|e| {
+            e.file_type().is_ok_and(|t| t.is_dir()) && e.file_name().to_str().is_some_and(fits)
+        })
         .map(|e| e.path())
         .collect()
 }
@@ -67,14 +71,22 @@ pub fn job_directories(job: u32, uid: u32) -> Vec<PathBuf> {
 
 /// The files that take a process into the extern step of a job, one for each hierarchy.
 pub fn doors(job: u32, uid: u32) -> Vec<PathBuf> {
-    let doors = job_directories(job, uid).into_iter().filter_map(|directory| {
-        let step = directory.join("step_extern");
-        // Version 2 allows processes in leaves only. In version 1 the step's directory is the user's, who may make others
-        // below it: nothing but the step itself is entered.
-        let v1 = directory.parent().is_some_and(|p| p.ends_with(format!("uid_{uid}")));
-        let door = step.join(if v1 { "cgroup.procs" } else { "user/task_special/cgroup.procs" });
-        door.is_file().then_some(door)
-    });
+    let doors = job_directories(job, uid)
+        .into_iter()
+        .filter_map(|directory| {
+            let step = directory.join("step_extern");
+            // Version 2 allows processes in leaves only. In version 1 the step's directory is the user's, who may make others
+            // below it: nothing but the step itself is entered.
+            let v1 = directory
+                .parent()
+                .is_some_and(|p| p.ends_with(format!("uid_{uid}")));
+            let door = step.join(if v1 {
+                "cgroup.procs"
+            } else {
+                "user/task_special/cgroup.procs"
+            });
+            door.is_file().then_some(door)
+        });
     doors.collect()
 }
 

@@ -24,7 +24,13 @@ pub struct Supervisor {
 /// Finds the supervisor of our job; `None` outside of jobs, and in jobs that have none.
 pub fn find(registry: &Registry) -> Option<Supervisor> {
     let job = registry.job.clone()?;
-    let socket = socket(AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC, None).ok()?;
+    let socket = socket(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+    .ok()?;
     let address = UnixAddr::new(&registry.directory().entry(&socket_name(&job))).ok()?;
     connect(socket.as_raw_fd(), &address).ok()?;
     // Only our own user is listened to, whoever made the socket.
@@ -45,7 +51,10 @@ impl Supervisor {
     /// # Errors
     /// As [`Supervisor::start`].
     pub fn services(&self, host: &Host, file: OsString) -> Result<u8> {
-        self.status(What::Services(caller(host)), &self.descriptors(host, &[file])?)
+        self.status(
+            What::Services(caller(host)),
+            &self.descriptors(host, &[file])?,
+        )
     }
 
     /// Lets it stop all instances.
@@ -70,9 +79,16 @@ impl Supervisor {
     }
 
     fn descriptors(&self, host: &Host, words: &[OsString]) -> Result<Vec<OwnedFd>> {
-        let cwd = rustix::fs::open(".", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .context("cannot open the working directory")?;
-        let copy = |fd: std::os::fd::BorrowedFd| fd.try_clone_to_owned().context("cannot duplicate a descriptor");
+        let cwd = rustix::fs::open(
+            ".",
+            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )
+        .context("cannot open the working directory")?;
+        let copy = |fd: std::os::fd::BorrowedFd| {
+            fd.try_clone_to_owned()
+                .context("cannot duplicate a descriptor")
+        };
         let out = copy(std::io::stdout().as_fd())?;
         let err = copy(std::io::stderr().as_fd())?;
         Ok(vec![message::pack(words, &host.env)?, cwd, out, err])
@@ -91,14 +107,21 @@ impl Supervisor {
             version: message::VERSION.into(),
             what,
         };
-        let gone = || anyhow!("the supervisor of job {} on this node ended before it answered: is the job ending?", self.job);
+        let gone = || {
+            anyhow!(
+                "the supervisor of job {} on this node ended before it answered: is the job ending?",
+                self.job
+            )
+        };
         let numbers: Vec<_> = fds.iter().map(|fd| fd.as_raw_fd()).collect();
         let text = serde_json::to_vec(&request).context("a request")?;
         wire::send(self.socket.as_fd(), &text, &numbers).map_err(|_| gone())?;
         loop {
             match wire::receive(self.socket.as_fd()) {
                 Ok((bytes, _)) if bytes.is_empty() => return Err(gone()),
-                Ok((bytes, _)) => return serde_json::from_slice(&bytes).context("what the supervisor says"),
+                Ok((bytes, _)) => {
+                    return serde_json::from_slice(&bytes).context("what the supervisor says");
+                }
                 Err(nix::Error::EINTR) => {}
                 Err(_) => return Err(gone()),
             }
@@ -108,7 +131,11 @@ impl Supervisor {
 
 fn caller(host: &Host) -> Caller {
     let set = rustix::thread::sched_getaffinity(None);
-    let cpus = set.map(|set| (0..rustix::thread::CpuSet::MAX_CPU).filter(|n| set.is_set(*n)).collect());
+    let cpus = set.map(|set| {
+        (0..rustix::thread::CpuSet::MAX_CPU)
+            .filter(|n| set.is_set(*n))
+            .collect()
+    });
     Caller {
         level: say::level(),
         umask: host.umask,
@@ -121,7 +148,9 @@ fn caller(host: &Host) -> Caller {
 pub fn step_daemon() -> Option<Held> {
     let mut pid = rustix::process::getpid().as_raw_nonzero().get();
     for _ in 0..64 {
-        pid = i32::try_from(proc::stat_field(pid, 4)?).ok().filter(|p| *p > 1)?;
+        pid = i32::try_from(proc::stat_field(pid, 4)?)
+            .ok()
+            .filter(|p| *p > 1)?;
         let process = proc::Id::of(pid)?;
         let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
         let root = rustix::fs::stat(format!("/proc/{pid}")).is_ok_and(|s| s.st_uid == 0);

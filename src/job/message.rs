@@ -80,11 +80,16 @@ pub fn pack(words: &[OsString], env: &[(OsString, OsString)]) -> Result<OwnedFd>
         bytes.push(0);
     }
     if bytes.len() as u64 > MAX {
-        bail!("the words and the environment of the command are too large ({} bytes)", bytes.len());
+        bail!(
+            "the words and the environment of the command are too large ({} bytes)",
+            bytes.len()
+        );
     }
-    let fd = rustix::fs::memfd_create("capsid", rustix::fs::MemfdFlags::CLOEXEC).context("cannot create a file in memory")?;
+    let fd = rustix::fs::memfd_create("capsid", rustix::fs::MemfdFlags::CLOEXEC)
+        .context("cannot create a file in memory")?;
     let mut file = std::fs::File::from(fd);
-    file.write_all(&bytes).context("cannot write a file in memory")?;
+    file.write_all(&bytes)
+        .context("cannot write a file in memory")?;
     Ok(file.into())
 }
 
@@ -100,16 +105,28 @@ pub fn unpack(fd: OwnedFd) -> Result<Words> {
     file.rewind().context("words")?;
     let mut bytes = Vec::new();
     file.take(MAX).read_to_end(&mut bytes).context("words")?;
-    let mut parts = bytes.strip_suffix(b"\0").context("words")?.split(|b| *b == 0);
-    let count = parts.next().and_then(|p| std::str::from_utf8(p).ok()?.parse::<usize>().ok());
+    let mut parts = bytes
+        .strip_suffix(b"\0")
+        .context("words")?
+        .split(|b| *b == 0);
+    let count = parts
+        .next()
+        .and_then(|p| std::str::from_utf8(p).ok()?.parse::<usize>().ok());
     let count = count.context("the number of words")?;
-    let words: Vec<OsString> = parts.by_ref().take(count).map(|w| OsString::from_vec(w.to_vec())).collect();
+    let words: Vec<OsString> = parts
+        .by_ref()
+        .take(count)
+        .map(|w| OsString::from_vec(w.to_vec()))
+        .collect();
     if words.len() != count {
         bail!("too few words");
     }
     let pair = |part: &[u8]| {
         let at = part.iter().position(|b| *b == b'=')?;
-        Some((OsStr::from_bytes(&part[..at]).to_owned(), OsStr::from_bytes(&part[at + 1..]).to_owned()))
+        Some((
+            OsStr::from_bytes(&part[..at]).to_owned(),
+            OsStr::from_bytes(&part[at + 1..]).to_owned(),
+        ))
     };
     Ok((words, parts.filter_map(pair).collect()))
 }
@@ -120,7 +137,11 @@ mod tests {
 
     #[test]
     fn words_come_back() {
-        let words = vec!["a b".into(), OsString::new(), OsString::from_vec(vec![0xff])];
+        let words = vec![
+            "a b".into(),
+            OsString::new(),
+            OsString::from_vec(vec![0xff]),
+        ];
         let env = vec![("K".into(), "v=1\n".into()), ("E".into(), OsString::new())];
         assert_eq!(unpack(pack(&words, &env).unwrap()).unwrap(), (words, env));
         assert_eq!(unpack(pack(&[], &[]).unwrap()).unwrap(), (vec![], vec![]));

@@ -109,7 +109,12 @@ pub fn await_ready(registry: &Registry, name: &str) -> Result<()> {
             },
             // Others may have to be ready first.
             (Some(_), _) => {
-                let seconds: u32 = list.services.iter().filter(|s| s.here).map(|s| s.declared.timeout_s).sum();
+                let seconds: u32 = list
+                    .services
+                    .iter()
+                    .filter(|s| s.here)
+                    .map(|s| s.declared.timeout_s)
+                    .sum();
                 Duration::from_secs(u64::from(seconds) + 5)
             }
         };
@@ -146,7 +151,10 @@ pub fn exports(list: &List) -> String {
     let mut text = String::new();
     for service in &list.services {
         let name = service.declared.variable();
-        text.push_str(&format!("export CAPSID_SERVICE_{name}_HOST={}\n", service.node));
+        text.push_str(&format!(
+            "export CAPSID_SERVICE_{name}_HOST={}\n",
+            service.node
+        ));
         if let Some(port) = service.declared.port {
             text.push_str(&format!("export CAPSID_SERVICE_{name}_PORT={port}\n"));
         }
@@ -163,12 +171,19 @@ pub fn stop_all(registry: &Registry, patience: Duration) -> usize {
     };
     let mut records = registry.list();
     records.retain(|r| r.job == registry.job);
-    let endings: Vec<_> = records.into_iter().map(|r| control::begin(r, &stop)).collect();
+    let endings: Vec<_> = records
+        .into_iter()
+        .map(|r| control::begin(r, &stop))
+        .collect();
     let end = Instant::now() + patience;
     let count = endings.len();
     for ending in endings {
         // What hangs in the kernel is named by whoever looks next.
-        let _ = control::finish(registry, ending, end.saturating_duration_since(Instant::now()));
+        let _ = control::finish(
+            registry,
+            ending,
+            end.saturating_duration_since(Instant::now()),
+        );
     }
     count
 }

@@ -63,7 +63,9 @@ impl Top {
     fn open(make: bool) -> Result<Option<Top>> {
         if make {
             match rustix::fs::mkdir(JOBS, Mode::from_bits_truncate(0o755)) {
-                Ok(()) => rustix::fs::chmod(JOBS, Mode::from_bits_truncate(0o755)).context("chmod")?,
+                Ok(()) => {
+                    rustix::fs::chmod(JOBS, Mode::from_bits_truncate(0o755)).context("chmod")?
+                }
                 Err(rustix::io::Errno::EXIST) => {}
                 Err(error) => return Err(error).with_context(|| format!("cannot make {JOBS}")),
             }
@@ -81,21 +83,30 @@ impl Top {
     }
 
     fn remember(&self, memory: &Memory) -> Result<()> {
-        let (name, draft) = (format!("job-{}.root", memory.job.id), format!("job-{}.new", memory.job.id));
+        let (name, draft) = (
+            format!("job-{}.root", memory.job.id),
+            format!("job-{}.new", memory.job.id),
+        );
         let _ = rustix::fs::unlinkat(&self.0, &draft, AtFlags::empty());
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(&self.0, &draft, flags, Mode::RUSR | Mode::WUSR).context("cannot write a job's memory")?;
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(&self.0, &draft, flags, Mode::RUSR | Mode::WUSR)
+            .context("cannot write a job's memory")?;
         let text = serde_json::to_vec(memory).context("a job's memory")?;
-        std::fs::File::from(fd).write_all(&text).context("cannot write a job's memory")?;
+        std::fs::File::from(fd)
+            .write_all(&text)
+            .context("cannot write a job's memory")?;
         rustix::fs::renameat(&self.0, &draft, &self.0, &name).context("cannot write a job's memory")
     }
 
     fn memory(&self, id: u32) -> Option<Memory> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(&self.0, format!("job-{id}.root"), flags, Mode::empty()).ok()?;
+        let fd =
+            rustix::fs::openat(&self.0, format!("job-{id}.root"), flags, Mode::empty()).ok()?;
         let file = std::fs::File::from(fd);
         let meta = file.metadata().ok()?;
-        (meta.is_file() && meta.uid() == 0 && meta.len() < 1 << 16).then(|| serde_json::from_reader(file).ok())?
+        (meta.is_file() && meta.uid() == 0 && meta.len() < 1 << 16)
+            .then(|| serde_json::from_reader(file).ok())?
     }
 
     fn forget(&self, id: u32) {
@@ -104,10 +115,18 @@ impl Top {
 
     /// The jobs that there is something of.
     fn jobs(&self) -> Vec<u32> {
-        let entries = rustix::fs::Dir::read_from(&self.0).into_iter().flatten().flatten();
+        let entries = rustix::fs::Dir::read_from(&self.0)
+            .into_iter()
+            .flatten()
+            .flatten();
         let mut ids: Vec<u32> = entries
             .filter_map(|e| {
-                let name = e.file_name().to_str().ok()?.strip_prefix("job-")?.to_owned();
+                let name = e
+                    .file_name()
+                    .to_str()
+                    .ok()?
+                    .strip_prefix("job-")?
+                    .to_owned();
                 name.strip_suffix(".root").unwrap_or(&name).parse().ok()
             })
             .collect();
@@ -133,19 +152,27 @@ pub fn begin(job: Job, declaration: &Declaration) -> Result<()> {
     if job.uid == 0 || job.gid == 0 {
         bail!("job {} is root's: root has no services", job.id);
     }
-    let user = host::known_user(job.uid).with_context(|| format!("user {} of job {} is not known here", job.uid, job.id))?;
+    let user = host::known_user(job.uid)
+        .with_context(|| format!("user {} of job {} is not known here", job.uid, job.id))?;
     let top = Top::open(true)?.context("there is no /run")?;
     sweep_others(&top, job.id);
     end_in(&top, job.id)?;
     let name = format!("job-{}", job.id);
-    rustix::fs::mkdirat(&top.0, &name, Mode::RWXU).with_context(|| format!("cannot make {JOBS}/{name}"))?;
+    rustix::fs::mkdirat(&top.0, &name, Mode::RWXU)
+        .with_context(|| format!("cannot make {JOBS}/{name}"))?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let directory = rustix::fs::openat(&top.0, &name, flags, Mode::empty()).context("the job's directory")?;
-    let (uid, gid) = (rustix::fs::Uid::from_raw(job.uid), rustix::fs::Gid::from_raw(job.gid));
+    let directory =
+        rustix::fs::openat(&top.0, &name, flags, Mode::empty()).context("the job's directory")?;
+    let (uid, gid) = (
+        rustix::fs::Uid::from_raw(job.uid),
+        rustix::fs::Gid::from_raw(job.gid),
+    );
     rustix::fs::fchown(&directory, Some(uid), Some(gid)).context("the job's directory")?;
     rustix::fs::fchmod(&directory, Mode::RWXU).context("the job's directory")?;
 
-    let pipe = || rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).context("cannot create a pipe");
+    let pipe = || {
+        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).context("cannot create a pipe")
+    };
     let ((adopted, adopt), (listens, listening)) = (pipe()?, pipe()?);
     let pid = match sys::fork()? {
         Fork::Parent(pid) => pid.as_raw(),
@@ -156,7 +183,12 @@ pub fn begin(job: Job, declaration: &Declaration) -> Result<()> {
                 sys::inherit(&listening)?;
                 let mut command = as_user(job);
                 command
-                    .args(["job", "supervise", "--adopted", &adopted.as_raw_fd().to_string()])
+                    .args([
+                        "job",
+                        "supervise",
+                        "--adopted",
+                        &adopted.as_raw_fd().to_string(),
+                    ])
                     .args(["--listening", &listening.as_raw_fd().to_string()])
                     .envs(declaration.env.iter().map(|(k, v)| (k, v)))
                     .env("SLURM_JOB_ID", job.id.to_string())
@@ -167,7 +199,10 @@ pub fn begin(job: Job, declaration: &Declaration) -> Result<()> {
                 Err(command.exec()).context("setpriv")
             };
             let Err(error) = become_supervisor();
-            trouble(&format!("job {}: cannot start its supervisor: {error:#}", job.id));
+            trouble(&format!(
+                "job {}: cannot start its supervisor: {error:#}",
+                job.id
+            ));
             sys::exit_now(1)
         }
     };
@@ -179,10 +214,22 @@ pub fn begin(job: Job, declaration: &Declaration) -> Result<()> {
         supervisor,
         since_s: crate::instance::now_s(),
     })?;
-    let held = supervisor.and_then(proc::Id::hold).context("the supervisor ended at once")?;
-    leave_helper(job, &held, pid, adopt, adopt::tracking(declaration.slurm_conf.as_deref()))?;
+    let held = supervisor
+        .and_then(proc::Id::hold)
+        .context("the supervisor ended at once")?;
+    leave_helper(
+        job,
+        &held,
+        pid,
+        adopt,
+        adopt::tracking(declaration.slurm_conf.as_deref()),
+    )?;
     if !readable(&listens, LISTENING) {
-        bail!("the supervisor of job {} does not listen after {} s", job.id, LISTENING.as_secs());
+        bail!(
+            "the supervisor of job {} does not listen after {} s",
+            job.id,
+            LISTENING.as_secs()
+        );
     }
     let mut byte = [0];
     if rustix::io::read(&listens, &mut byte) != Ok(1) {
@@ -193,11 +240,19 @@ pub fn begin(job: Job, declaration: &Declaration) -> Result<()> {
 
 /// This program, as the job's user, with an environment of its own.
 fn as_user(job: Job) -> Command {
-    let setpriv = ["/usr/bin/setpriv", "/bin/setpriv"].into_iter().find(|p| Path::new(p).exists());
-    let own = std::fs::read_link("/proc/self/exe").unwrap_or_else(|_| PathBuf::from("/usr/local/bin/capsid"));
+    let setpriv = ["/usr/bin/setpriv", "/bin/setpriv"]
+        .into_iter()
+        .find(|p| Path::new(p).exists());
+    let own = std::fs::read_link("/proc/self/exe")
+        .unwrap_or_else(|_| PathBuf::from("/usr/local/bin/capsid"));
     let mut command = Command::new(setpriv.unwrap_or("/usr/bin/setpriv"));
     command
-        .args(["--reuid", &job.uid.to_string(), "--regid", &job.gid.to_string()])
+        .args([
+            "--reuid",
+            &job.uid.to_string(),
+            "--regid",
+            &job.gid.to_string(),
+        ])
         // The bounding set stays: newuidmap needs it.
         .args(["--init-groups", "--inh-caps=-all", "--"])
         .arg(own)
@@ -210,7 +265,9 @@ fn as_user(job: Job) -> Command {
 
 fn detach() -> Result<()> {
     nix::unistd::setsid().context("cannot create a session")?;
-    SigSet::empty().thread_set_mask().context("cannot unblock signals")?;
+    SigSet::empty()
+        .thread_set_mask()
+        .context("cannot unblock signals")?;
     sys::default_signals();
     // Slurm reads our output to its end.
     sys::detach_standard_descriptors();
@@ -219,8 +276,15 @@ fn detach() -> Result<()> {
 }
 
 /// Leaves a process behind that puts the supervisor into the job's extern step, and then tells it so.
-fn leave_helper(job: Job, supervisor: &Held, pid: i32, adopt: OwnedFd, tracking: Tracking) -> Result<()> {
-    let (alive, sign) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).context("cannot create a pipe")?;
+fn leave_helper(
+    job: Job,
+    supervisor: &Held,
+    pid: i32,
+    adopt: OwnedFd,
+    tracking: Tracking,
+) -> Result<()> {
+    let (alive, sign) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+        .context("cannot create a pipe")?;
     match sys::fork()? {
         Fork::Parent(_) => {
             drop((sign, adopt));
@@ -231,7 +295,11 @@ fn leave_helper(job: Job, supervisor: &Held, pid: i32, adopt: OwnedFd, tracking:
             Ok(())
         }
         Fork::Child => {
-            let mut keep = [adopt.as_raw_fd(), sign.as_raw_fd(), supervisor.as_fd().as_raw_fd()];
+            let mut keep = [
+                adopt.as_raw_fd(),
+                sign.as_raw_fd(),
+                supervisor.as_fd().as_raw_fd(),
+            ];
             keep.sort_unstable();
             sys::close_all_but(&keep);
             let done = detach().and_then(|()| {
@@ -264,7 +332,8 @@ fn enter(job: Job, supervisor: &Held, pid: i32) -> Result<()> {
             if !supervisor.is_alive() {
                 bail!("its supervisor has ended");
             }
-            std::fs::write(door, pid.to_string()).with_context(|| format!("cannot adopt its supervisor: {}", door.display()))?;
+            std::fs::write(door, pid.to_string())
+                .with_context(|| format!("cannot adopt its supervisor: {}", door.display()))?;
         }
         if !doors.is_empty() {
             return Ok(());
@@ -340,14 +409,21 @@ fn sweep_others(top: &Top, own: u32) {
 /// The jobs that Slurm has a step of on this node: by root's own processes `slurmstepd: [JOB.STEP]`.
 fn known_jobs() -> Vec<u32> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let numbered = entries.filter(|e| e.file_name().to_str().is_some_and(|n| n.parse::<i32>().is_ok()));
+    let numbered = entries.filter(|e| {
+        e.file_name()
+            .to_str()
+            .is_some_and(|n| n.parse::<i32>().is_ok())
+    });
     let job = |entry: std::fs::DirEntry| {
         if entry.metadata().ok()?.uid() != 0 {
             return None;
         }
         let line = std::fs::read(entry.path().join("cmdline")).ok()?;
         let line = String::from_utf8_lossy(&line).into_owned();
-        let id = line.strip_prefix("slurmstepd: [")?.split(['.', ']']).next()?;
+        let id = line
+            .strip_prefix("slurmstepd: [")?
+            .split(['.', ']'])
+            .next()?;
         id.parse().ok()
     };
     numbered.filter_map(job).collect()
@@ -405,7 +481,9 @@ fn is_empty(top: &Top, name: &str) -> bool {
         return true;
     };
     rustix::fs::Dir::read_from(&fd).is_ok_and(|entries| {
-        entries.flatten().all(|e| matches!(e.file_name().to_bytes(), b"." | b".."))
+        entries
+            .flatten()
+            .all(|e| matches!(e.file_name().to_bytes(), b"." | b".."))
     })
 }
 
@@ -419,8 +497,10 @@ fn end_processes(job: Job) {
                 let Some(held) = proc::Id::of(pid).and_then(proc::Id::hold) else {
                     continue;
                 };
-                let user = std::fs::metadata(format!("/proc/{pid}")).is_ok_and(|m| m.uid() == job.uid);
-                let cgroups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+                let user =
+                    std::fs::metadata(format!("/proc/{pid}")).is_ok_and(|m| m.uid() == job.uid);
+                let cgroups =
+                    std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
                 let inside = cgroups.contains(&format!("/job_{}/", job.id));
                 if user && inside {
                     held.signal(Signal::KILL);
@@ -444,11 +524,16 @@ fn tidy_as_user(job: Job) {
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
-    let Ok(mut child) = command.spawn() else { return };
+    let Ok(mut child) = command.spawn() else {
+        return;
+    };
     let held = i32::try_from(child.id()).ok().and_then(Held::child);
     if held.is_none_or(|held| !held.wait(TIDYING)) {
         let _ = child.kill();
-        trouble(&format!("job {}: tidying up as the user took too long", job.id));
+        trouble(&format!(
+            "job {}: tidying up as the user took too long",
+            job.id
+        ));
     } else {
         let _ = child.wait();
     }
@@ -458,7 +543,10 @@ fn tidy_as_user(job: Job) {
 fn unmount_below(top: &Top, name: &str) {
     let prefix = format!("{JOBS}/{name}/");
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let points = mounts.lines().rev().filter_map(|l| l.split(' ').nth(4)?.strip_prefix(&prefix));
+    let points = mounts
+        .lines()
+        .rev()
+        .filter_map(|l| l.split(' ').nth(4)?.strip_prefix(&prefix));
     for point in points {
         // Blanks and the like are written in octal.
         let path = format!("{name}/{}", unescape(point));
@@ -476,7 +564,9 @@ fn unescape(text: &str) -> String {
     let bytes = text.as_bytes();
     let mut at = 0;
     while at < bytes.len() {
-        let octal = bytes.get(at + 1..at + 4).and_then(|d| std::str::from_utf8(d).ok());
+        let octal = bytes
+            .get(at + 1..at + 4)
+            .and_then(|d| std::str::from_utf8(d).ok());
         match octal.and_then(|d| u8::from_str_radix(d, 8).ok()) {
             Some(byte) if bytes[at] == b'\\' => {
                 out.push(byte);
@@ -492,16 +582,28 @@ fn unescape(text: &str) -> String {
 }
 
 /// Removes a tree by descriptors: no link is followed, no mount entered, no more than so many entries.
-fn remove_tree(parent: &OwnedFd, name: &str, device: Option<u64>, depth: usize, budget: &mut usize) {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+fn remove_tree(
+    parent: &OwnedFd,
+    name: &str,
+    device: Option<u64>,
+    depth: usize,
+    budget: &mut usize,
+) {
+    let flags =
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let Ok(fd) = rustix::fs::openat(parent, name, flags, Mode::empty()) else {
         return;
     };
-    let Ok(stat) = rustix::fs::fstat(&fd) else { return };
+    let Ok(stat) = rustix::fs::fstat(&fd) else {
+        return;
+    };
     if device.is_some_and(|d| d != stat.st_dev) || depth > 32 {
         return;
     }
-    let entries = rustix::fs::Dir::read_from(&fd).into_iter().flatten().flatten();
+    let entries = rustix::fs::Dir::read_from(&fd)
+        .into_iter()
+        .flatten()
+        .flatten();
     for entry in entries {
         let Ok(name) = entry.file_name().to_str() else {
             let _ = rustix::fs::unlinkat(&fd, entry.file_name(), AtFlags::empty());
@@ -514,7 +616,8 @@ fn remove_tree(parent: &OwnedFd, name: &str, device: Option<u64>, depth: usize, 
             return;
         }
         *budget -= 1;
-        let kind = rustix::fs::statat(&fd, name, AtFlags::SYMLINK_NOFOLLOW).map(|s| FileType::from_raw_mode(s.st_mode));
+        let kind = rustix::fs::statat(&fd, name, AtFlags::SYMLINK_NOFOLLOW)
+            .map(|s| FileType::from_raw_mode(s.st_mode));
         if kind == Ok(FileType::Directory) {
             remove_tree(&fd, name, Some(stat.st_dev), depth + 1, budget);
         } else {
@@ -532,8 +635,11 @@ pub fn trouble(text: &str) {
         // Facility daemon, severity warning.
         let _ = socket.send_to(format!("<28>capsid: {text}").as_bytes(), "/dev/log");
     }
-    let Ok(Some(top)) = Top::open(false) else { return };
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let Ok(Some(top)) = Top::open(false) else {
+        return;
+    };
+    let flags =
+        OFlags::WRONLY | OFlags::CREATE | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     if let Ok(fd) = rustix::fs::openat(&top.0, "trouble", flags, Mode::from_bits_truncate(0o644)) {
         let mut file = std::fs::File::from(fd);
         if file.metadata().is_ok_and(|m| m.len() > 64 << 10) {

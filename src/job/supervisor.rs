@@ -16,7 +16,9 @@ use anyhow::{Context, Result, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::SigSet;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, listen, socket};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, listen, socket,
+};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
@@ -119,14 +121,18 @@ struct Supervisor<'a> {
 /// # Errors
 /// When it cannot begin: there is another one, or no socket can be made.
 pub fn run(registry: &Registry, host: &Host, setup: Setup) -> Result<u8> {
-    let job = registry.job.clone().context("there is no job here: SLURM_JOB_ID is not set")?;
+    let job = registry
+        .job
+        .clone()
+        .context("there is no job here: SLURM_JOB_ID is not set")?;
     let signals = sys::signal_set([libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGCHLD]);
     signals.thread_block().context("cannot block signals")?;
     let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .context("cannot watch signals")?;
     let listener = claim(registry, &job)?;
     sys::set_title(&format!("capsid-job: {} [{job}]", host.user.name));
-    let life = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).context("cannot create a pipe")?;
+    let life = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+        .context("cannot create a pipe")?;
     let mut supervisor = Supervisor {
         registry,
         host,
@@ -166,7 +172,8 @@ fn claim(registry: &Registry, job: &str) -> Result<OwnedFd> {
     let what = || format!("cannot create a socket in {}", directory.path.display());
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).with_context(what)?;
-    let address = UnixAddr::new(&directory.entry(&socket_name(job))).context("the socket's address")?;
+    let address =
+        UnixAddr::new(&directory.entry(&socket_name(job))).context("the socket's address")?;
     bind(fd.as_raw_fd(), &address).with_context(what)?;
     listen(&fd, Backlog::new(1024).unwrap_or(Backlog::MAXCONN)).with_context(what)?;
     Ok(fd)
@@ -186,12 +193,23 @@ impl Supervisor<'_> {
             set.extend(adopting.map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
             let first_peer = set.len();
             let ids: Vec<u64> = self.peers.keys().copied().collect();
-            set.extend(self.peers.values().map(|p| PollFd::new(p.socket.as_fd(), PollFlags::POLLIN)));
+            set.extend(
+                self.peers
+                    .values()
+                    .map(|p| PollFd::new(p.socket.as_fd(), PollFlags::POLLIN)),
+            );
             let first_reading = set.len();
-            set.extend(self.reading.iter().map(|r| PollFd::new(r.pipe.as_fd(), PollFlags::POLLIN)));
+            set.extend(
+                self.reading
+                    .iter()
+                    .map(|r| PollFd::new(r.pipe.as_fd(), PollFlags::POLLIN)),
+            );
             let until = self.reading.iter().map(|r| r.until).min();
             let timeout = until.map_or(PollTimeout::NONE, |at| {
-                let left = at.saturating_duration_since(Instant::now()).as_micros().div_ceil(1000);
+                let left = at
+                    .saturating_duration_since(Instant::now())
+                    .as_micros()
+                    .div_ceil(1000);
                 PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
             });
             match poll(&mut set, timeout) {
@@ -207,18 +225,28 @@ impl Supervisor<'_> {
             }
             if self.setup.adopted.is_some() && happened[2] {
                 let mut byte = [0];
-                let adopted = self.setup.adopted.take().map(|fd| rustix::io::read(fd, &mut byte));
+                let adopted = self
+                    .setup
+                    .adopted
+                    .take()
+                    .map(|fd| rustix::io::read(fd, &mut byte));
                 if !matches!(adopted, Some(Ok(1))) {
                     bail!("job {} has not adopted this supervisor", self.job);
                 }
                 self.begin();
             }
-            for (id, _) in ids.iter().zip(&happened[first_peer..first_reading]).filter(|(_, h)| **h) {
+            for (id, _) in ids
+                .iter()
+                .zip(&happened[first_peer..first_reading])
+                .filter(|(_, h)| **h)
+            {
                 self.hear(*id);
             }
             let mut at = 0;
             for happened in &happened[first_reading..] {
-                if !(*happened && self.read_on(at) || self.reading[at].until <= Instant::now() && self.give_up(at)) {
+                if !(*happened && self.read_on(at)
+                    || self.reading[at].until <= Instant::now() && self.give_up(at))
+                {
                     at += 1;
                 }
             }
@@ -228,7 +256,11 @@ impl Supervisor<'_> {
     /// We are in the job: what waited begins.
     fn begin(&mut self) {
         if let Some(file) = self.setup.file.clone() {
-            let env = self.host.env.iter().filter(|(k, _)| !k.to_string_lossy().starts_with("CAPSID_JOB_"));
+            let env = self
+                .host
+                .env
+                .iter()
+                .filter(|(k, _)| !k.to_string_lossy().starts_with("CAPSID_JOB_"));
             let batch = Batch {
                 directory: PathBuf::new(),
                 env: env.cloned().collect(),
@@ -255,17 +287,19 @@ impl Supervisor<'_> {
             end |= i32::try_from(signal.ssi_signo) != Ok(libc::SIGCHLD);
         }
         let mut ended = Vec::new();
-        self.children.retain(|child| match waitpid(child.pid, Some(WaitPidFlag::WNOHANG)) {
-            Ok(WaitStatus::Exited(pid, status)) => {
-                ended.push((pid, u8::try_from(status).unwrap_or(exit::FATAL)));
-                true
-            }
-            Ok(WaitStatus::Signaled(pid, signal, _)) => {
-                ended.push((pid, exit::signalled(signal as i32)));
-                true
-            }
-            _ => true,
-        });
+        self.children.retain(
+            |child| match waitpid(child.pid, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::Exited(pid, status)) => {
+                    ended.push((pid, u8::try_from(status).unwrap_or(exit::FATAL)));
+                    true
+                }
+                Ok(WaitStatus::Signaled(pid, signal, _)) => {
+                    ended.push((pid, exit::signalled(signal as i32)));
+                    true
+                }
+                _ => true,
+            },
+        );
         for (pid, status) in ended {
             if let Some(at) = self.children.iter().position(|c| c.pid == pid) {
                 let child = self.children.remove(at);
@@ -280,17 +314,28 @@ impl Supervisor<'_> {
     }
 
     fn accept(&mut self, listener: &OwnedFd) {
-        while let Ok(fd) = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK) {
+        while let Ok(fd) = accept4(
+            listener.as_raw_fd(),
+            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        ) {
             let socket = sys::own(fd);
             if wire::is_own_peer(&socket) && self.peers.len() < MAX_PEERS {
-                self.peers.insert(self.next_peer, Peer { socket, waiting: None });
+                self.peers.insert(
+                    self.next_peer,
+                    Peer {
+                        socket,
+                        waiting: None,
+                    },
+                );
                 self.next_peer += 1;
             }
         }
     }
 
     fn hear(&mut self, id: u64) {
-        let Some(peer) = self.peers.get(&id) else { return };
+        let Some(peer) = self.peers.get(&id) else {
+            return;
+        };
         let heard = wire::receive(peer.socket.as_fd());
         match heard {
             Ok((bytes, fds)) if !bytes.is_empty() => match serde_json::from_slice::<Request>(&bytes) {
@@ -349,9 +394,18 @@ impl Supervisor<'_> {
     }
 
     fn start(&mut self, id: u64, caller: &Caller, fds: Vec<OwnedFd>) -> Result<()> {
-        let [words, cwd, out, err] = <[OwnedFd; 4]>::try_from(fds).ok().context("descriptors are missing")?;
+        let [words, cwd, out, err] = <[OwnedFd; 4]>::try_from(fds)
+            .ok()
+            .context("descriptors are missing")?;
         let (words, env) = message::unpack(words)?;
-        let pid = self.spawn(&words, &env, caller, &|| Ok(nix::unistd::fchdir(&cwd)?), out, err)?;
+        let pid = self.spawn(
+            &words,
+            &env,
+            caller,
+            &|| Ok(nix::unistd::fchdir(&cwd)?),
+            out,
+            err,
+        )?;
         self.children.push(Child {
             pid,
             purpose: Purpose::Answer(id),
@@ -391,19 +445,32 @@ impl Supervisor<'_> {
                 let begin = || -> Result<std::convert::Infallible> {
                     enter().context("cannot enter the working directory")?;
                     let mut cpus = rustix::thread::CpuSet::new();
-                    for cpu in caller.cpus.iter().filter(|n| **n < rustix::thread::CpuSet::MAX_CPU) {
+                    for cpu in caller
+                        .cpus
+                        .iter()
+                        .filter(|n| **n < rustix::thread::CpuSet::MAX_CPU)
+                    {
                         cpus.set(*cpu);
                     }
                     if !caller.cpus.is_empty() {
                         // The job may have others by now.
                         let _ = rustix::thread::sched_setaffinity(None, &cpus);
                     }
-                    rustix::process::umask(rustix::fs::Mode::from_bits_truncate(caller.umask & 0o777));
+                    rustix::process::umask(rustix::fs::Mode::from_bits_truncate(
+                        caller.umask & 0o777,
+                    ));
                     sys::inherit(&self.life.0)?;
-                    SigSet::empty().thread_set_mask().context("cannot unblock signals")?;
+                    SigSet::empty()
+                        .thread_set_mask()
+                        .context("cannot unblock signals")?;
                     let error = Command::new("/proc/self/exe")
                         .arg0("capsid")
-                        .args(["job", "spawn", &self.life.0.as_raw_fd().to_string(), &caller.level.to_string()])
+                        .args([
+                            "job",
+                            "spawn",
+                            &self.life.0.as_raw_fd().to_string(),
+                            &caller.level.to_string(),
+                        ])
                         .args(words)
                         .env_clear()
                         .envs(env.iter().map(|(k, v)| (k, v)))
@@ -421,10 +488,13 @@ impl Supervisor<'_> {
     }
 
     fn read_for(&mut self, id: u64, caller: Caller, fds: Vec<OwnedFd>) -> Result<()> {
-        let [words, cwd, ..] = <[OwnedFd; 4]>::try_from(fds).ok().context("descriptors are missing")?;
+        let [words, cwd, ..] = <[OwnedFd; 4]>::try_from(fds)
+            .ok()
+            .context("descriptors are missing")?;
         let (words, env) = message::unpack(words)?;
         let file = words.into_iter().next().context("the file is not named")?;
-        let cwd = std::fs::read_link(format!("/proc/self/fd/{}", cwd.as_raw_fd())).context("the working directory")?;
+        let cwd = std::fs::read_link(format!("/proc/self/fd/{}", cwd.as_raw_fd()))
+            .context("the working directory")?;
         let batch = Batch {
             directory: PathBuf::new(),
             env,
@@ -438,8 +508,8 @@ impl Supervisor<'_> {
     /// Lets a child read a file of services.
     fn read(&mut self, path: PathBuf, batch: Batch) {
         let begin = || -> Result<(Pid, OwnedFd)> {
-            let (pipe, theirs) =
-                rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).context("cannot create a pipe")?;
+            let (pipe, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+                .context("cannot create a pipe")?;
             match sys::fork()? {
                 Fork::Parent(pid) => Ok((pid, pipe)),
                 Fork::Child => {
@@ -476,8 +546,9 @@ impl Supervisor<'_> {
         }
         let reading = self.reading.remove(at);
         let _ = waitpid(reading.child, None);
-        let parsed = serde_json::from_slice(&reading.bytes)
-            .unwrap_or_else(|_| Parsed::Failed(format!("{} could not be read", reading.path.display())));
+        let parsed = serde_json::from_slice(&reading.bytes).unwrap_or_else(|_| {
+            Parsed::Failed(format!("{} could not be read", reading.path.display()))
+        });
         self.parsed(&reading.path, reading.batch, parsed);
         true
     }
@@ -509,9 +580,17 @@ impl Supervisor<'_> {
                 return self.changed();
             }
         };
-        if let Some(known) = declared.iter().find(|d| self.list.services.iter().any(|s| s.declared.name == d.name && s.state != State::Elsewhere))
-        {
-            let text = format!("{}: this job has a service {} already", path.display(), known.name);
+        if let Some(known) = declared.iter().find(|d| {
+            self.list
+                .services
+                .iter()
+                .any(|s| s.declared.name == d.name && s.state != State::Elsewhere)
+        }) {
+            let text = format!(
+                "{}: this job has a service {} already",
+                path.display(),
+                known.name
+            );
             match batch.peer {
                 Some(peer) => self.answer(peer, &Answer::Failed(text)),
                 None => self.list.failure = Some(text),
@@ -519,7 +598,12 @@ impl Supervisor<'_> {
             return self.changed();
         }
         batch.directory = path.parent().unwrap_or(Path::new("/")).to_owned();
-        let own = self.setup.nodes.iter().position(|n| *n == self.setup.node).unwrap_or(0);
+        let own = self
+            .setup
+            .nodes
+            .iter()
+            .position(|n| *n == self.setup.node)
+            .unwrap_or(0);
         for declared in declared {
             let here = declared.is_on(own);
             let node = match declared.nodes {
@@ -553,11 +637,21 @@ impl Supervisor<'_> {
                 continue;
             }
             let after = self.list.services[at].declared.after.clone();
-            let others = self.list.services.iter().filter(|s| after.contains(&s.declared.name));
-            let states: Vec<(String, State)> = others.map(|s| (s.declared.name.clone(), s.state.clone())).collect();
+            let others = self
+                .list
+                .services
+                .iter()
+                .filter(|s| after.contains(&s.declared.name));
+            let states: Vec<(String, State)> = others
+                .map(|s| (s.declared.name.clone(), s.state.clone()))
+                .collect();
             if let Some((name, _)) = states.iter().find(|(_, s)| matches!(s, State::Failed(_))) {
-                self.list.services[at].state = State::Failed(format!("it comes after {name}, which could not be started"));
-            } else if states.iter().all(|(_, s)| matches!(s, State::Ready | State::Elsewhere)) {
+                self.list.services[at].state =
+                    State::Failed(format!("it comes after {name}, which could not be started"));
+            } else if states
+                .iter()
+                .all(|(_, s)| matches!(s, State::Ready | State::Elsewhere))
+            {
                 self.list.services[at].state = match self.start_service(at) {
                     Ok(()) => State::Starting,
                     Err(error) => State::Failed(format!("{error:#}")),
@@ -566,21 +660,34 @@ impl Supervisor<'_> {
         }
         self.save();
         for batch in 0..self.batches.len() {
-            let own = self.list.services.iter().zip(&self.of_batch).filter(|(_, b)| **b == batch);
+            let own = self
+                .list
+                .services
+                .iter()
+                .zip(&self.of_batch)
+                .filter(|(_, b)| **b == batch);
             let states: Vec<&Service> = own.map(|(s, _)| s).collect();
             let failure = states.iter().find_map(|s| match &s.state {
                 State::Failed(why) => Some(format!("service {}: {why}", s.declared.name)),
                 _ => None,
             });
-            let over = states.iter().all(|s| !matches!(s.state, State::Waiting | State::Starting));
+            let over = states
+                .iter()
+                .all(|s| !matches!(s.state, State::Waiting | State::Starting));
             if let Some(peer) = self.batches[batch].peer.filter(|_| over) {
                 self.batches[batch].peer = None;
-                self.answer(peer, &failure.map_or(Answer::Done(exit::OK), Answer::Failed));
+                self.answer(
+                    peer,
+                    &failure.map_or(Answer::Done(exit::OK), Answer::Failed),
+                );
             }
         }
         if !self.list.pending {
             for id in self.peers.keys().copied().collect::<Vec<_>>() {
-                let waiting = self.peers.get_mut(&id).and_then(|p| p.waiting.take_if(|(what, _)| *what == What::List));
+                let waiting = self
+                    .peers
+                    .get_mut(&id)
+                    .and_then(|p| p.waiting.take_if(|(what, _)| *what == What::List));
                 if let Some((what, fds)) = waiting {
                     self.serve_request(id, what, fds);
                 }
@@ -593,8 +700,14 @@ impl Supervisor<'_> {
         let batch = &self.batches[self.of_batch[at]];
         let image = batch.directory.join(&declared.image);
         let mut words: Vec<OsString> = vec![if declared.run { "run" } else { "start" }.into()];
-        words.extend(declared.words(image.to_str().context("the image's name is not UTF-8")?).into_iter().map(OsString::from));
-        let said = rustix::fs::memfd_create("capsid", rustix::fs::MemfdFlags::CLOEXEC).context("cannot create a file in memory")?;
+        words.extend(
+            declared
+                .words(image.to_str().context("the image's name is not UTF-8")?)
+                .into_iter()
+                .map(OsString::from),
+        );
+        let said = rustix::fs::memfd_create("capsid", rustix::fs::MemfdFlags::CLOEXEC)
+            .context("cannot create a file in memory")?;
         let copy = || said.try_clone().context("cannot duplicate a descriptor");
         let directory = batch.directory.clone();
         let enter = move || Ok(nix::unistd::chdir(&directory)?);
@@ -611,8 +724,17 @@ impl Supervisor<'_> {
         match child.purpose {
             Purpose::Answer(id) => self.answer(id, &Answer::Done(status)),
             Purpose::Service(name, said) => {
-                let state = if status == 0 { State::Ready } else { State::Failed(last_words(said, status)) };
-                if let Some(service) = self.list.services.iter_mut().find(|s| s.declared.name == name) {
+                let state = if status == 0 {
+                    State::Ready
+                } else {
+                    State::Failed(last_words(said, status))
+                };
+                if let Some(service) = self
+                    .list
+                    .services
+                    .iter_mut()
+                    .find(|s| s.declared.name == name)
+                {
                     service.state = state;
                 }
                 self.changed();
@@ -627,7 +749,10 @@ impl Supervisor<'_> {
             return;
         }
         if let Err(error) = directory.replace(&list_name(&self.job), &text) {
-            say::warn(format_args!("cannot write in {}: {error}", directory.path.display()));
+            say::warn(format_args!(
+                "cannot write in {}: {error}",
+                directory.path.display()
+            ));
         }
     }
 }
@@ -641,7 +766,9 @@ fn read_services(path: &Path) -> Parsed {
             bail!("{}: not a file of at most 1 MiB", what());
         }
         let mut text = String::new();
-        file.take(MAX_FILE).read_to_string(&mut text).with_context(what)?;
+        file.take(MAX_FILE)
+            .read_to_string(&mut text)
+            .with_context(what)?;
         services::parse(&text).with_context(|| path.display().to_string())
     };
     match read() {
@@ -657,7 +784,11 @@ fn last_words(mut said: std::fs::File, status: u8) -> String {
     let _ = said.rewind();
     let _ = said.take(64 << 10).read_to_end(&mut bytes);
     let text = String::from_utf8_lossy(&bytes);
-    let line = text.lines().rev().find(|l| !l.trim().is_empty()).unwrap_or_default();
+    let line = text
+        .lines()
+        .rev()
+        .find(|l| !l.trim().is_empty())
+        .unwrap_or_default();
     let line = line.trim_start_matches("FATAL:").trim();
     if line.is_empty() {
         format!("its start ended with status {status}")
@@ -671,13 +802,17 @@ pub fn nodes(var: &dyn Fn(&str) -> Option<OsString>) -> (String, Vec<String>) {
     let text = |name: &str| var(name).and_then(|v| v.to_str().map(str::to_owned));
     let node = text("SLURMD_NODENAME").unwrap_or_else(crate::instance::logs::node_name);
     let list = text("SLURM_JOB_NODELIST").or_else(|| text("SLURM_NODELIST"));
-    let nodes = list.and_then(|l| crate::plan::hostlist::expand(&l)).unwrap_or_else(|| vec![node.clone()]);
+    let nodes = list
+        .and_then(|l| crate::plan::hostlist::expand(&l))
+        .unwrap_or_else(|| vec![node.clone()]);
     (node, nodes)
 }
 
 /// The file that a job's comment names, below its working directory.
 pub fn declared_by(comment: Option<&OsStr>, directory: Option<&OsStr>) -> Option<PathBuf> {
     let named = services::named_by_comment(comment?.to_str()?)?;
-    let path = directory.map_or_else(PathBuf::new, PathBuf::from).join(named);
+    let path = directory
+        .map_or_else(PathBuf::new, PathBuf::from)
+        .join(named);
     path.is_absolute().then_some(path)
 }

@@ -35,14 +35,21 @@ fn expand_one(text: &str, names: &mut Vec<String>) -> Option<()> {
     let (ranges, tail) = rest.split_once(']')?;
     for range in ranges.split(',') {
         let (low, high) = range.split_once('-').unwrap_or((range, range));
-        let number = |t: &str| t.bytes().all(|b| b.is_ascii_digit()).then(|| t.parse::<usize>().ok())?;
+        let number = |t: &str| {
+            t.bytes()
+                .all(|b| b.is_ascii_digit())
+                .then(|| t.parse::<usize>().ok())?
+        };
         let (from, to) = (number(low)?, number(high)?);
         if to < from || to - from > MAX {
             return None;
         }
         for n in from..=to {
             // As many digits as the lower bound has.
-            expand_one(&format!("{head}{n:0width$}{tail}", width = low.len()), names)?;
+            expand_one(
+                &format!("{head}{n:0width$}{tail}", width = low.len()),
+                names,
+            )?;
         }
     }
     Some(())
@@ -59,7 +66,17 @@ mod tests {
         assert_eq!(all("n[1-3,7],login").as_deref(), Some("n1 n2 n3 n7 login"));
         assert_eq!(all("n[08-11]x").as_deref(), Some("n08x n09x n10x n11x"));
         assert_eq!(all("r[1-2]n[0-1]").as_deref(), Some("r1n0 r1n1 r2n0 r2n1"));
-        for bad in ["", "n[", "n[1", "n1]", "n[2-1]", "n[a-b]", "n[1-99999999]", "a,,b", "a b"] {
+        for bad in [
+            "",
+            "n[",
+            "n[1",
+            "n1]",
+            "n[2-1]",
+            "n[a-b]",
+            "n[1-99999999]",
+            "a,,b",
+            "a b",
+        ] {
             assert_eq!(all(bad), None, "{bad}");
         }
     }

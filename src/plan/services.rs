@@ -88,43 +88,78 @@ struct ReadyEntry {
 /// # Errors
 /// With the number of the line that is wrong.
 pub fn parse(text: &str) -> Result<Vec<Declared>> {
-    let line = |at: usize| text.as_bytes()[..at.min(text.len())].iter().filter(|b| **b == b'\n').count() + 1;
+    let line = |at: usize| {
+        text.as_bytes()[..at.min(text.len())]
+            .iter()
+            .filter(|b| **b == b'\n')
+            .count()
+            + 1
+    };
     let wrong = |at: usize, what: String| anyhow!("line {}: {what}", line(at));
-    let file: File = toml::from_str(text)
-        .map_err(|e| wrong(e.span().map_or(0, |s| s.start), e.message().replace('\n', " ")))?;
+    let file: File = toml::from_str(text).map_err(|e| {
+        wrong(
+            e.span().map_or(0, |s| s.start),
+            e.message().replace('\n', " "),
+        )
+    })?;
     let mut services: Vec<(usize, Declared)> = Vec::new();
     for entry in file.service {
         let at = entry.span().start;
         let service = declared(entry.into_inner(), at, &wrong)?;
         if services.iter().any(|(_, other)| other.name == service.name) {
-            return Err(wrong(at, format!("there is a service {:?} already", service.name)));
+            return Err(wrong(
+                at,
+                format!("there is a service {:?} already", service.name),
+            ));
         }
         services.push((at, service));
     }
     for (at, service) in &services {
         for name in &service.after {
             if !services.iter().any(|(_, other)| other.name == *name) {
-                return Err(wrong(*at, format!("service {:?} comes after {name:?}, which is not declared", service.name)));
+                return Err(wrong(
+                    *at,
+                    format!(
+                        "service {:?} comes after {name:?}, which is not declared",
+                        service.name
+                    ),
+                ));
             }
         }
     }
     // Those without unmet conditions first, as written.
     let mut ordered: Vec<Declared> = Vec::new();
     while !services.is_empty() {
-        let met = |s: &Declared| s.after.iter().all(|name| ordered.iter().any(|o| o.name == *name));
+        let met = |s: &Declared| {
+            s.after
+                .iter()
+                .all(|name| ordered.iter().any(|o| o.name == *name))
+        };
         let Some(next) = services.iter().position(|(_, s)| met(s)) else {
             let names: Vec<&str> = services.iter().map(|(_, s)| s.name.as_str()).collect();
-            return Err(wrong(services[0].0, format!("these services wait for each other (after): {}", names.join(", "))));
+            return Err(wrong(
+                services[0].0,
+                format!(
+                    "these services wait for each other (after): {}",
+                    names.join(", ")
+                ),
+            ));
         };
         ordered.push(services.remove(next).1);
     }
     Ok(ordered)
 }
 
-fn declared(entry: Entry, at: usize, wrong: &dyn Fn(usize, String) -> anyhow::Error) -> Result<Declared> {
+fn declared(
+    entry: Entry,
+    at: usize,
+    wrong: &dyn Fn(usize, String) -> anyhow::Error,
+) -> Result<Declared> {
     let name = entry.name.get_ref();
     if !is_name(name) {
-        let text = format!("name {name:?}: use 1 to 64 of A-Z a-z 0-9 _ . - (not . or .., and no dash in front)");
+        let text = format!(
+            "name {name:?}: use 1 to 64 of A-Z a-z 0-9 _ . - (not . or .., and no dash in front)"
+        );
         return Err(wrong(entry.name.span().start, text));
     }
     if entry.image.get_ref().is_empty() {
@@ -135,7 +170,10 @@ fn declared(entry: Entry, at: usize, wrong: &dyn Fn(usize, String) -> anyhow::Er
         Some("run") => true,
         Some(other) => {
             let at = entry.mode.as_ref().map_or(at, |m| m.span().start);
-            return Err(wrong(at, format!("mode {other:?}: use \"start\" or \"run\"")));
+            return Err(wrong(
+                at,
+                format!("mode {other:?}: use \"start\" or \"run\""),
+            ));
         }
     };
     let nodes = match &entry.nodes {
@@ -143,9 +181,13 @@ fn declared(entry: Entry, at: usize, wrong: &dyn Fn(usize, String) -> anyhow::Er
         Some(value) => match value.get_ref() {
             toml::Value::String(text) if text == "first" => Nodes::Index(0),
             toml::Value::String(text) if text == "all" => Nodes::All,
-            toml::Value::Integer(n) if usize::try_from(*n).is_ok() => Nodes::Index(usize::try_from(*n).unwrap_or(0)),
+            toml::Value::Integer(n) if usize::try_from(*n).is_ok() => {
+                Nodes::Index(usize::try_from(*n).unwrap_or(0))
+            }
             _ => {
-                let text = "nodes: use \"first\", \"all\", or the number of a node of the job, from 0".into();
+                let text =
+                    "nodes: use \"first\", \"all\", or the number of a node of the job, from 0"
+                        .into();
                 return Err(wrong(value.span().start, text));
             }
         },
@@ -154,15 +196,27 @@ fn declared(entry: Entry, at: usize, wrong: &dyn Fn(usize, String) -> anyhow::Er
         None => "no".to_owned(),
         Some(text) => {
             parse_restart(text.get_ref()).map_err(|_| {
-                wrong(text.span().start, format!("restart {:?}: use no, on-failure, on-failure:N or always", text.get_ref()))
+                wrong(
+                    text.span().start,
+                    format!(
+                        "restart {:?}: use no, on-failure, on-failure:N or always",
+                        text.get_ref()
+                    ),
+                )
             })?;
             text.get_ref().clone()
         }
     };
     for option in &entry.options {
         let word = option.get_ref().split('=').next().unwrap_or_default();
-        if word == "--foreground" || word == "--wait" || word.starts_with("--ready") || word == "--restart" {
-            let text = format!("option {word:?} cannot be given here: there are the keys ready and restart");
+        if word == "--foreground"
+            || word == "--wait"
+            || word.starts_with("--ready")
+            || word == "--restart"
+        {
+            let text = format!(
+                "option {word:?} cannot be given here: there are the keys ready and restart"
+            );
             return Err(wrong(option.span().start, text));
         }
     }
@@ -189,7 +243,12 @@ fn declared(entry: Entry, at: usize, wrong: &dyn Fn(usize, String) -> anyhow::Er
 }
 
 fn condition(ready: ReadyEntry) -> Result<(Option<String>, Option<u16>, u32)> {
-    let timeout_s = ready.timeout.as_deref().map(seconds).transpose()?.unwrap_or(TIMEOUT_S);
+    let timeout_s = ready
+        .timeout
+        .as_deref()
+        .map(seconds)
+        .transpose()?
+        .unwrap_or(TIMEOUT_S);
     let mut options = Vec::new();
     if let Some(port) = ready.port {
         if port == 0 {
@@ -220,7 +279,11 @@ fn seconds(text: &str) -> Result<u32> {
         Some('h') => 3600,
         _ => 1,
     };
-    match number.parse::<u32>().ok().and_then(|n| n.checked_mul(factor)) {
+    match number
+        .parse::<u32>()
+        .ok()
+        .and_then(|n| n.checked_mul(factor))
+    {
         Some(seconds) if seconds > 0 => Ok(seconds),
         _ => bail!("timeout {text:?}: use a number with s, m or h, such as \"60s\""),
     }
@@ -249,7 +312,13 @@ impl Declared {
 
     /// The name as part of a variable's.
     pub fn variable(&self) -> String {
-        let upper = |c: char| if c.is_ascii_alphanumeric() { c.to_ascii_uppercase() } else { '_' };
+        let upper = |c: char| {
+            if c.is_ascii_alphanumeric() {
+                c.to_ascii_uppercase()
+            } else {
+                '_'
+            }
+        };
         self.name.chars().map(upper).collect()
     }
 }
@@ -285,10 +354,21 @@ options = ["--bind", "data:/var/lib/postgresql"]
 ready = { port = 5432, timeout = "2m" }
 "#;
         let all = parse(text).unwrap();
-        assert_eq!(all.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(), ["db", "web"]);
+        assert_eq!(
+            all.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(),
+            ["db", "web"]
+        );
         let words = [
-            "--restart=no", "--ready-port=5432", "--wait=120", "--bind", "data:/var/lib/postgresql", "--", "/i/postgres.sif",
-            "db", "-c", "x",
+            "--restart=no",
+            "--ready-port=5432",
+            "--wait=120",
+            "--bind",
+            "data:/var/lib/postgresql",
+            "--",
+            "/i/postgres.sif",
+            "db",
+            "-c",
+            "x",
         ];
         assert_eq!(all[0].words("/i/postgres.sif"), words);
         assert!(all[0].is_on(0) && !all[0].is_on(1) && all[1].is_on(1) && all[1].run);
@@ -301,29 +381,85 @@ ready = { port = 5432, timeout = "2m" }
         for (text, line, what) in [
             ("[[service]]\nname = \"a/b\"\nimage = \"x\"", 2, "name"),
             ("[[service]]\nname = \"a\"", 1, "image"),
-            ("[[service]]\nname = \"a\"\nimage = \"x\"\nport = 1", 4, "port"),
-            ("[[service]]\nname = \"a\"\nimage = \"x\"\nmode = \"fast\"", 4, "mode"),
-            ("[[service]]\nname = \"a\"\nimage = \"x\"\nnodes = \"last\"", 4, "nodes"),
-            ("[[service]]\nname = \"a\"\nimage = \"x\"\nnodes = -1", 4, "nodes"),
-            ("[[service]]\nname = \"a\"\nimage = \"x\"\nready = { port = 1, file = \"/x\" }", 4, "only one"),
-            ("[[service]]\nname = \"a\"\nimage = \"x\"\nready = { timeout = \"soon\" }", 4, "timeout"),
-            ("[[service]]\nname = \"a\"\nimage = \"x\"\nrestart = \"maybe\"", 4, "restart"),
-            ("[[service]]\nname = \"a\"\nimage = \"x\"\noptions = [\"--foreground\"]", 4, "--foreground"),
-            ("[[service]]\nname = \"a\"\nimage = \"x\"\nafter = [\"b\"]", 1, "not declared"),
-            ("[[service]]\nname = \"a\"\nimage = \"x\"\nafter = [\"a\"]", 1, "wait for each other"),
-            ("[[service]]\nname = \"a\"\nimage = \"x\"\n\n[[service]]\nname = \"a\"\nimage = \"x\"", 5, "already"),
+            (
+                "[[service]]\nname = \"a\"\nimage = \"x\"\nport = 1",
+                4,
+                "port",
+            ),
+            (
+                "[[service]]\nname = \"a\"\nimage = \"x\"\nmode = \"fast\"",
+                4,
+                "mode",
+            ),
+            (
+                "[[service]]\nname = \"a\"\nimage = \"x\"\nnodes = \"last\"",
+                4,
+                "nodes",
+            ),
+            (
+                "[[service]]\nname = \"a\"\nimage = \"x\"\nnodes = -1",
+                4,
+                "nodes",
+            ),
+            (
+                "[[service]]\nname = \"a\"\nimage = \"x\"\nready = { port = 1, file = \"/x\" }",
+                4,
+                "only one",
+            ),
+            (
+                "[[service]]\nname = \"a\"\nimage = \"x\"\nready = { timeout = \"soon\" }",
+                4,
+                "timeout",
+            ),
+            (
+                "[[service]]\nname = \"a\"\nimage = \"x\"\nrestart = \"maybe\"",
+                4,
+                "restart",
+            ),
+            (
+                "[[service]]\nname = \"a\"\nimage = \"x\"\noptions = [\"--foreground\"]",
+                4,
+                "--foreground",
+            ),
+            (
+                "[[service]]\nname = \"a\"\nimage = \"x\"\nafter = [\"b\"]",
+                1,
+                "not declared",
+            ),
+            (
+                "[[service]]\nname = \"a\"\nimage = \"x\"\nafter = [\"a\"]",
+                1,
+                "wait for each other",
+            ),
+            (
+                "[[service]]\nname = \"a\"\nimage = \"x\"\n\n[[service]]\nname = \"a\"\nimage = \"x\"",
+                5,
+                "already",
+            ),
             ("\n\n[[service", 3, ""),
         ] {
             let error = format!("{:#}", parse(text).unwrap_err());
-            assert!(error.starts_with(&format!("line {line}: ")) && error.contains(what), "{text}: {error}");
+            assert!(
+                error.starts_with(&format!("line {line}: ")) && error.contains(what),
+                "{text}: {error}"
+            );
         }
     }
 
     #[test]
     fn comments() {
         assert_eq!(named_by_comment("capsid:services=a.toml"), Some("a.toml"));
-        assert_eq!(named_by_comment("x;capsid:services=/d/a.toml,y"), Some("/d/a.toml"));
-        for none in ["", "capsid:services=", "xcapsid:services=a", "services=a", "svc; $(id)"] {
+        assert_eq!(
+            named_by_comment("x;capsid:services=/d/a.toml,y"),
+            Some("/d/a.toml")
+        );
+        for none in [
+            "",
+            "capsid:services=",
+            "xcapsid:services=a",
+            "services=a",
+            "svc; $(id)",
+        ] {
             assert_eq!(named_by_comment(none), None, "{none}");
         }
     }
