@@ -9,6 +9,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 
+/// Where root's Prolog makes a directory for each job.
+pub const JOBS: &str = "/run/capsid";
+
 /// The caller and the machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Host {
@@ -72,6 +75,55 @@ impl Host {
             .map(|(_, v)| v.as_os_str())
     }
 
+    /// The Slurm job that this process is in: by its cgroup, else by the variable. Only digits are believed.
+    pub fn job(&self) -> Option<String> {
+        let cgroups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let in_cgroup = cgroups
+            .lines()
+            .filter(|line| line.contains("slurm"))
+            .find_map(|line| digits(line.split_once("/job_")?.1));
+        in_cgroup.or_else(|| digits(self.var("SLURM_JOB_ID")?.to_str()?))
+    }
+
+    /// Whether this process seems to be in a Slurm job; cheaper than [`Host::job`].
+    pub fn in_job(&self) -> bool {
+        self.var("SLURM_JOB_ID").is_some() || self.job().is_some()
+    }
+
+    /// Whether this process ends with a Slurm step that is not the batch script's: Slurm ends steps by their cgroup.
+    pub fn in_numbered_step(&self) -> bool {
+        let cgroups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let numbered = |line: &str| digits(line.split_once("/step_")?.1);
+        let mut ours = cgroups
+            .lines()
+            .filter(|line| line.contains("slurm") && line.contains("/job_"))
+            .peekable();
+        match ours.peek() {
+            Some(_) => ours.any(|line| numbered(line).is_some()),
+            None => self
+                .var("SLURM_STEP_ID")
+                .and_then(OsStr::to_str)
+                .is_some_and(|id| id.parse::<u32>().is_ok_and(|id| id < 0xffff_fff0)),
+        }
+    }
+
+    /// Where the sockets and records of this user on this node belong: inside a job the directory that the
+    /// administrator's Prolog has made for it, else `$XDG_RUNTIME_DIR`.
+    pub fn runtime_home(&self) -> Option<OsString> {
+        // Where there is no Prolog of ours, the cgroup need not be looked at.
+        if rustix::fs::access(JOBS, rustix::fs::Access::EXISTS).is_ok()
+            && let Some(job) = self.job()
+        {
+            let path = format!("{JOBS}/job-{job}");
+            if rustix::fs::lstat(&path).is_ok_and(|s| {
+                s.st_uid == self.uid && rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir()
+            }) {
+                return Some(path.into());
+            }
+        }
+        self.var("XDG_RUNTIME_DIR").map(OsStr::to_owned)
+    }
+
     /// Names of the caller's groups with their ids, for the container's `/etc/group`. Only read when
     /// asked for: a site's group database may be remote.
     pub fn groups(&self) -> Vec<(String, u32)> {
@@ -87,6 +139,12 @@ impl Host {
             .filter_map(|id| group_name(&file, id).map(|name| (name, id)))
             .collect()
     }
+}
+
+/// The number that a text begins with, if it can be a job's.
+fn digits(text: &str) -> Option<String> {
+    let digits: String = text.chars().take_while(char::is_ascii_digit).collect();
+    (!digits.is_empty() && digits.len() <= 20).then_some(digits)
 }
 
 /// `$PWD` when it leads to the working directory (it keeps the symbolic links that the person typed),
@@ -112,13 +170,7 @@ fn working_directory(env: &[(OsString, OsString)]) -> Result<PathBuf> {
 /// The caller's line, from the files; from `getent` when the site keeps its users elsewhere (a static
 /// program cannot load NSS modules); from the environment when nobody knows.
 fn user(uid: u32, env: &[(OsString, OsString)]) -> User {
-    let file = std::fs::read("/etc/passwd").unwrap_or_default();
-    if let Some(user) = passwd_line(&file, uid) {
-        return user;
-    }
-    if let Some(answer) = getent("passwd", uid)
-        && let Some(user) = passwd_line(&answer, uid)
-    {
+    if let Some(user) = known_user(uid) {
         return user;
     }
     let var = |name: &str| {
@@ -136,6 +188,12 @@ fn user(uid: u32, env: &[(OsString, OsString)]) -> User {
             .map_or_else(|| PathBuf::from("/"), PathBuf::from),
         shell: var("SHELL").unwrap_or_else(|| "/bin/sh".into()),
     }
+}
+
+/// The user of a number, when the user database has one.
+pub fn known_user(uid: u32) -> Option<User> {
+    let file = std::fs::read("/etc/passwd").unwrap_or_default();
+    passwd_line(&file, uid).or_else(|| passwd_line(&getent("passwd", uid)?, uid))
 }
 
 fn passwd_line(file: &[u8], uid: u32) -> Option<User> {

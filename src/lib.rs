@@ -21,6 +21,7 @@ pub mod gpu;
 pub mod host;
 pub mod image;
 pub mod instance;
+pub mod job;
 pub mod metadir;
 pub mod plan;
 pub mod proc;

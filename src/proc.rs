@@ -81,6 +81,12 @@ impl Held {
     }
 }
 
+impl From<Held> for OwnedFd {
+    fn from(held: Held) -> OwnedFd {
+        held.0
+    }
+}
+
 impl AsFd for Held {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()

@@ -9,8 +9,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "cmd",
         &[
-            "build", "engine", "exit", "gpu", "host", "image", "instance", "metadir", "plan",
-            "proc", "say", "sif",
+            "build", "engine", "exit", "gpu", "host", "image", "instance", "job", "metadir",
+            "plan", "proc", "say", "sif",
         ],
     ),
     ("build", &["image", "metadir", "sif"]),
@@ -23,6 +23,11 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "instance",
         &["engine", "exit", "host", "plan", "proc", "say"],
+    ),
+    // The supervisor of a job starts processes that become `capsid instance start`; it looks into no image.
+    (
+        "job",
+        &["engine", "exit", "host", "instance", "plan", "proc", "say"],
     ),
     ("image", &["metadir", "sif"]),
     ("gpu", &[]),

@@ -67,12 +67,12 @@ pub fn run_on(
             say::debug(format_args!("plan: {line}"));
         }
     }
-    let xdg = host.var("XDG_RUNTIME_DIR");
+    let xdg = host.runtime_home();
     let scratch = std::env::temp_dir();
     let network = network(&args, &scratch)?;
     // The cgroup goes with its last process; an empty one is removed by the next run.
     engine::cgroup::apply(&limits(&args, &host)?, limits_policy(&host)?, name)?;
-    engine::run(&planned.plan, xdg, network.as_ref())
+    engine::run(&planned.plan, xdg.as_deref(), network.as_ref())
 }
 
 /// The connection to the outside: asked for by `--publish`, or by `--net` without `--network none`.

@@ -299,7 +299,7 @@ fn subordinate_ids(host: &Host) -> Check {
 }
 
 fn runtime_directory(host: &Host) -> Check {
-    match runtime::open(host.uid, host.var("XDG_RUNTIME_DIR")) {
+    match runtime::open(host.uid, host.runtime_home().as_deref()) {
         Some(directory) => Check::new(
             "runtime directory",
             State::Ok,

@@ -12,6 +12,7 @@ pub mod explain;
 pub mod flags;
 pub mod inspect;
 pub mod instance;
+pub mod job;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -82,6 +83,7 @@ const COMMANDS: &[(&str, &str)] = &[
     ("exec", "Run a command within a container"),
     ("inspect", "Show what an image says about itself"),
     ("instance", "Manage containers running as services"),
+    ("job", "Services of Slurm jobs"),
     (
         "run",
         "Run the user-defined default command within a container",
@@ -158,6 +160,7 @@ pub fn main(args: &[OsString]) -> Result<u8> {
         }
         "inspect" => inspect::run(parse::<inspect::InspectArgs>("inspect", rest)?),
         "instance" => instance::run(rest, persona),
+        "job" => job::run(rest, persona),
         // As an older client writes them.
         name @ ("instance.start" | "instance.stop" | "instance.list") => {
             let mut words = vec![OsString::from(&name["instance.".len()..])];
@@ -447,7 +450,10 @@ fn matches(command: Command, name: &str, words: Vec<OsString>) -> Result<clap::A
     let usage = usage_line(name);
     let (table, own) = match name.strip_prefix("instance ") {
         Some(own) => (instance::COMMANDS, own),
-        None => (COMMANDS, name),
+        None => match name.strip_prefix("job ") {
+            Some(own) => (job::COMMANDS, own),
+            None => (COMMANDS, name),
+        },
     };
     let about = table.iter().find(|(n, _)| *n == own);
     let command = command
@@ -577,6 +583,7 @@ fn print_help(name: Option<&str>, persona: Persona) -> Result<()> {
             vec!["--help".into()],
         )?),
         Some("instance") => drop(instance::run(&["help".into()], persona)?),
+        Some("job") => drop(job::run(&["help".into()], persona)?),
         Some("doctor") => drop(matches(
             command::<doctor::DoctorArgs>("doctor"),
             "doctor",

@@ -1,7 +1,8 @@
 //! Instances are files: one record each, in the node's runtime directory, written by the instance's monitor.
 //!
 //! `$XDG_RUNTIME_DIR/capsid/instance.NAME`, else in `/run/user/UID/capsid` or `/tmp/capsid-UID` (see
-//! [`crate::engine::runtime`]); inside a Slurm job `instance-JOBID.NAME`, so that two jobs of a user may use the same name.
+//! [`crate::engine::runtime`]); inside a Slurm job `instance-JOBID.NAME`, so that two jobs of a user may use the same name, and
+//! in `/run/capsid/job-JOBID/capsid` where the administrator's Prolog has made that.
 //! A record names its processes by number and start time, and the boot: whatever happened to them, a stale record shows
 //! itself, is removed by whoever sees it, and never leads to a process of somebody else.
 
@@ -168,7 +169,7 @@ impl Registry {
     /// # Errors
     /// When no place on this node is fit for it.
     pub fn open(host: &Host) -> Result<Registry> {
-        let Some(directory) = runtime::open(host.uid, host.var("XDG_RUNTIME_DIR")) else {
+        let Some(directory) = runtime::open(host.uid, host.runtime_home().as_deref()) else {
             bail!(
                 "there is no place for the state of instances: neither $XDG_RUNTIME_DIR nor /run/user/{0} nor /tmp/capsid-{0} is a local \
                  directory of yours with mode 0700",
@@ -177,13 +178,18 @@ impl Registry {
         };
         Ok(Registry {
             directory,
-            job: job(host),
+            job: host.job(),
         })
     }
 
     /// For messages, and for what else belongs there.
     pub fn path(&self) -> &Path {
         &self.directory.path
+    }
+
+    /// The directory.
+    pub fn directory(&self) -> &Directory {
+        &self.directory
     }
 
     fn file_name(&self, name: &str) -> String {
@@ -311,20 +317,6 @@ impl Registry {
         let text = self.directory.read(file, MAX_RECORD)?;
         serde_json::from_slice(&text).ok()
     }
-}
-
-/// The Slurm job that this process is in: by its cgroup, else by the variable. Only digits are believed.
-fn job(host: &Host) -> Option<String> {
-    let cgroups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    let digits = |text: &str| {
-        let digits: String = text.chars().take_while(char::is_ascii_digit).collect();
-        (!digits.is_empty() && digits.len() <= 20).then_some(digits)
-    };
-    let in_cgroup = cgroups
-        .lines()
-        .filter(|line| line.contains("slurm"))
-        .find_map(|line| digits(line.split_once("/job_")?.1));
-    in_cgroup.or_else(|| digits(host.var("SLURM_JOB_ID")?.to_str()?))
 }
 
 /// Seconds since 1970.

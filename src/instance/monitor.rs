@@ -4,7 +4,7 @@
 //! It is the parent of the container's process 1, which dies with it; when process 1 ends, however, the monitor ends too.
 //! It stays in the host's namespaces and holds nothing of the caller's.
 
-use std::ffi::OsStr;
+use std::ffi::OsString;
 use std::io::Write as _;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -31,6 +31,8 @@ use crate::say;
 
 /// Bytes that a pipe of output gives at once.
 const CHUNK: usize = 16 << 10;
+/// How long an instance may take to stop when the job's supervisor has ended.
+const ORPHANED: Duration = Duration::from_secs(2);
 /// How long what an ended container said last is waited for.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
@@ -51,9 +53,11 @@ pub struct Spec<'a> {
     /// What to do with those that cannot be enforced.
     pub policy: Policy,
     /// `$XDG_RUNTIME_DIR`.
-    pub xdg: Option<&'a OsStr>,
+    pub xdg: Option<OsString>,
     /// The start waits until the service is ready: one that never will be is not left running.
     pub awaited: bool,
+    /// Hangs up when the job's supervisor has ended: the instance then ends too.
+    pub life: Option<OwnedFd>,
     /// The instance stays the caller's child, shows what its service says, and ends with it.
     pub foreground: bool,
 }
@@ -125,7 +129,8 @@ pub fn start(registry: &Registry, spec: Spec) -> Result<Report> {
         Fork::Parent(_) => Ok(Report(ours)),
         Fork::Child => {
             drop(ours);
-            let mut keep = [theirs.as_raw_fd(), registry.directory.fd().as_raw_fd()];
+            let mut keep = vec![theirs.as_raw_fd(), registry.directory.fd().as_raw_fd()];
+            keep.extend(spec.life.iter().map(|fd| fd.as_raw_fd()));
             keep.sort_unstable();
             sys::close_all_but(&keep);
             let tell = |message: &Message| {
@@ -189,6 +194,8 @@ pub fn run(registry: &Registry, mut spec: Spec, tell: &dyn Fn(&Message)) -> Resu
         lines: [Vec::new(), Vec::new()],
         said: Vec::new(),
         failure: None,
+        life: spec.life.take(),
+        orphaned: None,
         started: false,
         stop_asked: false,
         ooms: 0,
@@ -217,6 +224,10 @@ struct Monitor<'a> {
     said: Vec<u8>,
     /// Why the instance is no good.
     failure: Option<String>,
+    /// Hangs up when the job's supervisor has ended.
+    life: Option<OwnedFd>,
+    /// When the instance is killed, because it has.
+    orphaned: Option<Instant>,
     started: bool,
     stop_asked: bool,
     /// How often the kernel had killed for memory in our cgroup when the script began.
@@ -239,7 +250,7 @@ impl Monitor<'_> {
             out: out_end,
             err: err_end,
         };
-        let container = background::start(spec.plan, spec.service, streams, spec.xdg)?;
+        let container = background::start(spec.plan, spec.service, streams, spec.xdg.as_deref())?;
         self.record.init = Id::of(container.pid);
         self.container = Some(container);
         if !self.foreground {
@@ -299,10 +310,13 @@ impl Monitor<'_> {
             let Some(container) = &self.container else {
                 return Ok(());
             };
-            let timeout = deadline.map_or(PollTimeout::NONE, |at: Instant| {
-                let left = at.saturating_duration_since(Instant::now());
-                PollTimeout::try_from(left.as_millis()).unwrap_or(PollTimeout::MAX)
-            });
+            let timeout = deadline
+                .or(self.orphaned)
+                .map_or(PollTimeout::NONE, |at: Instant| {
+                    let left = at.saturating_duration_since(Instant::now());
+                    PollTimeout::try_from(left.as_micros().div_ceil(1000))
+                        .unwrap_or(PollTimeout::MAX)
+                });
             let mut set = vec![
                 PollFd::new(signals.as_fd(), PollFlags::POLLIN),
                 PollFd::new(container.held.as_fd(), PollFlags::POLLIN),
@@ -318,6 +332,12 @@ impl Monitor<'_> {
             if deadline.is_none() {
                 let life = container.lives.iter();
                 set.extend(life.map(|fd| PollFd::new(fd.as_fd(), PollFlags::empty())));
+            }
+            let ours = set.len();
+            if deadline.is_none() && self.orphaned.is_none() {
+                // A pipe that is closed, or a process that has ended.
+                let life = self.life.iter();
+                set.extend(life.map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
             }
             match poll(&mut set, timeout) {
                 Ok(0) if deadline.is_some() => return Ok(()),
@@ -338,8 +358,14 @@ impl Monitor<'_> {
                 // It is ending: its end of the socket is closed before it can be waited for.
                 container_ends(self.container.as_ref());
             }
-            if happened[lives..].contains(&true) {
+            if happened[lives..ours].contains(&true) {
                 self.fail("the image server was killed");
+            }
+            if happened[ours..].contains(&true) {
+                self.orphaned = Some(Instant::now() + ORPHANED);
+                self.ask_to_stop();
+            } else if self.orphaned.is_some_and(|at| at <= Instant::now()) {
+                self.fail("the supervisor of the job has ended");
             }
             if happened[0] {
                 while let Ok(Some(_)) = signals.read_signal() {}

@@ -6,11 +6,13 @@
 
 pub mod bind;
 pub mod env;
+pub mod hostlist;
 pub mod identity;
 pub mod limits;
 pub mod mounts;
 pub mod process;
 pub mod service;
+pub mod services;
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};

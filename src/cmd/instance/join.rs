@@ -51,6 +51,9 @@ const OF_THE_CONTAINER: [&str; 31] = [
 /// When there is no such instance, or the options are about the container.
 pub fn run(verb: &str, args: &ActionArgs, host: &Host, name: &str) -> Result<u8> {
     let registry = Registry::open(host)?;
+    if registry.job.is_some() {
+        crate::job::await_ready(&registry, name)?;
+    }
     let Some((record, held)) = registry.find(name) else {
         bail!("no instance found with name {name}");
     };

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::net::ToSocketAddrs as _;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -12,6 +13,7 @@ use crate::cmd::{Usage, action};
 use crate::host::{Host, normalise};
 use crate::instance::monitor::{self, Message, Report, Spec};
 use crate::instance::{Container, Record, Registry, Script, control, logs, now_s};
+use crate::job::client;
 use crate::plan::service::{Ready, is_name, parse_port, parse_restart};
 use crate::plan::{self, Service, limits};
 use crate::proc;
@@ -24,15 +26,49 @@ use crate::{exit, image, say};
 pub fn run(verb: &str, words: &[OsString]) -> Result<u8> {
     let host = Host::read()?;
     let command = format!("instance {verb}");
-    let (mut args, words) = crate::cmd::parse_with_image::<StartArgs>(&command, words, &host, 2)?;
+    let (args, name) = parse(&command, words, &host)?;
+    if args.foreground {
+        return start(verb, &name, args, host, None);
+    }
+    let mut life = None;
+    if host.in_job() {
+        let registry = Registry::open(&host)?;
+        if let Some(supervisor) = client::find(&registry) {
+            let mut all = vec![OsString::from(verb)];
+            all.extend_from_slice(words);
+            return supervisor.start(&host, &all);
+        }
+        if host.in_numbered_step() {
+            say::warn(format_args!(
+                "instance {name} ends with this step: start it in the batch script itself, without srun, or run capsid job services there first"
+            ));
+        }
+        // Where Slurm does not end what a step leaves behind, the instance does it by itself.
+        life = client::step_daemon().map(OwnedFd::from);
+    }
+    start(verb, &name, args, host, life)
+}
+
+/// The same in a process that the supervisor of a job has made: the instance ends when `life` hangs up.
+///
+/// # Errors
+/// As [`run`].
+pub fn spawned(verb: &str, words: &[OsString], life: OwnedFd) -> Result<u8> {
+    let host = Host::read()?;
+    let (args, name) = parse(&format!("instance {verb}"), words, &host)?;
+    start(verb, &name, args, host, Some(life))
+}
+
+fn parse(command: &str, words: &[OsString], host: &Host) -> Result<(StartArgs, String)> {
+    let (mut args, words) = crate::cmd::parse_with_image::<StartArgs>(command, words, host, 2)?;
     let mut words = words.into_iter();
     args.action.image = words.next().unwrap_or_default();
     let name = words.next().unwrap_or_default();
     args.action.rest = words.collect();
-    start(verb, &name.to_string_lossy(), args, host)
+    Ok((args, name.to_string_lossy().into_owned()))
 }
 
-fn start(verb: &str, name: &str, args: StartArgs, host: Host) -> Result<u8> {
+fn start(verb: &str, name: &str, args: StartArgs, host: Host, life: Option<OwnedFd>) -> Result<u8> {
     refuse(name, &args)?;
     let patience = args.wait.as_deref().map(seconds).transpose()?;
     let action = &args.action;
@@ -78,7 +114,8 @@ fn start(verb: &str, name: &str, args: StartArgs, host: Host) -> Result<u8> {
         network,
         limits: action::limits(action, &host)?,
         policy: action::limits_policy(&host)?,
-        xdg: host.var("XDG_RUNTIME_DIR"),
+        xdg: host.runtime_home(),
+        life,
         awaited: patience.is_some() && service.ready.is_declared(),
         foreground: args.foreground,
     };

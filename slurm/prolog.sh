@@ -1,0 +1,16 @@
+#!/bin/sh
+# Capsid's part of Slurm's Prolog (root): makes /run/capsid/job-ID for the job and starts its supervisor as the user.
+# Exits 0 whatever happens: a job without services is better than a drained node. Trouble: syslog, /run/capsid/trouble.
+set -uf
+PATH=/usr/sbin:/usr/bin:/sbin:/bin
+CAPSID=/usr/local/bin/capsid
+cd /
+for n in "${SLURM_JOB_ID:-x}" "${SLURM_JOB_UID:-x}" "${SLURM_JOB_GID:-x}"; do
+    case $n in *[!0-9]* | '') exit 0 ;; esac
+done
+# The comment and the directory are the user's words: data for the supervisor, which reads them as the user.
+/usr/bin/timeout -k 2 20 /usr/bin/env -i SLURM_CONF="${SLURM_CONF:-/etc/slurm/slurm.conf}" \
+    SLURM_JOB_NODELIST="${SLURM_NODELIST:-${SLURM_JOB_NODELIST:-}}" SLURMD_NODENAME="${SLURMD_NODENAME:-}" \
+    CAPSID_JOB_COMMENT="${SLURM_JOB_COMMENT:-}" CAPSID_JOB_DIRECTORY="${SLURM_JOB_WORK_DIR:-}" \
+    "$CAPSID" job begin --job "$SLURM_JOB_ID" --uid "$SLURM_JOB_UID" --gid "$SLURM_JOB_GID" </dev/null >/dev/null 2>&1
+exit 0

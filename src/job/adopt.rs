@@ -1,0 +1,118 @@
+//! Putting a process into a job's extern step, which lives as long as the job. Root's work.
+//!
+//! The extern step appears right after the Prolog has ended, so this is done by a helper that the Prolog leaves behind.
+
+use std::path::{Path, PathBuf};
+
+/// How Slurm follows the processes of a job, as far as it matters here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tracking {
+    /// By cgroup: the extern step exists, and what is outside of it is not in the job.
+    Cgroup,
+    /// By parent or process group: there is nothing to enter.
+    None,
+}
+
+/// Reads it from Slurm's configuration; by cgroup when nothing else is said.
+pub fn tracking(slurm_conf: Option<&Path>) -> Tracking {
+    let path = slurm_conf.unwrap_or(Path::new("/etc/slurm/slurm.conf"));
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let set = text.lines().find_map(|line| {
+        let (key, value) = line.split_once('=')?;
+        key.trim()
+            .eq_ignore_ascii_case("ProctrackType")
+            .then(|| value.trim().to_ascii_lowercase())
+    });
+    match set {
+        Some(kind) if !kind.starts_with("proctrack/cgroup") => Tracking::None,
+        _ => Tracking::Cgroup,
+    }
+}
+
+/// The mount points of all cgroup hierarchies.
+fn hierarchies() -> Vec<PathBuf> {
+    let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let mut found: Vec<PathBuf> = text
+        .lines()
+        .filter(|line| line.contains(" - cgroup ") || line.contains(" - cgroup2 "))
+        .filter_map(|line| line.split(' ').nth(4).map(PathBuf::from))
+        .collect();
+    found.sort();
+    found.dedup();
+    found
+}
+
+fn children(path: &Path, fits: &dyn Fn(&str) -> bool) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
+    entries
+        .filter(|e| {
+            e.file_type().is_ok_and(|t| t.is_dir()) && e.file_name().to_str().is_some_and(fits)
+        })
+        .map(|e| e.path())
+        .collect()
+}
+
+/// The directories of a job in every hierarchy: `slurm*/uid_U/job_J` (v1) and `*slurmstepd.scope/job_J` (v2).
+pub fn job_directories(job: u32, uid: u32) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for top in hierarchies() {
+        for slurm in children(&top, &|n| n.starts_with("slurm")) {
+            found.push(slurm.join(format!("uid_{uid}/job_{job}")));
+        }
+        for slice in [top.join("system.slice"), top.clone()] {
+            for scope in children(&slice, &|n| n.ends_with("slurmstepd.scope")) {
+                found.push(scope.join(format!("job_{job}")));
+            }
+        }
+    }
+    found.retain(|path| path.is_dir());
+    found
+}
+
+/// The files that take a process into the extern step of a job, one for each hierarchy.
+pub fn doors(job: u32, uid: u32) -> Vec<PathBuf> {
+    let doors = job_directories(job, uid)
+        .into_iter()
+        .filter_map(|directory| {
+            let step = directory.join("step_extern");
+            // Version 2 allows processes in leaves only. In version 1 the step's directory is the user's, who may make others
+            // below it: nothing but the step itself is entered.
+            let v1 = directory
+                .parent()
+                .is_some_and(|p| p.ends_with(format!("uid_{uid}")));
+            let door = step.join(if v1 {
+                "cgroup.procs"
+            } else {
+                "user/task_special/cgroup.procs"
+            });
+            door.is_file().then_some(door)
+        });
+    doors.collect()
+}
+
+/// Processes below a directory of a job.
+pub fn processes(directory: &Path) -> Vec<i32> {
+    let mut pids = Vec::new();
+    visit(directory, 0, &mut |path| {
+        let text = std::fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
+        pids.extend(text.lines().filter_map(|l| l.parse::<i32>().ok()));
+    });
+    pids
+}
+
+/// Removes what is empty below a directory of a job, and itself.
+pub fn remove(directory: &Path) {
+    visit(directory, 0, &mut |path| {
+        let _ = std::fs::remove_dir(path);
+    });
+}
+
+/// Children first. A user can make directories below a step; the depth is bounded.
+fn visit(path: &Path, depth: usize, each: &mut dyn FnMut(&Path)) {
+    if depth < 16 {
+        for child in children(path, &|_| true).iter().take(1000) {
+            visit(child, depth + 1, each);
+        }
+    }
+    each(path);
+}

@@ -1,0 +1,650 @@
+//! Root's part, for the Prolog and the Epilog: as little as possible. It takes numbers only; it runs, reads and enters
+//! nothing of the user's; what has to be done in the user's directory is done by a process that has become the user; every
+//! wait is bounded.
+
+use std::ffi::OsString;
+use std::io::Write as _;
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::SigSet;
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags};
+use rustix::process::Signal;
+use serde::{Deserialize, Serialize};
+
+use super::adopt::{self, Tracking};
+use crate::engine::sys::{self, Fork};
+use crate::host::{self, JOBS};
+use crate::proc::{self, Held};
+
+/// How long the Prolog waits for the supervisor's socket.
+const LISTENING: Duration = Duration::from_secs(4);
+/// How long the helper waits for the extern step.
+const ADOPTION: Duration = Duration::from_secs(10);
+/// How long a supervisor may take to stop its instances when the Epilog asks.
+const STOPPING: Duration = Duration::from_secs(6);
+/// How long the user's own tidying may take.
+const TIDYING: Duration = Duration::from_secs(5);
+/// Entries that are removed from a job's directory at most.
+const MAX_ENTRIES: usize = 10_000;
+/// Programs that are executed, with no others.
+const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+
+/// A job on this node.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Job {
+    /// Its number.
+    pub id: u32,
+    /// The user.
+    pub uid: u32,
+    /// The user's group.
+    pub gid: u32,
+}
+
+/// What root remembers of a job: in a file that only root can write, beside the user's directory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Memory {
+    job: Job,
+    boot: String,
+    supervisor: Option<proc::Id>,
+    since_s: i64,
+}
+
+/// `/run/capsid`, checked and open.
+struct Top(OwnedFd);
+
+impl Top {
+    fn open(make: bool) -> Result<Option<Top>> {
+        if make {
+            match rustix::fs::mkdir(JOBS, Mode::from_bits_truncate(0o755)) {
+                Ok(()) => {
+                    rustix::fs::chmod(JOBS, Mode::from_bits_truncate(0o755)).context("chmod")?
+                }
+                Err(rustix::io::Errno::EXIST) => {}
+                Err(error) => return Err(error).with_context(|| format!("cannot make {JOBS}")),
+            }
+        }
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = match rustix::fs::open(JOBS, flags, Mode::empty()) {
+            Err(rustix::io::Errno::NOENT) => return Ok(None),
+            other => other.with_context(|| format!("cannot open {JOBS}"))?,
+        };
+        let stat = rustix::fs::fstat(&fd).context("stat")?;
+        if stat.st_uid != 0 || stat.st_mode & 0o022 != 0 {
+            bail!("{JOBS} can be changed by others than root: remove it");
+        }
+        Ok(Some(Top(fd)))
+    }
+
+    fn remember(&self, memory: &Memory) -> Result<()> {
+        let (name, draft) = (
+            format!("job-{}.root", memory.job.id),
+            format!("job-{}.new", memory.job.id),
+        );
+        let _ = rustix::fs::unlinkat(&self.0, &draft, AtFlags::empty());
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::openat(&self.0, &draft, flags, Mode::RUSR | Mode::WUSR)
+            .context("cannot write a job's memory")?;
+        let text = serde_json::to_vec(memory).context("a job's memory")?;
+        std::fs::File::from(fd)
+            .write_all(&text)
+            .context("cannot write a job's memory")?;
+        rustix::fs::renameat(&self.0, &draft, &self.0, &name).context("cannot write a job's memory")
+    }
+
+    fn memory(&self, id: u32) -> Option<Memory> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd =
+            rustix::fs::openat(&self.0, format!("job-{id}.root"), flags, Mode::empty()).ok()?;
+        let file = std::fs::File::from(fd);
+        let meta = file.metadata().ok()?;
+        (meta.is_file() && meta.uid() == 0 && meta.len() < 1 << 16)
+            .then(|| serde_json::from_reader(file).ok())?
+    }
+
+    fn forget(&self, id: u32) {
+        let _ = rustix::fs::unlinkat(&self.0, format!("job-{id}.root"), AtFlags::empty());
+    }
+
+    /// The jobs that there is something of.
+    fn jobs(&self) -> Vec<u32> {
+        let entries = rustix::fs::Dir::read_from(&self.0)
+            .into_iter()
+            .flatten()
+            .flatten();
+        let mut ids: Vec<u32> = entries
+            .filter_map(|e| {
+                let name = e
+                    .file_name()
+                    .to_str()
+                    .ok()?
+                    .strip_prefix("job-")?
+                    .to_owned();
+                name.strip_suffix(".root").unwrap_or(&name).parse().ok()
+            })
+            .collect();
+        ids.sort_unstable();
+        ids.dedup();
+        ids
+    }
+}
+
+/// What the Prolog gives beside the numbers: data for the supervisor, not looked at here.
+pub struct Declaration {
+    /// Variables of the supervisor's environment.
+    pub env: Vec<(OsString, OsString)>,
+    /// Slurm's configuration, root's file.
+    pub slurm_conf: Option<PathBuf>,
+}
+
+/// Makes the job's directory, and starts its supervisor as the user; leaves a helper that puts that into the job.
+///
+/// # Errors
+/// When it cannot be done. Then the job goes on without.
+pub fn begin(job: Job, declaration: &Declaration) -> Result<()> {
+    if job.uid == 0 || job.gid == 0 {
+        bail!("job {} is root's: root has no services", job.id);
+    }
+    let user = host::known_user(job.uid)
+        .with_context(|| format!("user {} of job {} is not known here", job.uid, job.id))?;
+    let top = Top::open(true)?.context("there is no /run")?;
+    sweep_others(&top, job.id);
+    end_in(&top, job.id)?;
+    let name = format!("job-{}", job.id);
+    rustix::fs::mkdirat(&top.0, &name, Mode::RWXU)
+        .with_context(|| format!("cannot make {JOBS}/{name}"))?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let directory =
+        rustix::fs::openat(&top.0, &name, flags, Mode::empty()).context("the job's directory")?;
+    let (uid, gid) = (
+        rustix::fs::Uid::from_raw(job.uid),
+        rustix::fs::Gid::from_raw(job.gid),
+    );
+    rustix::fs::fchown(&directory, Some(uid), Some(gid)).context("the job's directory")?;
+    rustix::fs::fchmod(&directory, Mode::RWXU).context("the job's directory")?;
+
+    let pipe = || {
+        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).context("cannot create a pipe")
+    };
+    let ((adopted, adopt), (listens, listening)) = (pipe()?, pipe()?);
+    let pid = match sys::fork()? {
+        Fork::Parent(pid) => pid.as_raw(),
+        Fork::Child => {
+            let become_supervisor = || -> Result<std::convert::Infallible> {
+                detach()?;
+                sys::inherit(&adopted)?;
+                sys::inherit(&listening)?;
+                let mut command = as_user(job);
+                command
+                    .args([
+                        "job",
+                        "supervise",
+                        "--adopted",
+                        &adopted.as_raw_fd().to_string(),
+                    ])
+                    .args(["--listening", &listening.as_raw_fd().to_string()])
+                    .envs(declaration.env.iter().map(|(k, v)| (k, v)))
+                    .env("SLURM_JOB_ID", job.id.to_string())
+                    .env("HOME", &user.home)
+                    .env("USER", &user.name)
+                    .env("LOGNAME", &user.name)
+                    .env("SHELL", &user.shell);
+                Err(command.exec()).context("setpriv")
+            };
+            let Err(error) = become_supervisor();
+            trouble(&format!(
+                "job {}: cannot start its supervisor: {error:#}",
+                job.id
+            ));
+            sys::exit_now(1)
+        }
+    };
+    drop((adopted, listening));
+    let supervisor = proc::Id::of(pid);
+    top.remember(&Memory {
+        job,
+        boot: proc::boot_id(),
+        supervisor,
+        since_s: crate::instance::now_s(),
+    })?;
+    let held = supervisor
+        .and_then(proc::Id::hold)
+        .context("the supervisor ended at once")?;
+    leave_helper(
+        job,
+        &held,
+        pid,
+        adopt,
+        adopt::tracking(declaration.slurm_conf.as_deref()),
+    )?;
+    if !readable(&listens, LISTENING) {
+        bail!(
+            "the supervisor of job {} does not listen after {} s",
+            job.id,
+            LISTENING.as_secs()
+        );
+    }
+    let mut byte = [0];
+    if rustix::io::read(&listens, &mut byte) != Ok(1) {
+        bail!("the supervisor of job {} ended before it listened", job.id);
+    }
+    Ok(())
+}
+
+/// This program, as the job's user, with an environment of its own.
+fn as_user(job: Job) -> Command {
+    let setpriv = ["/usr/bin/setpriv", "/bin/setpriv"]
+        .into_iter()
+        .find(|p| Path::new(p).exists());
+    let own = std::fs::read_link("/proc/self/exe")
+        .unwrap_or_else(|_| PathBuf::from("/usr/local/bin/capsid"));
+    let mut command = Command::new(setpriv.unwrap_or("/usr/bin/setpriv"));
+    command
+        .args([
+            "--reuid",
+            &job.uid.to_string(),
+            "--regid",
+            &job.gid.to_string(),
+        ])
+        // The bounding set stays: newuidmap needs it.
+        .args(["--init-groups", "--inh-caps=-all", "--"])
+        .arg(own)
+        .env_clear()
+        .env("PATH", PATH)
+        .env("LANG", "C.UTF-8")
+        .current_dir("/");
+    command
+}
+
+fn detach() -> Result<()> {
+    nix::unistd::setsid().context("cannot create a session")?;
+    SigSet::empty()
+        .thread_set_mask()
+        .context("cannot unblock signals")?;
+    sys::default_signals();
+    // Slurm reads our output to its end.
+    sys::detach_standard_descriptors();
+    rustix::process::umask(Mode::from_bits_truncate(0o077));
+    rustix::process::chdir("/").context("cannot enter /")
+}
+
+/// Leaves a process behind that puts the supervisor into the job's extern step, and then tells it so.
+fn leave_helper(
+    job: Job,
+    supervisor: &Held,
+    pid: i32,
+    adopt: OwnedFd,
+    tracking: Tracking,
+) -> Result<()> {
+    let (alive, sign) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+        .context("cannot create a pipe")?;
+    match sys::fork()? {
+        Fork::Parent(_) => {
+            drop((sign, adopt));
+            // Before it has a session of its own, the end of the Prolog would kill it.
+            if !readable(&alive, Duration::from_secs(2)) {
+                bail!("the helper of job {} does not start", job.id);
+            }
+            Ok(())
+        }
+        Fork::Child => {
+            let mut keep = [
+                adopt.as_raw_fd(),
+                sign.as_raw_fd(),
+                supervisor.as_fd().as_raw_fd(),
+            ];
+            keep.sort_unstable();
+            sys::close_all_but(&keep);
+            let done = detach().and_then(|()| {
+                sys::set_title(&format!("capsid-adopt: {}", job.id));
+                drop(sign);
+                match tracking {
+                    Tracking::None => Ok(()),
+                    Tracking::Cgroup => enter(job, supervisor, pid),
+                }
+            });
+            match done {
+                Ok(()) => drop(rustix::io::write(&adopt, b"1")),
+                Err(error) => {
+                    // Outside of the job it would have no limits.
+                    supervisor.signal(Signal::KILL);
+                    trouble(&format!("job {}: {error:#}", job.id));
+                }
+            }
+            sys::exit_now(0)
+        }
+    }
+}
+
+fn enter(job: Job, supervisor: &Held, pid: i32) -> Result<()> {
+    let end = Instant::now() + ADOPTION;
+    loop {
+        let doors = adopt::doors(job.id, job.uid);
+        for door in &doors {
+            // It is held: its number is its own as long as it lives.
+            if !supervisor.is_alive() {
+                bail!("its supervisor has ended");
+            }
+            std::fs::write(door, pid.to_string())
+                .with_context(|| format!("cannot adopt its supervisor: {}", door.display()))?;
+        }
+        if !doors.is_empty() {
+            return Ok(());
+        }
+        if Instant::now() >= end || !supervisor.is_alive() {
+            bail!(
+                "no extern step within {} s, so its services cannot be part of it: is PrologFlags=Contain set?",
+                ADOPTION.as_secs()
+            );
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn readable(fd: &impl AsFd, limit: Duration) -> bool {
+    let end = Instant::now() + limit;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let timeout = PollTimeout::try_from(left.as_millis()).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], timeout) {
+            Err(nix::Error::EINTR) => {}
+            other => return other.is_ok_and(|n| n > 0),
+        }
+    }
+}
+
+/// Ends what is left of a job, and removes its directory. Can be repeated.
+///
+/// # Errors
+/// When something of it stays.
+pub fn end(id: u32) -> Result<()> {
+    let Some(top) = Top::open(false)? else {
+        return Ok(());
+    };
+    let done = end_in(&top, id);
+    sweep_others(&top, id);
+    done
+}
+
+/// Ends what is left of jobs that this node does not know any more.
+///
+/// # Errors
+/// When the directory cannot be trusted.
+pub fn sweep() -> Result<()> {
+    if let Some(top) = Top::open(false)? {
+        sweep_others(&top, 0);
+    }
+    Ok(())
+}
+
+fn sweep_others(top: &Top, own: u32) {
+    let others: Vec<u32> = top.jobs().into_iter().filter(|id| *id != own).collect();
+    if others.is_empty() {
+        return;
+    }
+    let known = known_jobs();
+    // Time is short: what is not reached now is reached the next time.
+    let end = Instant::now() + Duration::from_secs(10);
+    for id in others.into_iter().filter(|id| !known.contains(id)) {
+        // Between its Prolog and its extern step nothing of Slurm runs for a job.
+        let young = top.memory(id).is_some_and(|m| {
+            m.boot == proc::boot_id() && (0..120).contains(&(crate::instance::now_s() - m.since_s))
+        });
+        if young || Instant::now() > end {
+            continue;
+        }
+        if let Err(error) = end_in(top, id) {
+            trouble(&format!("job {id}, which is over: {error:#}"));
+        }
+    }
+}
+
+/// The jobs that Slurm has a step of on this node: by root's own processes `slurmstepd: [JOB.STEP]`.
+fn known_jobs() -> Vec<u32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let numbered = entries.filter(|e| {
+        e.file_name()
+            .to_str()
+            .is_some_and(|n| n.parse::<i32>().is_ok())
+    });
+    let job = |entry: std::fs::DirEntry| {
+        if entry.metadata().ok()?.uid() != 0 {
+            return None;
+        }
+        let line = std::fs::read(entry.path().join("cmdline")).ok()?;
+        let line = String::from_utf8_lossy(&line).into_owned();
+        let id = line
+            .strip_prefix("slurmstepd: [")?
+            .split(['.', ']'])
+            .next()?;
+        id.parse().ok()
+    };
+    numbered.filter_map(job).collect()
+}
+
+fn end_in(top: &Top, id: u32) -> Result<()> {
+    let name = format!("job-{id}");
+    let there = rustix::fs::statat(&top.0, &name, AtFlags::SYMLINK_NOFOLLOW).is_ok();
+    let memory = top.memory(id);
+    if !there && memory.is_none() {
+        return Ok(());
+    }
+    let supervisor = memory
+        .as_ref()
+        .filter(|m| m.boot == proc::boot_id())
+        .and_then(|m| m.supervisor?.hold());
+    if let Some(supervisor) = supervisor {
+        supervisor.signal(Signal::TERM);
+        supervisor.signal(Signal::CONT);
+        if !supervisor.wait(STOPPING) {
+            supervisor.signal(Signal::KILL);
+            supervisor.wait(Duration::from_secs(2));
+        }
+    }
+    let mut left = Vec::new();
+    if let Some(memory) = &memory {
+        end_processes(memory.job);
+        if there && !is_empty(top, &name) {
+            tidy_as_user(memory.job);
+        }
+        for directory in adopt::job_directories(memory.job.id, memory.job.uid) {
+            adopt::remove(&directory);
+        }
+    }
+    if there {
+        unmount_below(top, &name);
+        if rustix::fs::unlinkat(&top.0, &name, AtFlags::REMOVEDIR).is_err() {
+            let mut budget = MAX_ENTRIES;
+            remove_tree(&top.0, &name, None, 0, &mut budget);
+        }
+        if rustix::fs::statat(&top.0, &name, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
+            left.push(format!("{JOBS}/{name} cannot be removed"));
+        }
+    }
+    if !left.is_empty() {
+        bail!("{}", left.join("; "));
+    }
+    top.forget(id);
+    Ok(())
+}
+
+fn is_empty(top: &Top, name: &str) -> bool {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let Ok(fd) = rustix::fs::openat(&top.0, name, flags, Mode::empty()) else {
+        return true;
+    };
+    rustix::fs::Dir::read_from(&fd).is_ok_and(|entries| {
+        entries
+            .flatten()
+            .all(|e| matches!(e.file_name().to_bytes(), b"." | b".."))
+    })
+}
+
+/// Kills what is left in the job's own cgroups: held first, then looked at, then killed.
+fn end_processes(job: Job) {
+    let end = Instant::now() + Duration::from_secs(3);
+    loop {
+        let mut found = 0;
+        for directory in adopt::job_directories(job.id, job.uid) {
+            for pid in adopt::processes(&directory) {
+                let Some(held) = proc::Id::of(pid).and_then(proc::Id::hold) else {
+                    continue;
+                };
+                let user =
+                    std::fs::metadata(format!("/proc/{pid}")).is_ok_and(|m| m.uid() == job.uid);
+                let cgroups =
+                    std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+                let inside = cgroups.contains(&format!("/job_{}/", job.id));
+                if user && inside {
+                    held.signal(Signal::KILL);
+                    found += 1;
+                }
+            }
+        }
+        if found == 0 || Instant::now() >= end {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// Lets the user end the instances that records name, and remove what is in the directory.
+fn tidy_as_user(job: Job) {
+    let mut command = as_user(job);
+    command
+        .args(["job", "tidy"])
+        .env("SLURM_JOB_ID", job.id.to_string())
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let Ok(mut child) = command.spawn() else {
+        return;
+    };
+    let held = i32::try_from(child.id()).ok().and_then(Held::child);
+    if held.is_none_or(|held| !held.wait(TIDYING)) {
+        let _ = child.kill();
+        trouble(&format!(
+            "job {}: tidying up as the user took too long",
+            job.id
+        ));
+    } else {
+        let _ = child.wait();
+    }
+}
+
+/// Detaches what is mounted below a job's directory. No symbolic link is followed.
+fn unmount_below(top: &Top, name: &str) {
+    let prefix = format!("{JOBS}/{name}/");
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let points = mounts
+        .lines()
+        .rev()
+        .filter_map(|l| l.split(' ').nth(4)?.strip_prefix(&prefix));
+    for point in points {
+        // Blanks and the like are written in octal.
+        let path = format!("{name}/{}", unescape(point));
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::BENEATH;
+        if let Ok(fd) = rustix::fs::openat2(&top.0, path, flags, Mode::empty(), resolve) {
+            let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+            let _ = rustix::mount::unmount(path, rustix::mount::UnmountFlags::DETACH);
+        }
+    }
+}
+
+fn unescape(text: &str) -> String {
+    let mut out = Vec::new();
+    let bytes = text.as_bytes();
+    let mut at = 0;
+    while at < bytes.len() {
+        let octal = bytes
+            .get(at + 1..at + 4)
+            .and_then(|d| std::str::from_utf8(d).ok());
+        match octal.and_then(|d| u8::from_str_radix(d, 8).ok()) {
+            Some(byte) if bytes[at] == b'\\' => {
+                out.push(byte);
+                at += 4;
+            }
+            _ => {
+                out.push(bytes[at]);
+                at += 1;
+            }
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}
+
+/// Removes a tree by descriptors: no link is followed, no mount entered, no more than so many entries.
+fn remove_tree(
+    parent: &OwnedFd,
+    name: &str,
+    device: Option<u64>,
+    depth: usize,
+    budget: &mut usize,
+) {
+    let flags =
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let Ok(fd) = rustix::fs::openat(parent, name, flags, Mode::empty()) else {
+        return;
+    };
+    let Ok(stat) = rustix::fs::fstat(&fd) else {
+        return;
+    };
+    if device.is_some_and(|d| d != stat.st_dev) || depth > 32 {
+        return;
+    }
+    let entries = rustix::fs::Dir::read_from(&fd)
+        .into_iter()
+        .flatten()
+        .flatten();
+    for entry in entries {
+        let Ok(name) = entry.file_name().to_str() else {
+            let _ = rustix::fs::unlinkat(&fd, entry.file_name(), AtFlags::empty());
+            continue;
+        };
+        if name == "." || name == ".." {
+            continue;
+        }
+        if *budget == 0 {
+            return;
+        }
+        *budget -= 1;
+        let kind = rustix::fs::statat(&fd, name, AtFlags::SYMLINK_NOFOLLOW)
+            .map(|s| FileType::from_raw_mode(s.st_mode));
+        if kind == Ok(FileType::Directory) {
+            remove_tree(&fd, name, Some(stat.st_dev), depth + 1, budget);
+        } else {
+            let _ = rustix::fs::unlinkat(&fd, name, AtFlags::empty());
+        }
+    }
+    let _ = rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR);
+}
+
+/// What went wrong, for the administrator: to the system's log, and as the last lines of `/run/capsid/trouble`.
+pub fn trouble(text: &str) {
+    let text = crate::say::plain(text).replace('\n', " ");
+    if let Ok(socket) = std::os::unix::net::UnixDatagram::unbound() {
+        let _ = socket.set_nonblocking(true);
+        // Facility daemon, severity warning.
+        let _ = socket.send_to(format!("<28>capsid: {text}").as_bytes(), "/dev/log");
+    }
+    let Ok(Some(top)) = Top::open(false) else {
+        return;
+    };
+    let flags =
+        OFlags::WRONLY | OFlags::CREATE | OFlags::APPEND | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    if let Ok(fd) = rustix::fs::openat(&top.0, "trouble", flags, Mode::from_bits_truncate(0o644)) {
+        let mut file = std::fs::File::from(fd);
+        if file.metadata().is_ok_and(|m| m.len() > 64 << 10) {
+            let _ = file.set_len(0);
+        }
+        let _ = writeln!(file, "{} {text}", crate::instance::now_s());
+    }
+}

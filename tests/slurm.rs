@@ -1,0 +1,590 @@
+//! Services of Slurm jobs, with real Slurm: `tests/slurm-cluster` starts it, as root, before (`tests/run` does).
+//!
+//! Three clusters of two nodes: `cgroup` and `linuxproc` (how Slurm follows processes) with the scripts of `slurm/`, and
+//! `bare` without. A cluster that is not there makes the tests fail.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use common::{Env, Output, output, script, write};
+
+/// Answers by HTTP on `$PORT`, and says when it is asked to stop.
+const SERVICE: &str = "#!/bin/sh
+echo started \"$@\"
+trap 'echo stopping; sleep 0.2; echo stopped; exit 0' TERM INT
+if [ -n \"$PORT\" ]; then httpd -f -p $PORT -h /opt & fi
+while :; do sleep 0.05; done
+";
+
+/// A cluster, and a directory with an image for jobs in it.
+struct Slurm {
+    cluster: &'static str,
+    top: PathBuf,
+    env: Env,
+    image: String,
+}
+
+impl Slurm {
+    fn new(cluster: &'static str) -> Slurm {
+        let top = std::env::var_os("CAPSID_SLURM")
+            .expect("CAPSID_SLURM is not set: run tests/run as root, or tests/slurm-cluster");
+        let env = Env::new();
+        let tree = env.tree("tree");
+        script(&tree.join(".singularity.d/startscript"), SERVICE);
+        let image = env.sif(&tree, "service.sif").display().to_string();
+        let slurm = Slurm {
+            cluster,
+            top: top.into(),
+            env,
+            image,
+        };
+        let up = slurm.run(&["sinfo", "-h", "-N", "-o", "%t"]);
+        assert_eq!(
+            up.ok().lines().count(),
+            2,
+            "the cluster {cluster} is not up: {up}"
+        );
+        slurm
+    }
+
+    /// A command of Slurm, as the user.
+    fn command(&self, words: &[&str]) -> Command {
+        let mut command = self.env.command_as(Path::new(words[0]), &words[1..]);
+        command
+            .env("SLURM_CONF", self.top.join(self.cluster).join("slurm.conf"))
+            .env("APPTAINER_CONFIGDIR", self.env.path("config"))
+            .env("CAPSID", env!("CARGO_BIN_EXE_capsid"))
+            .env("IMAGE", &self.image);
+        if self.cluster == "bare" {
+            // Each node has its own /run/user, as different machines do.
+            command.env_remove("XDG_RUNTIME_DIR");
+        }
+        command
+    }
+
+    fn run(&self, words: &[&str]) -> Output {
+        let mut all = vec!["timeout", "100"];
+        all.extend_from_slice(words);
+        output(&mut self.command(&all))
+    }
+
+    /// Submits a batch script; gives the number of the job.
+    fn submit(&self, options: &[&str], text: &str) -> String {
+        let file = self.env.work().join(format!("{}.sh", uuid::Uuid::new_v4()));
+        script(&file, &format!("#!/bin/bash\n{text}\n"));
+        let out = self.env.work().join("out.%j").display().to_string();
+        let mut words = vec!["sbatch", "--parsable", "--open-mode=append", "-o", &out];
+        words.extend_from_slice(options);
+        let file = file.display().to_string();
+        words.push(&file);
+        self.run(&words).ok().to_owned()
+    }
+
+    /// What a job has said so far.
+    fn said(&self, job: &str) -> String {
+        fs::read_to_string(self.env.work().join(format!("out.{job}"))).unwrap_or_default()
+    }
+
+    fn state(&self, job: &str) -> String {
+        let out = self.run(&["scontrol", "show", "job", "-o", job]);
+        let word = out
+            .stdout
+            .split_whitespace()
+            .find_map(|w| w.strip_prefix("JobState="));
+        word.unwrap_or_default().to_owned()
+    }
+
+    #[track_caller]
+    fn until(&self, job: &str, what: &str, mut done: impl FnMut() -> bool) {
+        let begin = Instant::now();
+        while !done() {
+            assert!(
+                begin.elapsed() < Duration::from_secs(120),
+                "waited for {what} in vain; job {job} is {}, and said: {}",
+                self.state(job),
+                self.said(job)
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Waits until a job is over, its Epilog included, and nothing of it is left. Gives what it said.
+    #[track_caller]
+    fn ended(&self, job: &str) -> String {
+        const OVER: [&str; 6] = [
+            "COMPLETED",
+            "CANCELLED",
+            "FAILED",
+            "TIMEOUT",
+            "NODE_FAIL",
+            "DEADLINE",
+        ];
+        self.until(job, "the end of the job", || {
+            OVER.contains(&self.state(job).as_str())
+        });
+        let begin = Instant::now();
+        while let Some(left) = self.left(job) {
+            assert!(
+                begin.elapsed() < Duration::from_secs(10),
+                "job {job} left {left}; it said: {}",
+                self.said(job)
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        self.said(job)
+    }
+
+    /// Something of a job that is still there.
+    fn left(&self, job: &str) -> Option<String> {
+        for node in ["n1", "n2"] {
+            let private = self.top.join(self.cluster).join("private").join(node);
+            for entry in fs::read_dir(private.join("run/capsid")).unwrap().flatten() {
+                let name = entry.file_name().into_string().unwrap();
+                if name.starts_with(&format!("job-{job}"))
+                    && name.trim_start_matches("job-").split('.').next() == Some(job)
+                {
+                    return Some(format!("{name} on {node}"));
+                }
+            }
+        }
+        let conf = format!(
+            "SLURM_CONF={}\0",
+            self.top.join(self.cluster).join("slurm.conf").display()
+        );
+        let id = format!("SLURM_JOB_ID={job}\0");
+        for (pid, line) in common::processes() {
+            let env = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            let env = String::from_utf8_lossy(&env);
+            let name = format!("[{job}]");
+            if env.contains(&conf) && env.contains(&id)
+                || line.starts_with("capsid-job") && line.contains(&name) && env.contains(&conf)
+            {
+                return Some(format!("process {pid}: {line}"));
+            }
+        }
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap();
+        let own = own
+            .lines()
+            .find_map(|l| l.split_once(":freezer:"))
+            .map_or("/", |(_, p)| p);
+        let uid = nix::unistd::getuid();
+        for node in ["n1", "n2"] {
+            let cgroups = format!(
+                "/sys/fs/cgroup/freezer{}/capsid-slurm/{}-{node}/slurm_{node}/uid_{uid}/job_{job}",
+                own.trim_end_matches('/'),
+                self.cluster
+            );
+            if Path::new(&cgroups).exists() {
+                return Some(cgroups);
+            }
+        }
+        None
+    }
+
+    /// No node has been drained, and no trouble has been noted.
+    #[track_caller]
+    fn assert_nodes_are_well(&self) {
+        let nodes = self.run(&["sinfo", "-h", "-N", "-o", "%t %E"]);
+        assert!(
+            !nodes.ok().contains("drain") && !nodes.ok().contains("Prolog"),
+            "{nodes}"
+        );
+    }
+
+    /// What Prolog or Epilog of a job took, milliseconds.
+    fn took(&self, script: &str, job: &str) -> Option<f64> {
+        let times = fs::read_to_string(self.top.join(self.cluster).join("times")).unwrap();
+        let line = times.lines().find_map(|l| {
+            l.strip_prefix(&format!("{script} {job} "))?
+                .parse::<f64>()
+                .ok()
+        });
+        line.map(|us| us / 1000.0)
+    }
+
+    /// Where the logs of a job's instance are.
+    fn log(&self, job: &str, name: &str) -> String {
+        let out = output(
+            Command::new("find")
+                .arg(self.env.path("config"))
+                .args(["-path", &format!("*/job-{job}/{name}.out")]),
+        );
+        fs::read_to_string(out.stdout.trim()).unwrap_or_default()
+    }
+}
+
+fn free_port() -> u16 {
+    let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    socket.local_addr().unwrap().port()
+}
+
+fn survives_steps(slurm: &Slurm) {
+    let job = slurm.submit(
+        &["-N1"],
+        "srun -n1 $CAPSID instance start $IMAGE db a 'b c' || exit 1
+for i in 1 2 3; do srun -n1 $CAPSID exec instance://db sh -c 'echo step $SLURM_STEP_ID; cat /proc/1/cgroup'; done
+srun -n1 $CAPSID instance list
+srun -n1 grep freezer /proc/self/cgroup
+$CAPSID instance stop db && srun -n1 $CAPSID instance start $IMAGE db && $CAPSID exec instance://db echo again",
+    );
+    let said = slurm.ended(&job);
+    for words in ["step 1\n", "step 2\n", "step 3\n", "service.sif", "again"] {
+        assert!(said.contains(words), "{words:?}: {said}");
+    }
+    if slurm.cluster == "cgroup" {
+        assert_eq!(
+            said.matches("/step_extern").count(),
+            3,
+            "the instance is the job's: {said}"
+        );
+    }
+    assert!(!said.contains("WARNING"), "{said}");
+    let log = slurm.log(&job, "db");
+    assert!(
+        log.contains("started a b c") && log.ends_with("stopping\nstopped\n"),
+        "an orderly end: {log}"
+    );
+    slurm.assert_nodes_are_well();
+}
+
+#[test]
+fn instance_of_a_step_lives_as_long_as_its_job() {
+    survives_steps(&Slurm::new("cgroup"));
+}
+
+#[test]
+fn instance_of_a_step_lives_as_long_as_its_job_without_cgroups() {
+    survives_steps(&Slurm::new("linuxproc"));
+}
+
+#[test]
+fn cancelled_jobs_leave_nothing() {
+    for cluster in ["cgroup", "linuxproc"] {
+        let slurm = Slurm::new(cluster);
+        let job = slurm.submit(
+            &["-N2"],
+            "srun -N2 -n2 $CAPSID instance start $IMAGE db; echo up; sleep 1000",
+        );
+        slurm.until(&job, "the instance", || slurm.said(&job).contains("up"));
+        slurm.run(&["scancel", &job]).ok();
+        slurm.ended(&job);
+        let log = slurm.log(&job, "db");
+        assert!(log.contains("started"), "{log}");
+        slurm.assert_nodes_are_well();
+    }
+}
+
+#[test]
+fn jobs_at_their_time_limit_leave_nothing() {
+    let clusters = ["cgroup", "linuxproc"].map(Slurm::new);
+    let jobs = clusters.each_ref().map(|slurm| {
+        slurm.submit(
+            &["-t", "1"],
+            "srun -n1 $CAPSID instance start $IMAGE db; echo up; sleep 1000",
+        )
+    });
+    for (slurm, job) in clusters.iter().zip(&jobs) {
+        let said = slurm.ended(job);
+        assert!(
+            said.contains("up") && slurm.state(job) == "TIMEOUT",
+            "{said}"
+        );
+        assert!(
+            slurm.log(job, "db").contains("stopped"),
+            "services get time to stop at the time limit, too"
+        );
+    }
+}
+
+#[test]
+fn two_jobs_of_a_user_do_not_see_each_other() {
+    let slurm = Slurm::new("cgroup");
+    let text = "srun -n1 $CAPSID instance start --env WHO=$SLURM_JOB_ID $IMAGE db || exit 1
+touch ready.$SLURM_JOB_ID; for i in $(seq 200); do [ $(ls ready.* | wc -l) = 2 ] && break; sleep 0.1; done
+srun -n1 $CAPSID exec instance://db sh -c 'tr \"\\0\" \"\\n\" </proc/2/environ | grep ^WHO='
+$CAPSID instance list | tail -n +2 | wc -l
+[ $1 = first ] && $CAPSID instance stop --all
+touch done.$SLURM_JOB_ID; for i in $(seq 200); do [ $(ls done.* | wc -l) = 2 ] && break; sleep 0.1; done
+$CAPSID instance list | tail -n +2 | wc -l";
+    let first = slurm.submit(&["-w", "n1", "-n1"], &text.replace("$1", "first"));
+    let second = slurm.submit(&["-w", "n1", "-n1"], &text.replace("$1", "second"));
+    let (first_said, second_said) = (slurm.ended(&first), slurm.ended(&second));
+    assert!(
+        first_said.contains(&format!("WHO={first}\n1\n")) && first_said.ends_with("\n0\n"),
+        "{first_said}"
+    );
+    assert!(
+        second_said.contains(&format!("WHO={second}\n1\n")) && second_said.ends_with("\n1\n"),
+        "{second_said}"
+    );
+}
+
+#[test]
+fn declared_services_are_there_for_every_step() {
+    for cluster in ["cgroup", "linuxproc"] {
+        let slurm = Slurm::new(cluster);
+        let port = free_port();
+        let image = Path::new(&slurm.image)
+            .file_name()
+            .unwrap()
+            .to_str()
+            .unwrap();
+        write(
+            &slurm.env.path("services.toml"),
+            &format!(
+                "[[service]]\nname = \"late\"\nimage = \"{image}\"\nnodes = \"all\"\nafter = [\"db\"]\n
+[[service]]\nname = \"db\"\nimage = \"{image}\"\nargs = [\"x y\"]\noptions = [\"--env\", \"PORT={port}\"]
+ready = {{ port = {port}, timeout = \"30s\" }}\n\n[[service]]\nname = \"other\"\nimage = \"{image}\"\nnodes = 1\n"
+            ),
+        );
+        let comment = "--comment=some words,capsid:services=../services.toml";
+        let job = slurm.submit(
+            &["-N2", comment],
+            "echo batch $CAPSID_SERVICE_DB_HOST:$CAPSID_SERVICE_DB_PORT
+srun -N1 -n1 $CAPSID exec instance://db wget -qO- http://127.0.0.1:$CAPSID_SERVICE_DB_PORT/hello.txt
+srun -N2 -n2 bash -c 'echo task $CAPSID_SERVICE_DB_HOST:$CAPSID_SERVICE_DB_PORT'
+srun -N2 -n2 $CAPSID exec instance://late sh -c 'echo late $(hostname)'
+srun -N1 -n1 -w n2 $CAPSID exec instance://other sh -c 'echo other $(hostname)'
+srun -N1 -n1 -w n2 $CAPSID exec instance://db true
+$CAPSID job status",
+        );
+        let said = slurm.ended(&job);
+        for words in [
+            &format!("batch n1:{port}\nhello\n"),
+            "late n1\n",
+            "late n2\n",
+            "other n2\n",
+            "FATAL:   service db of this job runs on node n1, not here: use srun -w n1, or reach it at $CAPSID_SERVICE_DB_HOST",
+            "service db: ready\n",
+            "service other: runs on node n2\n",
+        ] {
+            assert!(said.contains(words), "{words:?}: {said}");
+        }
+        assert_eq!(
+            said.matches(&format!("task n1:{port}\n")).count(),
+            2,
+            "{said}"
+        );
+        let log = slurm.log(&job, "db");
+        assert!(
+            log.contains("started x y\n") && log.ends_with("stopping\nstopped\n"),
+            "an orderly end: {log}"
+        );
+        slurm.assert_nodes_are_well();
+    }
+}
+
+#[test]
+fn wrong_declarations_are_named_where_they_are_used() {
+    let slurm = Slurm::new("cgroup");
+    let work = slurm.env.work();
+    write(
+        &work.join("wrong.toml"),
+        "[[service]]\nname = \"db\"\nimage = \"x.sif\"\nmode = \"fast\"\n",
+    );
+    write(
+        &work.join("gone.toml"),
+        "[[service]]\nname = \"db\"\nimage = \"gone.sif\"\n",
+    );
+    let text = "$CAPSID exec instance://db true; srun -n1 $CAPSID instance start $IMAGE mine && $CAPSID exec instance://mine echo fine";
+    for (file, words) in [
+        ("wrong.toml", "wrong.toml: line 4: mode \"fast\": use"),
+        ("gone.toml", "service db of this job could not be started: "),
+        ("none.toml", "cannot read the services in "),
+    ] {
+        let job = slurm.submit(&[&format!("--comment=capsid:services={file}")], text);
+        let said = slurm.ended(&job);
+        assert!(
+            said.contains(words) && said.contains("FATAL:   ") && said.ends_with("fine\n"),
+            "{file}: {said}"
+        );
+    }
+    slurm.assert_nodes_are_well();
+}
+
+#[test]
+fn hostile_words_are_only_words() {
+    let slurm = Slurm::new("cgroup");
+    let canary = slurm.env.path("canary");
+    write(&canary, "alive");
+    let evil = format!(
+        "x'\"; touch {0}.evil; $(touch {0}.evil) `rm {0}` \n-rf --uid 0",
+        canary.display()
+    );
+    let directory = slurm.env.work().join("$(touch evil); -rf");
+    fs::create_dir(&directory).unwrap();
+    let comment = format!("--comment=capsid:services=/../../..//dev/zero {evil}");
+    let text = "srun -n1 $CAPSID instance start $IMAGE db && srun -n1 $CAPSID exec instance://db echo fine";
+    let job = slurm.submit(
+        &["-J", &evil, &comment, "-D", directory.to_str().unwrap()],
+        text,
+    );
+    assert!(
+        slurm.ended(&job).ends_with("fine\n"),
+        "{}",
+        slurm.said(&job)
+    );
+    // Links and strange names in the one directory that the user can write and root removes.
+    let text = format!(
+        "d=/run/capsid/job-$SLURM_JOB_ID; ln -s {0} $d/link; ln -s / $d/root; ln -s {1} $d/capsid/dir; mkdir -p $d/a/b/c/..d
+touch \"$d/new
+line\" \"$d/a/-rf\" $'$d/\\xff'; mkfifo $d/fifo; chmod 000 $d/a/b; mkdir -m 500 $d/locked; touch $d/a/x; chmod 555 $d/a
+mv $d/capsid/supervisor-$SLURM_JOB_ID $d/moved; ln -s /etc/passwd $d/capsid/services-$SLURM_JOB_ID; echo fine",
+        canary.display(),
+        slurm.env.path("tree").display()
+    );
+    let job = slurm.submit(&["-n1"], &text);
+    assert!(
+        slurm.ended(&job).ends_with("fine\n"),
+        "{}",
+        slurm.said(&job)
+    );
+    // A file that never ends, and one that never begins, hold nobody up.
+    let fifo = slurm.env.work().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let job = slurm.submit(
+        &[&format!("--comment=capsid:services={}", fifo.display())],
+        "echo fine",
+    );
+    slurm.until(&job, "the job", || {
+        slurm.said(&job).contains("fine") || slurm.state(&job) == "RUNNING"
+    });
+    slurm.run(&["scancel", &job]).ok();
+    slurm.ended(&job);
+    assert!(
+        slurm.took("prolog", &job).unwrap() < 2000.0
+            && slurm.took("epilog", &job).unwrap() < 9000.0
+    );
+    assert_eq!(fs::read_to_string(&canary).unwrap(), "alive");
+    assert!(!slurm.env.path("canary.evil").exists() && !directory.join("evil").exists());
+    assert!(slurm.env.path("tree/bin/busybox").exists() && Path::new("/etc/passwd").exists());
+    slurm.assert_nodes_are_well();
+}
+
+#[test]
+fn requeued_job_begins_anew() {
+    let slurm = Slurm::new("cgroup");
+    let job = slurm.submit(
+        &["--requeue", "-n1"],
+        "srun -n1 $CAPSID instance start $IMAGE db || exit 1
+srun -n1 $CAPSID exec instance://db echo run ${SLURM_RESTART_COUNT:-0}; [ -n \"${SLURM_RESTART_COUNT:-}\" ] || sleep 1000",
+    );
+    slurm.until(&job, "the first run", || slurm.said(&job).contains("run 0"));
+    slurm.run(&["scontrol", "requeue", &job]).ok();
+    slurm.until(&job, "the second run", || {
+        // It waits two minutes by itself.
+        slurm.run(&[
+            "scontrol",
+            "update",
+            &format!("JobId={job}"),
+            "StartTime=now",
+        ]);
+        slurm.said(&job).contains("run 1")
+    });
+    slurm.ended(&job);
+    slurm.assert_nodes_are_well();
+}
+
+#[test]
+fn job_that_ends_while_slurmd_is_down_leaves_nothing() {
+    let slurm = Slurm::new("linuxproc");
+    let ask = |verb: &str| {
+        fs::write(slurm.top.join("control"), format!("{verb} linuxproc n2\n")).unwrap()
+    };
+    let job = slurm.submit(
+        &["-w", "n2", "-n1"],
+        "srun -n1 $CAPSID instance start $IMAGE db; echo up; while [ ! -e go ]; do sleep 0.1; done",
+    );
+    slurm.until(&job, "the instance", || slurm.said(&job).contains("up"));
+    ask("kill");
+    std::thread::sleep(Duration::from_secs(1));
+    write(&slurm.env.work().join("go"), "");
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(
+        slurm.left(&job).is_some(),
+        "without slurmd there is no Epilog"
+    );
+    ask("start");
+    slurm.ended(&job);
+}
+
+#[test]
+fn many_jobs_leave_nothing() {
+    let slurm = Slurm::new("cgroup");
+    let text = "srun -n1 $CAPSID instance start $IMAGE db && srun -n1 $CAPSID exec instance://db echo fine";
+    for round in 0..20 {
+        let job = slurm.submit(&["-w", "n1", "-n1"], text);
+        assert!(
+            slurm.ended(&job).ends_with("fine\n"),
+            "round {round}: {}",
+            slurm.said(&job)
+        );
+    }
+    let jobs: Vec<String> = (0..5)
+        .map(|_| slurm.submit(&["-w", "n1", "-n1"], text))
+        .collect();
+    for job in jobs {
+        assert!(
+            slurm.ended(&job).ends_with("fine\n"),
+            "{}",
+            slurm.said(&job)
+        );
+    }
+    slurm.assert_nodes_are_well();
+}
+
+#[test]
+fn prolog_and_epilog_cost_little() {
+    let slurm = Slurm::new("cgroup");
+    let mut sums: Vec<f64> = (0..5)
+        .map(|_| {
+            let job = slurm.submit(&["-n1"], "true");
+            slurm.ended(&job);
+            let (prolog, epilog) = (
+                slurm.took("prolog", &job).unwrap(),
+                slurm.took("epilog", &job).unwrap(),
+            );
+            println!("job {job}: Prolog {prolog:.1} ms, Epilog {epilog:.1} ms");
+            prolog + epilog
+        })
+        .collect();
+    sums.sort_by(f64::total_cmp);
+    assert!(sums[0] < 150.0, "Prolog and Epilog take {sums:?} ms");
+}
+
+#[test]
+fn without_the_administrator_it_works_too() {
+    let slurm = Slurm::new("bare");
+    let job = slurm.submit(
+        &["-N2"],
+        "$CAPSID instance start $IMAGE own
+srun -N1 -n1 $CAPSID exec instance://own echo own is here
+srun -N1 -n1 $CAPSID instance start $IMAGE step; sleep 0.5; $CAPSID instance list step | tail -n +2 | wc -l
+$CAPSID job status
+$CAPSID job services || exit 1
+srun --overlap -N2 -n2 $CAPSID instance start $IMAGE both
+srun --overlap -N2 -n2 $CAPSID exec instance://both sh -c 'echo both on $(hostname)'
+$CAPSID job status",
+    );
+    let said = slurm.ended(&job);
+    for words in [
+        "own is here\n",
+        "WARNING: instance step ends with this step: start it in the batch script itself, without srun, or run capsid job services",
+        "no supervisor on this node",
+        "both on n1\n",
+        "both on n2\n",
+        "a supervisor on this node",
+    ] {
+        assert!(said.contains(words), "{words:?}: {said}");
+    }
+    assert!(
+        said.contains("started successfully\n0\n"),
+        "it has ended with its step: {said}"
+    );
+    assert_eq!(said.matches("WARNING").count(), 1, "{said}");
+}
