@@ -13,6 +13,7 @@ pub mod flags;
 pub mod inspect;
 pub mod instance;
 pub mod job;
+pub mod sif;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -90,6 +91,7 @@ const COMMANDS: &[(&str, &str)] = &[
     ),
     ("run-help", "Show the user-defined help for an image"),
     ("shell", "Run a shell within a container"),
+    ("sif", "Look into a SIF: list, header, info, dump"),
     ("test", "Run the user-defined tests within a container"),
     ("version", "Show the version"),
 ];
@@ -112,7 +114,6 @@ const MISSING: &[&str] = &[
     "registry",
     "remote",
     "search",
-    "sif",
     "sign",
     "verify",
 ];
@@ -167,6 +168,7 @@ pub fn main(args: &[OsString]) -> Result<u8> {
             words.extend_from_slice(rest);
             instance::run(&words, persona)
         }
+        "sif" => sif::run(rest, persona),
         "doctor" => doctor::run(&parse::<doctor::DoctorArgs>("doctor", rest)?),
         "demo" => demo::run(&parse::<demo::DemoArgs>("demo", rest)?),
         "version" => {
@@ -583,6 +585,7 @@ fn print_help(name: Option<&str>, persona: Persona) -> Result<()> {
             vec!["--help".into()],
         )?),
         Some("instance") => drop(instance::run(&["help".into()], persona)?),
+        Some("sif") => drop(sif::run(&["help".into()], persona)?),
         Some("job") => drop(job::run(&["help".into()], persona)?),
         Some("doctor") => drop(matches(
             command::<doctor::DoctorArgs>("doctor"),
@@ -597,6 +600,26 @@ fn print_help(name: Option<&str>, persona: Persona) -> Result<()> {
         _ => print_usage(persona)?,
     }
     Ok(())
+}
+
+/// UTC as `2026-11-24 21:12:42` (civil calendar from days, proleptic Gregorian).
+fn utc(seconds: i64) -> String {
+    let (days, rest) = (seconds.div_euclid(86400), seconds.rem_euclid(86400));
+    // Days since 0000-03-01, in eras of 400 years.
+    let z = days + 719_468;
+    let (era, day) = (z.div_euclid(146_097), z.rem_euclid(146_097));
+    let year = (day - day / 1460 + day / 36524 - day / 146_096) / 365;
+    let in_year = day - (365 * year + year / 4 - year / 100);
+    let m = (5 * in_year + 2) / 153;
+    let month = if m < 10 { m + 3 } else { m - 9 };
+    let year = year + era * 400 + i64::from(month <= 2);
+    format!(
+        "{year:04}-{month:02}-{:02} {:02}:{:02}:{:02}",
+        in_year - (153 * m + 2) / 5 + 1,
+        rest / 3600,
+        rest / 60 % 60,
+        rest % 60
+    )
 }
 
 /// Prints JSON as the peers do: indented by tabs.
@@ -649,5 +672,13 @@ mod tests {
         assert!(options.is_empty());
         assert_eq!(image.as_deref(), Some(OsStr::new("x.sif")));
         assert_eq!(rest, ["--", "a"]);
+    }
+
+    #[test]
+    fn times_are_civil() {
+        assert_eq!(utc(0), "1970-01-01 00:00:00");
+        assert_eq!(utc(951_827_696), "2000-02-29 12:34:56");
+        assert_eq!(utc(1_796_000_000), "2026-11-30 00:53:20");
+        assert_eq!(utc(-62_135_596_800), "0001-01-01 00:00:00");
     }
 }

@@ -236,6 +236,32 @@ pub struct Descriptor {
     pub name: String,
     /// Only of a partition.
     pub partition: Option<Partition>,
+    /// What it belongs to.
+    pub link: Link,
+    /// When it was added, and last changed, seconds since 1970.
+    pub times_s: (i64, i64),
+    /// Only of a signature.
+    pub signature: Option<Signature>,
+}
+
+/// What an object belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Link {
+    /// Nothing.
+    None,
+    /// The object of this number.
+    Object(u32),
+    /// The group of this number.
+    Group(u32),
+}
+
+/// A signature's own fields.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Signature {
+    /// Number of the digest that is signed: 1 SHA-256, 2 SHA-384, 3 SHA-512, 4 BLAKE2s, 5 BLAKE2b.
+    pub hash: i32,
+    /// Who has signed: the fingerprint of a PGP key, zeros otherwise.
+    pub entity: [u8; 20],
 }
 
 fn arch_name(code: [u8; 3]) -> &'static str {

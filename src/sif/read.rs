@@ -4,8 +4,8 @@ use std::fs::File;
 use std::os::unix::fs::FileExt as _;
 
 use super::{
-    DESCRIPTOR_LEN, DataType, Descriptor, Error, FsType, GROUP, HEADER_LEN, MAGIC, MAX_SLOTS,
-    PartType, Partition, VERSION, arch_name,
+    DESCRIPTOR_LEN, DataType, Descriptor, Error, FsType, GROUP, HEADER_LEN, LAUNCH, Link, MAGIC,
+    MAX_SLOTS, PartType, Partition, Signature, VERSION, arch_name,
 };
 
 /// What a SIF holds.
@@ -15,6 +15,25 @@ pub struct Sif {
     pub arch: &'static str,
     /// The objects, in the order of their slots.
     pub objects: Vec<Descriptor>,
+    /// The rest of the header.
+    pub header: Header,
+}
+
+/// What the header says beside that.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Header {
+    /// `./image.sif` can be run.
+    pub launches: bool,
+    /// UUID.
+    pub identity: [u8; 16],
+    /// When it was made, and last changed, seconds since 1970.
+    pub times_s: (i64, i64),
+    /// Slots without an object, and all of them.
+    pub slots: (u64, u64),
+    /// First byte and length of the table.
+    pub table: (u64, u64),
+    /// First byte and length of the objects.
+    pub data: (u64, u64),
 }
 
 impl Sif {
@@ -43,8 +62,9 @@ impl Sif {
             ));
         }
         let arch = arch_name(fields.bytes());
-        fields.bytes::<16>(); // identity
-        let [_created, _modified, _free, total, table, table_len] = [(); 6].map(|()| fields.u64());
+        let identity = fields.bytes::<16>();
+        let times_s = (fields.u64().cast_signed(), fields.u64().cast_signed());
+        let [free, total, table, table_len, data, data_len] = [(); 6].map(|()| fields.u64());
         if total > MAX_SLOTS {
             return Err(Error::Damaged(format!(
                 "{total} descriptors; at most {MAX_SLOTS} are allowed"
@@ -63,7 +83,19 @@ impl Sif {
         let objects = slots
             .map(|slot| decode(slot, have))
             .collect::<Result<_, _>>()?;
-        Ok(Sif { arch, objects })
+        let header = Header {
+            launches: head.starts_with(LAUNCH),
+            identity,
+            times_s,
+            slots: (free, total),
+            table: (table, table_len),
+            data: (data, data_len),
+        };
+        Ok(Sif {
+            arch,
+            objects,
+            header,
+        })
     }
 
     /// The partition that is the image's root.
@@ -85,9 +117,9 @@ fn decode(slot: &[u8], have: u64) -> Result<Descriptor, Error> {
     fields.bytes::<1>(); // used
     let id = fields.u32();
     let group = fields.u32();
-    let _link = fields.u32();
+    let link = fields.u32();
     let (offset_bytes, len_bytes) = (fields.u64(), fields.u64());
-    let [_stored, _created, _modified, _uid, _gid] = [(); 5].map(|()| fields.u64());
+    let [_stored, created, modified, _uid, _gid] = [(); 5].map(|()| fields.u64());
     let name = fields.bytes::<128>();
     if id == 0 {
         return Err(Error::Damaged("an object has the number 0".into()));
@@ -98,6 +130,10 @@ fn decode(slot: &[u8], have: u64) -> Result<Descriptor, Error> {
         part: PartType::from_code(fields.i32()),
         arch: arch_name(fields.bytes()),
     });
+    let signature = (data_type == DataType::Signature).then(|| Signature {
+        hash: fields.i32(),
+        entity: fields.bytes(),
+    });
     let name = name.split(|b| *b == 0).next().unwrap_or_default();
     Ok(Descriptor {
         id,
@@ -107,6 +143,13 @@ fn decode(slot: &[u8], have: u64) -> Result<Descriptor, Error> {
         len_bytes,
         name: String::from_utf8_lossy(name).into_owned(),
         partition,
+        link: match (link & GROUP == GROUP, link & !GROUP) {
+            (_, 0) => Link::None,
+            (true, group) => Link::Group(group),
+            (false, object) => Link::Object(object),
+        },
+        times_s: (created.cast_signed(), modified.cast_signed()),
+        signature,
     })
 }
 
