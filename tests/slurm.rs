@@ -209,12 +209,17 @@ impl Slurm {
 
     /// Where the logs of a job's instance are.
     fn log(&self, job: &str, name: &str) -> String {
-        let out = output(
-            Command::new("find")
-                .arg(self.env.path("config"))
-                .args(["-path", &format!("*/job-{job}/{name}.out")]),
-        );
-        fs::read_to_string(out.stdout.trim()).unwrap_or_default()
+        // Services of a job's comment do not know the environment of the one who submitted it.
+        let homes = [
+            self.env.path("config"),
+            common::home().join(".apptainer/instances"),
+        ];
+        let pattern = format!("*/job-{job}/{name}.out");
+        let out = output(Command::new("find").args(homes).args(["-path", &pattern]));
+        out.stdout
+            .lines()
+            .map(|path| fs::read_to_string(path).unwrap())
+            .collect()
     }
 }
 
@@ -296,7 +301,8 @@ fn jobs_at_their_time_limit_leave_nothing() {
         );
         assert!(
             slurm.log(job, "db").contains("stopped"),
-            "services get time to stop at the time limit, too"
+            "services get time to stop at the time limit, too: {}",
+            slurm.log(job, "db")
         );
     }
 }

@@ -157,6 +157,14 @@ pub fn begin(job: Job, declaration: &Declaration) -> Result<()> {
     let top = Top::open(true)?.context("there is no /run")?;
     sweep_others(&top, job.id);
     end_in(&top, job.id)?;
+    let mut memory = Memory {
+        job,
+        boot: proc::boot_id(),
+        supervisor: None,
+        since_s: crate::instance::now_s(),
+    };
+    // Before there is anything: whoever sweeps at the same time sees that the job is young.
+    top.remember(&memory)?;
     let name = format!("job-{}", job.id);
     rustix::fs::mkdirat(&top.0, &name, Mode::RWXU)
         .with_context(|| format!("cannot make {JOBS}/{name}"))?;
@@ -207,14 +215,10 @@ pub fn begin(job: Job, declaration: &Declaration) -> Result<()> {
         }
     };
     drop((adopted, listening));
-    let supervisor = proc::Id::of(pid);
-    top.remember(&Memory {
-        job,
-        boot: proc::boot_id(),
-        supervisor,
-        since_s: crate::instance::now_s(),
-    })?;
-    let held = supervisor
+    memory.supervisor = proc::Id::of(pid);
+    top.remember(&memory)?;
+    let held = memory
+        .supervisor
         .and_then(proc::Id::hold)
         .context("the supervisor ended at once")?;
     leave_helper(
@@ -330,7 +334,7 @@ fn enter(job: Job, supervisor: &Held, pid: i32) -> Result<()> {
         for door in &doors {
             // It is held: its number is its own as long as it lives.
             if !supervisor.is_alive() {
-                bail!("its supervisor has ended");
+                return Ok(());
             }
             std::fs::write(door, pid.to_string())
                 .with_context(|| format!("cannot adopt its supervisor: {}", door.display()))?;
@@ -338,7 +342,11 @@ fn enter(job: Job, supervisor: &Held, pid: i32) -> Result<()> {
         if !doors.is_empty() {
             return Ok(());
         }
-        if Instant::now() >= end || !supervisor.is_alive() {
+        // The job may be over already.
+        if !supervisor.is_alive() {
+            return Ok(());
+        }
+        if Instant::now() >= end {
             bail!(
                 "no extern step within {} s, so its services cannot be part of it: is PrologFlags=Contain set?",
                 ADOPTION.as_secs()

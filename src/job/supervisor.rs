@@ -152,7 +152,7 @@ pub fn run(registry: &Registry, host: &Host, setup: Setup) -> Result<u8> {
     };
     supervisor.save();
     if let Some(fd) = supervisor.setup.listening.take() {
-        rustix::io::write(&fd, b"1").context("cannot tell that we listen")?;
+        rustix::io::write(&fd, b"1\n").context("cannot tell that we listen")?;
     }
     let done = supervisor.serve(&signals, &listener);
     let _lock = registry.directory().lock();
