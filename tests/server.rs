@@ -349,6 +349,9 @@ fn failed_start_leaves_nothing() {
     let dead = env.runtime().join("image-0123456789abcdef");
     env.run(["exec", image.to_str().unwrap(), "true"]).ok();
     drop(std::os::unix::net::UnixListener::bind(&dead).unwrap());
+    // Only what has been there for a while is looked at.
+    let mut touch = std::process::Command::new("touch");
+    common::output(touch.args(["-d", "1 minute ago"]).arg(&dead)).ok();
     wait_until("image servers to end", || env.servers().is_empty());
     let program = env!("CARGO_BIN_EXE_capsid");
     let words = [

@@ -46,6 +46,11 @@ use crate::say;
 /// How long a server without users goes on listening: long enough for the next command of a script.
 const IDLE: Duration = Duration::from_secs(3);
 
+/// Sockets that are younger are not asked whether their server lives,
+const SWEEP_AGE: Duration = Duration::from_secs(10);
+/// and not more than so many by each new server.
+const SWEEP_MOST: usize = 4;
+
 /// How long a client waits for an answer before it does without the shared server.
 const ANSWER_S: i64 = 10;
 
@@ -305,10 +310,16 @@ fn sweep(directory: &Directory) {
     let Ok(entries) = std::fs::read_dir(directory.entry(".")) else {
         return;
     };
-    for name in entries.flatten().map(|e| e.file_name()) {
-        let Some(name) = name.to_str().filter(|n| n.starts_with("image-")) else {
-            continue;
-        };
+    // A live server is woken by the question: young ones are not asked, and of the others only a few each time.
+    let old = |entry: &std::fs::DirEntry| {
+        let made = entry.metadata().and_then(|m| m.modified());
+        made.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > SWEEP_AGE))
+    };
+    let names = entries
+        .flatten()
+        .filter(|entry| entry.file_name().as_bytes().starts_with(b"image-") && old(entry));
+    for name in names.take(SWEEP_MOST).map(|e| e.file_name()) {
+        let Some(name) = name.to_str() else { continue };
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         if let Ok(fd) = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
             && let Ok(address) = UnixAddr::new(&directory.entry(name))
