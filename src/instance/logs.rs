@@ -6,7 +6,7 @@
 //! before. Beside them `NAME.json` keeps the record of the last end.
 
 use std::fs::File;
-use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
+use std::io::{Read as _, Seek as _, SeekFrom, Write};
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
@@ -141,65 +141,86 @@ fn append(path: &Path) -> std::io::Result<File> {
         .open(path)
 }
 
-/// The last lines of a log, of its older part too if need be; all of it when `lines` is `None`.
-///
-/// # Errors
-/// When there is no log.
-pub fn tail(path: &Path, lines: Option<usize>) -> Result<Vec<u8>> {
-    let read = |path: &Path| -> std::io::Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        File::open(path)?
-            .take(256 << 20)
-            .read_to_end(&mut bytes)
-            .map(|_| bytes)
-    };
-    let mut text = read(path).with_context(|| format!("cannot read the log {}", path.display()))?;
-    let count = |text: &[u8]| text.iter().filter(|b| **b == b'\n').count();
-    if lines.is_none_or(|wanted| count(&text) < wanted)
-        && let Ok(mut old) = read(&path.with_added_extension("1"))
-    {
-        old.append(&mut text);
-        text = old;
-    }
-    let Some(wanted) = lines else {
-        return Ok(text);
-    };
-    let body = text.strip_suffix(b"\n").unwrap_or(&text);
-    let mut ends = body.iter().enumerate().rev().filter(|(_, b)| **b == b'\n');
-    let start = match wanted {
-        0 => text.len(),
-        wanted => ends.nth(wanted - 1).map_or(0, |(at, _)| at + 1),
-    };
-    Ok(text.split_off(start))
-}
+/// Bytes at a log's end that are searched for its last lines.
+const TAIL: u64 = 16 << 20;
 
-/// A log that is read while it grows.
-pub struct Follow {
+/// A log that is read, also while it grows.
+pub struct Reader {
     path: PathBuf,
     file: Option<File>,
+    /// What lies before has been there at the start, what lies behind has been added since.
     at: u64,
 }
 
-impl Follow {
-    /// From its present end on.
-    pub fn end_of(path: &Path) -> Follow {
-        let mut file = File::open(path).ok();
-        let at = file
-            .as_mut()
-            .and_then(|f| f.seek(SeekFrom::End(0)).ok())
-            .unwrap_or(0);
-        Follow {
+impl Reader {
+    /// Opens a log as it is now.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn open(path: &Path) -> Result<Reader> {
+        let what = || format!("cannot read the log {}", path.display());
+        let file = File::open(path).with_context(what)?;
+        Ok(Reader {
             path: path.to_owned(),
-            file,
-            at,
+            at: file.metadata().with_context(what)?.len(),
+            file: Some(file),
+        })
+    }
+
+    /// Copies what has been there, with the older part: all of it, or the last lines.
+    ///
+    /// # Errors
+    /// As reading and writing.
+    pub fn copy(&self, lines: Option<usize>, out: &mut dyn Write) -> Result<()> {
+        let what = || format!("cannot read the log {}", self.path.display());
+        let old = File::open(self.path.with_added_extension("1")).ok();
+        let old_len = |old: &File| old.metadata().map_or(0, |m| m.len());
+        let Some(wanted) = lines else {
+            for (file, len) in [
+                old.as_ref().map(|f| (f, old_len(f))),
+                self.file.as_ref().map(|f| (f, self.at)),
+            ]
+            .into_iter()
+            .flatten()
+            {
+                let mut file = file.try_clone().with_context(what)?;
+                file.seek(SeekFrom::Start(0)).with_context(what)?;
+                std::io::copy(&mut file.take(len), out).with_context(what)?;
+            }
+            return Ok(());
+        };
+        let end = |file: &File, len: u64| -> std::io::Result<Vec<u8>> {
+            let wanted = len.min(TAIL);
+            let mut bytes = vec![0; usize::try_from(wanted).unwrap_or(0)];
+            file.read_exact_at(&mut bytes, len - wanted)?;
+            Ok(bytes)
+        };
+        let mut text = match &self.file {
+            Some(file) => end(file, self.at).with_context(what)?,
+            None => Vec::new(),
+        };
+        if text.iter().filter(|b| **b == b'\n').count() < wanted
+            && let Some(old) = old
+            && let Ok(mut before) = end(&old, old_len(&old))
+        {
+            before.append(&mut text);
+            text = before;
         }
+        let body = text.strip_suffix(b"\n").unwrap_or(&text);
+        let mut ends = body.iter().enumerate().rev().filter(|(_, b)| **b == b'\n');
+        let start = match wanted {
+            0 => text.len(),
+            wanted => ends.nth(wanted - 1).map_or(0, |(at, _)| at + 1),
+        };
+        out.write_all(&text[start..])
+            .context("cannot write to standard output")
     }
 
     /// What was added since, also when the file was turned over meanwhile.
     pub fn more(&mut self) -> Vec<u8> {
         let mut bytes = self.rest();
         let same = self.file.as_ref().is_some_and(|file| {
-            matches!((file.metadata(), std::fs::metadata(&self.path)), (Ok(a), Ok(b)) if a.ino() == b.ino())
+            matches!((file.metadata(), std::fs::metadata(&self.path)), (Ok(a), Ok(b)) if a.ino() == b.ino() && b.len() >= self.at)
         });
         if !same && let Ok(file) = File::open(&self.path) {
             (self.file, self.at) = (Some(file), 0);
@@ -267,14 +288,19 @@ mod tests {
     fn log_is_turned_over_at_its_size() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.out");
+        let tail = |path: &Path, lines| {
+            let mut out = Vec::new();
+            Reader::open(path).unwrap().copy(lines, &mut out).unwrap();
+            out
+        };
         let mut log = Log::open(path.clone(), 10).unwrap();
         for line in ["one\n", "two\n", "three\n", "four\n"] {
             log.write(line.as_bytes());
         }
         assert_eq!(std::fs::read(&path).unwrap(), b"four\n");
-        assert_eq!(tail(&path, None).unwrap(), b"three\nfour\n");
-        assert_eq!(tail(&path, Some(1)).unwrap(), b"four\n");
-        assert_eq!(tail(&path, Some(0)).unwrap(), b"");
+        assert_eq!(tail(&path, None), b"three\nfour\n");
+        assert_eq!(tail(&path, Some(1)), b"four\n");
+        assert_eq!(tail(&path, Some(0)), b"");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
     }
 
@@ -284,7 +310,7 @@ mod tests {
         let path = dir.path().join("x.out");
         let mut log = Log::open(path.clone(), 0).unwrap();
         log.write(b"one\n");
-        let mut follow = Follow::end_of(&path);
+        let mut follow = Reader::open(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         log.write(b"two\n");
         assert_eq!(std::fs::read(&path).unwrap(), b"two\n");

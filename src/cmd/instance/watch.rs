@@ -46,14 +46,12 @@ pub fn logs(args: &LogsArgs) -> Result<u8> {
     if !args.out {
         paths.push(&record.log_err);
     }
-    // From here on, so that nothing that is said meanwhile is lost.
-    let mut follows: Vec<_> = paths.iter().map(|p| logs::Follow::end_of(p)).collect();
+    let opened = paths.iter().map(|path| logs::Reader::open(path));
+    let mut readers = opened.collect::<Result<Vec<_>>>()?;
     let mut stdout = std::io::stdout().lock();
     let what = "cannot write to standard output";
-    for path in &paths {
-        stdout
-            .write_all(&logs::tail(path, args.tail)?)
-            .context(what)?;
+    for reader in &readers {
+        reader.copy(args.tail, &mut stdout)?;
     }
     stdout.flush().context(what)?;
     if !args.follow {
@@ -64,8 +62,8 @@ pub fn logs(args: &LogsArgs) -> Result<u8> {
         let running = monitor
             .as_ref()
             .is_some_and(|m| !m.wait(Duration::from_millis(50)));
-        for follow in &mut follows {
-            stdout.write_all(&follow.more()).context(what)?;
+        for reader in &mut readers {
+            stdout.write_all(&reader.more()).context(what)?;
         }
         stdout.flush().context(what)?;
         if !running {
@@ -217,7 +215,9 @@ pub fn inspect(args: &InspectArgs) -> Result<u8> {
 
 /// What the end of a log tells somebody who knows.
 fn hints(record: &Record) -> Vec<String> {
-    let text = logs::tail(&record.log_err, Some(200)).unwrap_or_default();
+    let mut text = Vec::new();
+    // Without a log there is nothing to say.
+    let _ = logs::Reader::open(&record.log_err).and_then(|log| log.copy(Some(200), &mut text));
     let text = String::from_utf8_lossy(&text);
     let refused = |line: &&str| {
         let line = line.to_ascii_lowercase();
