@@ -84,7 +84,7 @@ impl Archive {
         })
     }
 
-    /// Sets how much decompressed data is kept; 0 means the default, 64 MiB.
+    /// Sets how much decompressed data is kept; 0 means the default, 32 MiB.
     pub(crate) fn set_cache_bytes(&mut self, bytes: usize) {
         let block_size = self.superblock.block_size;
         self.data = Data::new(self.source.clone(), self.codec, block_size, bytes);
@@ -311,6 +311,11 @@ impl Archive {
                 }
             }
         }
+    }
+
+    /// Bytes that are cached.
+    pub(crate) fn cached_bytes(&self) -> usize {
+        self.meta.bytes() + self.data.bytes()
     }
 
     /// Forgets what is cached.

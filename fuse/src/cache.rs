@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hash, Hasher};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Result};
@@ -52,6 +52,8 @@ pub(crate) type PositionMap<K, V> = HashMap<K, V, BuildHasherDefault<PositionHas
 pub(crate) struct Cache<K, V> {
     shards: Vec<Mutex<Shard<K, V>>>,
     shard_bytes: usize,
+    /// Bytes held now by all shards, to be asked without their locks.
+    held: AtomicUsize,
 }
 
 struct Shard<K, V> {
@@ -96,6 +98,7 @@ impl<K: Copy + Eq + Hash, V: Weigh> Cache<K, V> {
         Cache {
             shards: (0..shards).map(|_| Mutex::new(shard())).collect(),
             shard_bytes: max_bytes / shards,
+            held: AtomicUsize::new(0),
         }
     }
 
@@ -136,14 +139,14 @@ impl<K: Copy + Eq + Hash, V: Weigh> Cache<K, V> {
             shard.slots.shrink_to_fit();
             shard.ring = Vec::new();
             shard.hand = 0;
+            self.held.fetch_sub(shard.bytes, Ordering::Relaxed);
             shard.bytes = 0;
         }
     }
 
     /// Bytes held now.
-    #[cfg(test)]
     pub(crate) fn bytes(&self) -> usize {
-        self.shards.iter().map(|s| lock(s).bytes).sum()
+        self.held.load(Ordering::Relaxed)
     }
 
     fn shard(&self, key: &K) -> &Mutex<Shard<K, V>> {
@@ -237,7 +240,12 @@ impl<K: Copy + Eq + Hash, V: Weigh> Claim<'_, K, V> {
         {
             let mut shard = lock(self.cache.shard(&self.key));
             match &outcome {
-                Ok(value) => shard.insert(self.key, value.clone(), self.cache.shard_bytes),
+                Ok(value) => {
+                    let held = &self.cache.held;
+                    held.fetch_sub(shard.bytes, Ordering::Relaxed);
+                    shard.insert(self.key, value.clone(), self.cache.shard_bytes);
+                    held.fetch_add(shard.bytes, Ordering::Relaxed);
+                }
                 Err(_) => {
                     shard.slots.remove(&self.key);
                 }

@@ -11,11 +11,11 @@ use crate::source::Source;
 
 /// Decompressed data kept by default. The kernel's page cache holds what was read; this holds fragments
 /// (many small files in one block) and what was read ahead.
-pub(crate) const DATA_CACHE_BYTES: usize = 64 << 20;
+pub(crate) const DATA_CACHE_BYTES: usize = 32 << 20;
 /// Locks of the cache. Few, since a block is worth a thousand locks.
 const SHARDS: usize = 4;
 /// Buffers kept for the next block: taking one is cheaper than page faults on fresh memory.
-const SPARE_BUFFERS: usize = 8;
+const SPARE_BUFFERS: usize = 4;
 
 /// A decompressed block.
 pub(crate) struct Block {
@@ -110,6 +110,11 @@ impl Data {
         self.blocks.contains(&BlockKey::new(position, size))
     }
 
+    /// Bytes held now.
+    pub(crate) fn bytes(&self) -> usize {
+        self.blocks.bytes()
+    }
+
     /// Forgets what is cached.
     pub(crate) fn clear(&self) {
         self.blocks.clear();
@@ -119,16 +124,15 @@ impl Data {
     fn load(&self, position: u64, size: BlockSize) -> Result<Block> {
         let stored_len = size.stored_len();
         if size.is_compressed() {
-            let mut stored = self.buffer();
             let stored = Block {
                 len: stored_len,
-                buffer: std::mem::take(&mut stored),
+                buffer: self.buffer()?,
                 spares: self.spares.clone(),
             };
             return self.load_compressed(position, stored);
         }
         let mut block = Block {
-            buffer: self.buffer(),
+            buffer: self.buffer()?,
             len: stored_len,
             spares: self.spares.clone(),
         };
@@ -143,7 +147,7 @@ impl Data {
         self.source
             .read_exact(position, &mut stored.buffer[..len])?;
         let mut block = Block {
-            buffer: self.buffer(),
+            buffer: self.buffer()?,
             len: 0,
             spares: self.spares.clone(),
         };
@@ -156,10 +160,25 @@ impl Data {
         Ok(block)
     }
 
-    /// A buffer of one block size, with any content.
-    fn buffer(&self) -> Vec<u8> {
-        lock(&self.spares.0)
-            .pop()
-            .unwrap_or_else(|| vec![0; self.block_size])
+    /// A buffer of one block size, with any content. Where memory is short, the cache gives its own back.
+    fn buffer(&self) -> Result<Vec<u8>> {
+        if let Some(buffer) = lock(&self.spares.0).pop() {
+            return Ok(buffer);
+        }
+        let fresh = || {
+            let mut buffer = Vec::new();
+            buffer.try_reserve_exact(self.block_size)?;
+            buffer.resize(self.block_size, 0);
+            Ok(buffer)
+        };
+        fresh()
+            .or_else(|_: std::collections::TryReserveError| {
+                self.clear();
+                fresh()
+            })
+            .map_err(|_| Error::Os {
+                what: "allocate memory for a block",
+                errno: libc::ENOMEM,
+            })
     }
 }

@@ -18,7 +18,7 @@ const POINT_BLOCKS: u64 = 256;
 /// Points of one index, at most: 16 384 of 24 bytes are 384 KiB.
 const POINTS_MAX: u64 = 16 << 10;
 /// Indexes kept, by memory that they may grow to.
-const INDEX_CACHE_BYTES: usize = 16 << 20;
+const INDEX_CACHE_BYTES: usize = 4 << 20;
 
 /// A part of a file's bytes.
 pub(crate) enum Piece {
@@ -73,13 +73,15 @@ struct Point {
 /// Points of one file, each `stride` blocks apart.
 struct Index {
     stride: u64,
+    /// Points that it may grow to.
+    points_max: u64,
     points: Mutex<Vec<Point>>,
 }
 
 impl Weigh for Index {
     fn weight(&self) -> usize {
         // What it may grow to: it grows after it was weighed.
-        POINTS_MAX as usize * size_of::<Point>()
+        self.points_max as usize * size_of::<Point>() + 128
     }
 }
 
@@ -223,6 +225,7 @@ impl Files {
             let stride = count.div_ceil(POINTS_MAX).max(POINT_BLOCKS);
             Ok(Index {
                 stride,
+                points_max: count / stride,
                 points: Mutex::default(),
             })
         })?;

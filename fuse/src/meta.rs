@@ -11,8 +11,8 @@ use crate::error::{Error, Result};
 use crate::format::{METADATA_SIZE, MetadataHeader};
 use crate::source::Source;
 
-/// Decompressed metadata kept: the inodes and names of about 300 000 files.
-const BLOCK_CACHE_BYTES: usize = 32 << 20;
+/// Decompressed metadata kept: the inodes and names of about 150 000 files.
+const BLOCK_CACHE_BYTES: usize = 16 << 20;
 /// Bytes of one read ahead in the tables.
 const WINDOW_BYTES: u64 = 128 << 10;
 /// Windows kept: one walk touches inodes, directories and a few tables at a time.
@@ -70,6 +70,11 @@ impl Meta {
             blocks: Cache::new(BLOCK_CACHE_BYTES, SHARDS),
             windows: Cache::new(WINDOW_CACHE_BYTES, 1),
         }
+    }
+
+    /// Bytes held now.
+    pub(crate) fn bytes(&self) -> usize {
+        self.blocks.bytes() + self.windows.bytes()
     }
 
     /// Forgets what is cached.

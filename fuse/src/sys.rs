@@ -1,4 +1,4 @@
-//! The one call that nothing safe makes: a request to the FUSE device.
+//! The calls that nothing safe makes: a request to the FUSE device, and giving memory back.
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsRawFd as _, BorrowedFd};
@@ -18,4 +18,13 @@ pub(crate) fn join_connection(
     let request = unsafe { Setter::<CLONE, u32>::new(number) };
     // SAFETY: `request` is the argument that this opcode takes, and the kernel keeps nothing of it.
     unsafe { ioctl(fresh, request) }
+}
+
+/// Gives freed memory back to the system, where the C library keeps it.
+pub(crate) fn give_back() {
+    // SAFETY: it only releases what nobody uses, and takes its own locks.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0);
+    }
 }

@@ -5,10 +5,12 @@
 //! * `protocol`: one request in, one answer out;
 //! * `threads`: the request loops, and how many there are;
 //! * `ahead`: decompresses what a sequential reader will want next;
-//! * `habits`: whether listings should carry attributes.
+//! * `habits`: whether listings should carry attributes;
+//! * `idle`: gives memory back when nobody asks for anything.
 
 mod ahead;
 mod habits;
+mod idle;
 mod protocol;
 mod threads;
 mod tree;
@@ -27,6 +29,7 @@ use crate::ext::Ext;
 
 use ahead::Ahead;
 use habits::Habits;
+use idle::Idle;
 use tree::Tree;
 pub(crate) use tree::{Entry, Place, Stat};
 use views::Views;
@@ -58,7 +61,7 @@ pub struct Options {
     pub stage: bool,
     /// Threads that serve, at most; 0 means one for each core, up to 8.
     pub max_threads: usize,
-    /// Decompressed data kept; 0 means 64 MiB.
+    /// Decompressed data kept; 0 means 32 MiB. With names, attributes and what is at work it stays below 64 MiB.
     pub cache_bytes: usize,
 }
 
@@ -69,6 +72,7 @@ pub struct Server {
     options: Options,
     ahead: Option<Ahead>,
     habits: Habits,
+    idle: Arc<Idle>,
 }
 
 impl Server {
@@ -99,6 +103,7 @@ impl Server {
 
     fn new(tree: Arc<Tree>, options: Options, ahead: Option<Ahead>) -> Server {
         Server {
+            idle: Arc::new(Idle::new(tree.clone())),
             tree,
             views: Views::default(),
             options,
@@ -156,6 +161,7 @@ impl Server {
     /// Forgets what is cached.
     pub fn shrink(&self) {
         self.tree.shrink();
+        crate::sys::give_back();
     }
 
     /// Has the kernel send again what a process that died has read and not answered. Linux before 6.9 cannot; there,

@@ -10,6 +10,7 @@ use fuse_backend_rs::abi::fuse_abi::{
 };
 use vm_memory::ByteValued;
 
+use super::idle::Idle;
 use super::tree::{Entry, Place, Stat};
 use super::views::{Spot, View, ViewId};
 use super::{Owner, Server};
@@ -187,6 +188,7 @@ impl Server {
             return Answer::None;
         }
         reply.start(header.unique);
+        Idle::note(&self.idle);
         match self.dispatch(&header, body, reply) {
             Ok(()) => Answer::Write,
             Err(Refusal(errno)) => reply.fail(request, errno),

@@ -191,6 +191,14 @@ impl Tree {
         }
     }
 
+    /// Bytes that are cached.
+    pub(crate) fn cached_bytes(&self) -> usize {
+        match self {
+            Tree::Squashfs(archive) => archive.cached_bytes(),
+            Tree::Ext(_) => 0,
+        }
+    }
+
     /// Forgets what is cached.
     pub(crate) fn shrink(&self) {
         if let Tree::Squashfs(archive) = self {

@@ -1,0 +1,69 @@
+//! Gives memory back when nobody asks for anything.
+//!
+//! What was read is in the kernel's caches; while a program computes, the blocks that the server keeps serve nobody. The
+//! thread that watches begins when there is something to give back, and ends when it has done so: a server of a program
+//! that only starts never has one.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed, Ordering::SeqCst};
+use std::time::Duration;
+
+use super::tree::Tree;
+
+/// Cached bytes that are not worth a thread.
+const KEEP_BYTES: usize = 2 << 20;
+/// Without a request for one to two of these, the server is idle.
+const PATIENCE: Duration = Duration::from_secs(4);
+
+/// See the module.
+pub(super) struct Idle {
+    tree: Arc<Tree>,
+    /// A request came since the watcher last looked.
+    is_busy: AtomicBool,
+    is_watched: AtomicBool,
+}
+
+impl Idle {
+    pub(super) fn new(tree: Arc<Tree>) -> Idle {
+        Idle {
+            tree,
+            is_busy: AtomicBool::new(false),
+            is_watched: AtomicBool::new(false),
+        }
+    }
+
+    /// A request came.
+    pub(super) fn note(this: &Arc<Idle>) {
+        // Only looked at, mostly: threads do not take the cache line from each other.
+        if !this.is_busy.load(Relaxed) {
+            this.is_busy.store(true, Relaxed);
+        }
+        if !this.is_watched.load(Relaxed) && this.tree.cached_bytes() > KEEP_BYTES {
+            Idle::watch(this);
+        }
+    }
+
+    fn watch(this: &Arc<Idle>) {
+        if this.is_watched.swap(true, SeqCst) {
+            return;
+        }
+        let watched = this.clone();
+        let thread = std::thread::Builder::new().name("idle".into());
+        if thread.spawn(move || watched.run()).is_err() {
+            this.is_watched.store(false, SeqCst);
+        }
+    }
+
+    fn run(&self) {
+        loop {
+            std::thread::sleep(PATIENCE);
+            if !self.is_busy.swap(false, SeqCst) {
+                break;
+            }
+        }
+        // A request that comes now starts the next watcher.
+        self.is_watched.store(false, SeqCst);
+        self.tree.shrink();
+        crate::sys::give_back();
+    }
+}
