@@ -702,7 +702,7 @@ fn logs_are_bounded_and_never_stop_the_service() {
     );
     s.run(&["instance", "stop", "n"]).ok();
     // Removed while it runs.
-    let s = Services::new("while read x </output/go; do echo said $x; done");
+    let s = Services::new("while :; do read x </output/go && echo said $x; done");
     let fifo = s.env.work().join("go");
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let bind = format!("{}:/output", s.env.work().display());
