@@ -175,8 +175,9 @@ impl Slurm {
         let uid = nix::unistd::getuid();
         for node in ["n1", "n2"] {
             let cgroups = format!(
-                "/sys/fs/cgroup/freezer{}/capsid-slurm/{}-{node}/slurm_{node}/uid_{uid}/job_{job}",
+                "/sys/fs/cgroup/freezer{}/{}/{}-{node}/slurm_{node}/uid_{uid}/job_{job}",
                 own.trim_end_matches('/'),
+                self.top.file_name().unwrap().display(),
                 self.cluster
             );
             if Path::new(&cgroups).exists() {

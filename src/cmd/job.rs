@@ -179,11 +179,12 @@ fn need_root(command: &str) -> Result<()> {
 fn begin(args: &BeginArgs) -> Result<u8> {
     need_root("begin")?;
     // Data for the supervisor; of these only the last is used here, and that is Slurm's own.
-    const FOR_THE_SUPERVISOR: [&str; 6] = [
+    const FOR_THE_SUPERVISOR: [&str; 7] = [
         "SLURM_JOB_NODELIST",
         "SLURMD_NODENAME",
         "SLURM_JOB_NUM_NODES",
         "CAPSID_JOB_COMMENT",
+        "CAPSID_JOB_SERVICES",
         "CAPSID_JOB_DIRECTORY",
         "SLURM_CONF",
     ];
@@ -231,7 +232,12 @@ fn supervise(args: &SuperviseArgs) -> Result<u8> {
         host.var("CAPSID_JOB_COMMENT"),
         host.var("CAPSID_JOB_DIRECTORY"),
     );
+    let option = host.var("CAPSID_JOB_SERVICES").and_then(|v| v.to_str());
     let mut setup = supervisor::Setup {
+        option: option.filter(|o| !o.is_empty()).map(str::to_owned),
+        directory: host
+            .var("CAPSID_JOB_DIRECTORY")
+            .map_or_else(|| host.cwd.clone(), PathBuf::from),
         adopted,
         listening,
         node,

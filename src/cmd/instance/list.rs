@@ -76,6 +76,13 @@ pub fn list(args: &ListArgs) -> Result<u8> {
         registry.job = None;
     }
     let mut records = registry.list();
+    if registry.job.is_none() {
+        let own = registry.path().to_owned();
+        let others = Registry::of_jobs(&host)
+            .into_iter()
+            .filter(|r| r.path() != own);
+        records.extend(others.flat_map(|r| r.list()));
+    }
     let pattern = args.pattern.as_deref().unwrap_or("*");
     records.retain(|r| fits(pattern, &r.name));
     if args.json {
