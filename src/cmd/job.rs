@@ -390,6 +390,24 @@ fn srun(nodes: usize) -> Command {
     srun
 }
 
+/// Runs a command of this program on every node of the job, each line behind the node's number.
+///
+/// # Errors
+/// Outside of jobs, and where there is no srun.
+pub fn on_all_nodes(host: &Host, words: &[&str]) -> Result<u8> {
+    if host.job().is_none() {
+        bail!(
+            "this is not a Slurm job: there is no job in the cgroup's path, and SLURM_JOB_ID is not set"
+        );
+    }
+    let nodes = supervisor::nodes(&|name| host.var(name).map(OsString::from)).1;
+    let program = std::env::current_exe().context("cannot tell where this program is")?;
+    let mut srun = srun(nodes.len());
+    let status = srun.arg("--label").arg(program).args(words).status();
+    let status = status.context("cannot start srun, which reaches the other nodes of the job")?;
+    Ok(u8::try_from(status.code().unwrap_or(255)).unwrap_or(exit::FATAL))
+}
+
 fn stop(args: &StopArgs) -> Result<u8> {
     let host = Host::read()?;
     let registry = Registry::open(&host)?;

@@ -26,6 +26,9 @@ pub struct ListArgs {
     /// Inside a Slurm job: also those of other jobs and of the login session
     #[arg(short = 'a', long)]
     pub all: bool,
+    /// Inside a Slurm job: those of all its nodes (by srun), each line behind the node's number
+    #[arg(long)]
+    pub all_nodes: bool,
     /// Those of another user (root only; not supported)
     #[arg(short = 'u', long, hide = true)]
     pub user: Option<String>,
@@ -70,6 +73,17 @@ pub fn list(args: &ListArgs) -> Result<u8> {
     check_user(args.user.as_deref(), &host)?;
     if args.json && args.logs {
         bail!("json and logs flags are mutually exclusive");
+    }
+    if args.all_nodes {
+        if args.json {
+            bail!(
+                "--all-nodes and --json cannot be combined: run capsid instance list --json by srun on each node"
+            );
+        }
+        let mut words = vec!["instance", "list"];
+        words.extend(args.logs.then_some("--logs"));
+        words.extend(args.pattern.as_deref());
+        return crate::cmd::job::on_all_nodes(&host, &words);
     }
     let mut registry = Registry::open(&host)?;
     if args.all {
