@@ -11,6 +11,7 @@ done
 # The comment and the directory are the user's words: data for the supervisor, which reads them as the user.
 /usr/bin/timeout -k 2 20 /usr/bin/env -i SLURM_CONF="${SLURM_CONF:-/etc/slurm/slurm.conf}" \
     SLURM_JOB_NODELIST="${SLURM_NODELIST:-${SLURM_JOB_NODELIST:-}}" SLURMD_NODENAME="${SLURMD_NODENAME:-}" \
-    CAPSID_JOB_COMMENT="${SLURM_JOB_COMMENT:-}" CAPSID_JOB_DIRECTORY="${SLURM_JOB_WORK_DIR:-}" \
+    CAPSID_JOB_COMMENT="${SLURM_JOB_COMMENT:-}" CAPSID_JOB_SERVICES="${SPANK_CAPSID_SERVICES:-}" \
+    CAPSID_JOB_DIRECTORY="${SLURM_JOB_WORK_DIR:-}" \
     "$CAPSID" job begin --job "$SLURM_JOB_ID" --uid "$SLURM_JOB_UID" --gid "$SLURM_JOB_GID" </dev/null >/dev/null 2>&1
 exit 0

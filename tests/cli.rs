@@ -43,6 +43,12 @@ fn help_texts() {
         assert_eq!(out.status, 0, "{out}");
         golden(&format!("help-instance-{command}"), &out.stdout);
     }
+    for command in ["status", "start", "stop", "env", "services"] {
+        let out = env.run(["job", command, "--help"]);
+        assert_eq!(out.status, 0, "{out}");
+        golden(&format!("help-job-{command}"), &out.stdout);
+    }
+    golden("help-job", &env.run(["job", "--help"]).stdout);
     golden("help-instance", &env.run(["instance", "--help"]).stdout);
     golden("help", &env.run(["--help"]).stdout);
 }

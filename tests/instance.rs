@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Env, Output, output, processes, script, wait_until};
+use common::{Env, Output, add_programs, output, processes, script, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -927,24 +927,6 @@ fn unit_repeats_the_command_line() {
         out.ok().contains(&format!("User={}", common::user_name())),
         "{out}"
     );
-}
-
-/// A tree with programs of this machine and the libraries that they need.
-fn add_programs(tree: &Path, programs: &[&str]) {
-    for program in programs {
-        let listed = output(Command::new("ldd").arg(program));
-        let libraries = listed
-            .ok()
-            .split_ascii_whitespace()
-            .filter(|w| w.starts_with('/'));
-        for file in libraries.chain([*program]) {
-            let place = tree.join(file.trim_start_matches('/'));
-            if !place.exists() {
-                fs::create_dir_all(place.parent().unwrap()).unwrap();
-                fs::copy(file, &place).unwrap_or_else(|e| panic!("{file}: {e}"));
-            }
-        }
-    }
 }
 
 fn free_port() -> u16 {

@@ -179,11 +179,12 @@ fn need_root(command: &str) -> Result<()> {
 fn begin(args: &BeginArgs) -> Result<u8> {
     need_root("begin")?;
     // Data for the supervisor; of these only the last is used here, and that is Slurm's own.
-    const FOR_THE_SUPERVISOR: [&str; 6] = [
+    const FOR_THE_SUPERVISOR: [&str; 7] = [
         "SLURM_JOB_NODELIST",
         "SLURMD_NODENAME",
         "SLURM_JOB_NUM_NODES",
         "CAPSID_JOB_COMMENT",
+        "CAPSID_JOB_SERVICES",
         "CAPSID_JOB_DIRECTORY",
         "SLURM_CONF",
     ];
@@ -231,7 +232,12 @@ fn supervise(args: &SuperviseArgs) -> Result<u8> {
         host.var("CAPSID_JOB_COMMENT"),
         host.var("CAPSID_JOB_DIRECTORY"),
     );
+    let option = host.var("CAPSID_JOB_SERVICES").and_then(|v| v.to_str());
     let mut setup = supervisor::Setup {
+        option: option.filter(|o| !o.is_empty()).map(str::to_owned),
+        directory: host
+            .var("CAPSID_JOB_DIRECTORY")
+            .map_or_else(|| host.cwd.clone(), PathBuf::from),
         adopted,
         listening,
         node,
@@ -382,6 +388,24 @@ fn srun(nodes: usize) -> Command {
     ]);
     srun.stdin(Stdio::null());
     srun
+}
+
+/// Runs a command of this program on every node of the job, each line behind the node's number.
+///
+/// # Errors
+/// Outside of jobs, and where there is no srun.
+pub fn on_all_nodes(host: &Host, words: &[&str]) -> Result<u8> {
+    if host.job().is_none() {
+        bail!(
+            "this is not a Slurm job: there is no job in the cgroup's path, and SLURM_JOB_ID is not set"
+        );
+    }
+    let nodes = supervisor::nodes(&|name| host.var(name).map(OsString::from)).1;
+    let program = std::env::current_exe().context("cannot tell where this program is")?;
+    let mut srun = srun(nodes.len());
+    let status = srun.arg("--label").arg(program).args(words).status();
+    let status = status.context("cannot start srun, which reaches the other nodes of the job")?;
+    Ok(u8::try_from(status.code().unwrap_or(255)).unwrap_or(exit::FATAL))
 }
 
 fn stop(args: &StopArgs) -> Result<u8> {

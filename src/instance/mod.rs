@@ -182,6 +182,24 @@ impl Registry {
         })
     }
 
+    /// The records of the user's jobs on this node, each in its job's directory.
+    pub fn of_jobs(host: &Host) -> Vec<Registry> {
+        let entries = std::fs::read_dir(crate::host::JOBS)
+            .into_iter()
+            .flatten()
+            .flatten();
+        let open = |entry: std::fs::DirEntry| {
+            let job = entry.file_name().to_str()?.strip_prefix("job-")?.to_owned();
+            let number = !job.is_empty() && job.bytes().all(|b| b.is_ascii_digit());
+            let directory = runtime::open(host.uid, Some(entry.path().as_os_str()))?;
+            (number && directory.path.starts_with(entry.path())).then_some(Registry {
+                directory,
+                job: Some(job),
+            })
+        };
+        entries.filter_map(open).collect()
+    }
+
     /// For messages, and for what else belongs there.
     pub fn path(&self) -> &Path {
         &self.directory.path

@@ -54,6 +54,10 @@ pub struct Setup {
     pub nodes: Vec<String>,
     /// The file of services that the job's comment names.
     pub file: Option<PathBuf>,
+    /// The words of the option `--service`.
+    pub option: Option<String>,
+    /// The directory that names of images in the option are relative to.
+    pub directory: PathBuf,
 }
 
 /// What a batch of services is started with.
@@ -144,7 +148,7 @@ pub fn run(registry: &Registry, host: &Host, setup: Setup) -> Result<u8> {
         reading: Vec::new(),
         batches: Vec::new(),
         list: List {
-            pending: setup.file.is_some(),
+            pending: setup.file.is_some() || setup.option.is_some(),
             ..List::default()
         },
         of_batch: Vec::new(),
@@ -255,28 +259,44 @@ impl Supervisor<'_> {
 
     /// We are in the job: what waited begins.
     fn begin(&mut self) {
-        if let Some(file) = self.setup.file.clone() {
-            let env = self
-                .host
-                .env
-                .iter()
-                .filter(|(k, _)| !k.to_string_lossy().starts_with("CAPSID_JOB_"));
-            let batch = Batch {
-                directory: PathBuf::new(),
-                env: env.cloned().collect(),
-                caller: Caller {
-                    level: say::level(),
-                    umask: self.host.umask,
-                    cpus: Vec::new(),
-                },
-                peer: None,
+        if let Some(text) = self.setup.option.take() {
+            let parsed = match services::from_option(&text) {
+                Ok(services) => Parsed::Services(services),
+                Err(error) => Parsed::Failed(format!("{error:#}")),
             };
-            self.read(file, batch);
+            self.list.pending = self.setup.file.is_some();
+            // A name below the directory stands for the file that there is none of.
+            let path = self.setup.directory.join("--service");
+            self.parsed(&path, self.own_batch(), parsed);
+        }
+        if let Some(file) = self.setup.file.take() {
+            self.read(file, self.own_batch());
         }
         for id in self.peers.keys().copied().collect::<Vec<_>>() {
             if let Some((what, fds)) = self.peers.get_mut(&id).and_then(|p| p.waiting.take()) {
                 self.serve_request(id, what, fds);
             }
+        }
+    }
+
+    /// For what the job declares, who knows nothing of the environment of the one who submitted it.
+    fn own_batch(&self) -> Batch {
+        let foreign = |k: &OsStr| k.to_string_lossy().starts_with("CAPSID_JOB_");
+        Batch {
+            directory: PathBuf::new(),
+            env: self
+                .host
+                .env
+                .iter()
+                .filter(|(k, _)| !foreign(k))
+                .cloned()
+                .collect(),
+            caller: Caller {
+                level: say::level(),
+                umask: self.host.umask,
+                cpus: Vec::new(),
+            },
+            peer: None,
         }
     }
 
@@ -567,7 +587,7 @@ impl Supervisor<'_> {
     }
 
     fn parsed(&mut self, path: &Path, mut batch: Batch, parsed: Parsed) {
-        if batch.peer.is_none() {
+        if batch.peer.is_none() && self.setup.file.is_none() {
             self.list.pending = false;
         }
         let declared = match parsed {

@@ -323,6 +323,36 @@ impl Declared {
     }
 }
 
+/// The services of the option `--service IMAGE:NAME,IMAGE:NAME`, which are started by their startscript on the first node.
+///
+/// # Errors
+/// Naming what is wrong.
+pub fn from_option(text: &str) -> Result<Vec<Declared>> {
+    let mut services: Vec<Declared> = Vec::new();
+    for word in text.split(',') {
+        let (image, name) = word.rsplit_once(':').unwrap_or(("", ""));
+        if image.is_empty() || !is_name(name) || services.iter().any(|s| s.name == name) {
+            bail!(
+                "--service {word:?}: use IMAGE:NAME, with a name of its own of A-Z a-z 0-9 _ . -"
+            );
+        }
+        services.push(Declared {
+            name: name.into(),
+            image: image.into(),
+            run: false,
+            args: Vec::new(),
+            options: Vec::new(),
+            nodes: Nodes::Index(0),
+            ready: None,
+            port: None,
+            timeout_s: TIMEOUT_S,
+            restart: "no".into(),
+            after: Vec::new(),
+        });
+    }
+    Ok(services)
+}
+
 /// The file that a job's comment names: `capsid:services=FILE`, to the next blank, comma or semicolon.
 pub fn named_by_comment(comment: &str) -> Option<&str> {
     let (before, rest) = comment.split_once("capsid:services=")?;
@@ -443,6 +473,18 @@ ready = { port = 5432, timeout = "2m" }
                 error.starts_with(&format!("line {line}: ")) && error.contains(what),
                 "{text}: {error}"
             );
+        }
+    }
+
+    #[test]
+    fn services_of_the_option() {
+        let all = from_option("a.sif:db,/x/y:z:web").unwrap();
+        assert_eq!(
+            (all[0].image.as_str(), all[1].image.as_str()),
+            ("a.sif", "/x/y:z")
+        );
+        for bad in ["", "a", ":a", "a:", "a:b/c", "a:b,c:b", "a:$(id)"] {
+            assert!(from_option(bad).is_err(), "{bad}");
         }
     }
 

@@ -377,3 +377,21 @@ pub fn wrap(squashfs: &Path, sif: &Path, overlays: &[&Path]) {
     out.set_permissions(fs::Permissions::from_mode(0o755))
         .expect("chmod");
 }
+
+/// A tree with programs of this machine and the libraries that they need.
+pub fn add_programs(tree: &Path, programs: &[&str]) {
+    for program in programs {
+        let listed = output(Command::new("ldd").arg(program));
+        let libraries = listed
+            .ok()
+            .split_ascii_whitespace()
+            .filter(|w| w.starts_with('/'));
+        for file in libraries.chain([*program]) {
+            let place = tree.join(file.trim_start_matches('/'));
+            if !place.exists() {
+                fs::create_dir_all(place.parent().expect("a parent")).expect("mkdir");
+                fs::copy(file, &place).unwrap_or_else(|e| panic!("{file}: {e}"));
+            }
+        }
+    }
+}

@@ -27,6 +27,9 @@ pub struct ListArgs {
     /// Inside a Slurm job: also those of other jobs and of the login session
     #[arg(short = 'a', long)]
     pub all: bool,
+    /// Inside a Slurm job: those of all its nodes (by srun), each line behind the node's number
+    #[arg(long)]
+    pub all_nodes: bool,
     /// Those of another user (root only; not supported)
     #[arg(short = 'u', long, hide = true)]
     pub user: Option<String>,
@@ -72,11 +75,29 @@ pub fn list(args: &ListArgs) -> Result<u8> {
     if args.json && args.logs {
         bail!("json and logs flags are mutually exclusive");
     }
+    if args.all_nodes {
+        if args.json {
+            bail!(
+                "--all-nodes and --json cannot be combined: run capsid instance list --json by srun on each node"
+            );
+        }
+        let mut words = vec!["instance", "list"];
+        words.extend(args.logs.then_some("--logs"));
+        words.extend(args.pattern.as_deref());
+        return crate::cmd::job::on_all_nodes(&host, &words);
+    }
     let mut registry = Registry::open(&host)?;
     if args.all {
         registry.job = None;
     }
     let mut records = registry.list();
+    if registry.job.is_none() {
+        let own = registry.path().to_owned();
+        let others = Registry::of_jobs(&host)
+            .into_iter()
+            .filter(|r| r.path() != own);
+        records.extend(others.flat_map(|r| r.list()));
+    }
     let pattern = args.pattern.as_deref().unwrap_or("*");
     records.retain(|r| fits(pattern, &r.name));
     if args.json {
