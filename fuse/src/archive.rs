@@ -4,6 +4,7 @@
 //! All methods may be called from many threads at once.
 
 use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::data::Data;
@@ -15,6 +16,7 @@ use crate::format::{InodeRef, Superblock};
 use crate::inode::{self, Body, Inode};
 use crate::meta::{Cursor, Meta};
 use crate::path::{Step, follow};
+use crate::profile::Profile;
 use crate::source::Source;
 use crate::table::Table;
 use crate::xattr::Xattrs;
@@ -25,6 +27,7 @@ pub type Xattr = (Vec<u8>, Vec<u8>);
 /// A squashfs image.
 pub struct Archive {
     superblock: Superblock,
+    superblock_raw: [u8; Superblock::LEN],
     source: Arc<Source>,
     codec: Codec,
     meta: Meta,
@@ -76,6 +79,7 @@ impl Archive {
                 superblock.directory_table,
             ),
             ids: Table::open(superblock.id_table, u64::from(superblock.id_count), end)?,
+            superblock_raw: *raw,
             superblock,
             source,
             codec,
@@ -313,6 +317,45 @@ impl Archive {
         }
     }
 
+    /// The profile of this image in a directory (see [`crate::Server::keep_profile`]).
+    pub(crate) fn profile(&self, directory: OwnedFd) -> Profile {
+        Profile::open(directory, &self.superblock_raw, &self.source)
+    }
+
+    /// Reads what the profile names.
+    pub(crate) fn prefetch_profile(&self, profile: &Profile) -> u64 {
+        profile.prefetch(&self.source)
+    }
+
+    /// Writes what was read since the profile was opened.
+    pub(crate) fn save_profile(&self, profile: &Profile) {
+        profile.save(&self.source);
+    }
+
+    /// Reads into the system's cache what earlier starts have read, by the profile in `directory`, or where there is
+    /// none, names and attributes. Returns how many bytes, and whether there was a profile.
+    ///
+    /// # Errors
+    /// When the image cannot be read.
+    pub fn warm(&self, directory: Option<OwnedFd>) -> Result<(u64, bool)> {
+        if let Some(directory) = directory {
+            let bytes = self.profile(directory).prefetch(&self.source);
+            if bytes > 0 {
+                return Ok((bytes, true));
+            }
+        }
+        // Inodes, names and tables lie behind the data.
+        let start = self.superblock.inode_table;
+        let mut part = vec![0; WARM_STEP];
+        let mut at = start;
+        while at < self.superblock.bytes_used {
+            let len = (self.superblock.bytes_used - at).min(WARM_STEP as u64);
+            self.source.read_ahead(at, &mut part[..len as usize])?;
+            at += len;
+        }
+        Ok((at - start, false))
+    }
+
     /// Bytes that are cached.
     pub(crate) fn cached_bytes(&self) -> usize {
         self.meta.bytes() + self.data.bytes()
@@ -326,5 +369,7 @@ impl Archive {
     }
 }
 
+/// Bytes read at once by [`Archive::warm`].
+const WARM_STEP: usize = 1 << 20;
 /// Bytes read at once by [`Archive::read_file`].
 const READ_STEP: usize = 1 << 20;

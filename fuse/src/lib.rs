@@ -18,6 +18,7 @@ mod inode;
 mod meta;
 pub mod mount;
 mod path;
+mod profile;
 mod server;
 mod source;
 mod sys;

@@ -1,4 +1,4 @@
-//! Mounts a squashfs image, as `squashfuse` does: `capsid-fuse [-f] [-o offset=N] IMAGE MOUNTPOINT`.
+//! Mounts a squashfs image, as `squashfuse` does: `capsid-fuse [-f] [-o offset=N,profile=DIR] IMAGE MOUNTPOINT`.
 
 use std::fs::File;
 use std::os::fd::AsFd as _;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use capsid_fuse::{Archive, Options, Owner, Server, clone_device, mount};
 
-const USAGE: &str = "usage: capsid-fuse [-f] [-o offset=N] IMAGE MOUNTPOINT";
+const USAGE: &str = "usage: capsid-fuse [-f] [-o offset=N,profile=DIR] IMAGE MOUNTPOINT";
 /// Tells the process that stays that somebody waits for its word on standard output.
 const DETACHED: &str = "--detached";
 
@@ -17,6 +17,8 @@ struct Arguments {
     foreground: bool,
     detached: bool,
     offset_bytes: u64,
+    /// Where profiles of starts are kept, if anywhere.
+    profile: Option<String>,
     image: String,
     mount_point: String,
 }
@@ -33,6 +35,7 @@ fn main() -> ExitCode {
 
 fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments> {
     let (mut foreground, mut detached, mut offset_bytes) = (false, false, 0);
+    let mut profile = None;
     let mut files = Vec::new();
     while let Some(word) = words.next() {
         match word.as_str() {
@@ -41,6 +44,10 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments> {
             "-o" => {
                 let options = words.next().ok_or(USAGE)?;
                 for option in options.split(',') {
+                    if let Some(directory) = option.strip_prefix("profile=") {
+                        profile = Some(directory.to_string());
+                        continue;
+                    }
                     let number = option.strip_prefix("offset=");
                     let number = number.ok_or(format!("unknown option {option:?}"))?;
                     offset_bytes = number
@@ -56,6 +63,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Result<Arguments> {
         foreground,
         detached,
         offset_bytes,
+        profile,
         image,
         mount_point,
     })
@@ -83,6 +91,11 @@ fn run(arguments: &Arguments) -> Result<()> {
         default_permissions: true,
         source: name.clone(),
     })?;
+    if let Some(directory) = &arguments.profile {
+        let directory = File::open(directory)
+            .map_err(|e| format!("cannot open the directory {directory}: {e}"))?;
+        server.keep_profile(directory.into());
+    }
     attach(&mount, &arguments.mount_point)?;
     let threads = std::thread::available_parallelism().map_or(1, |n| n.get().min(8));
     let mut devices = vec![mount.device];
@@ -97,7 +110,9 @@ fn run(arguments: &Arguments) -> Result<()> {
         rustix::stdio::dup2_stderr(&null)?;
         rustix::process::setsid()?;
     }
-    Ok(server.serve_on(devices)?)
+    let served = server.serve_on(devices);
+    server.save_profile();
+    Ok(served?)
 }
 
 fn attach(mount: &mount::Mount, point: &str) -> Result<()> {

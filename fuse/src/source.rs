@@ -7,12 +7,15 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use crate::error::{Error, Result};
+use crate::profile::Record;
 
 /// A byte range of a file.
 pub(crate) struct Source {
     file: File,
     offset: u64,
     len: u64,
+    /// What was read.
+    pub(crate) record: Record,
 }
 
 impl Source {
@@ -24,6 +27,7 @@ impl Source {
             file,
             offset,
             len: len.map_or(rest, |len| len.min(rest)),
+            record: Record::new(),
         })
     }
 
@@ -34,6 +38,12 @@ impl Source {
 
     /// Fills `buf` from `position` bytes after the start of the range.
     pub(crate) fn read_exact(&self, position: u64, buf: &mut [u8]) -> Result<()> {
+        self.record.note(position, buf.len());
+        self.read_ahead(position, buf)
+    }
+
+    /// The same without leaving a trace.
+    pub(crate) fn read_ahead(&self, position: u64, buf: &mut [u8]) -> Result<()> {
         let end = position
             .checked_add(buf.len() as u64)
             .ok_or(Error::Damaged("offset"))?;

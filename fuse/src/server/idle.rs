@@ -2,18 +2,21 @@
 //!
 //! What was read is in the kernel's caches; while a program computes, the blocks that the server keeps serve nobody. The
 //! thread that watches begins when there is something to give back, and ends when it has done so: a server of a program
-//! that only starts never has one.
+//! that only starts never has one. The same thread writes the profile of the start.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use super::tree::Tree;
+use crate::profile::Profile;
 
 /// Cached bytes that are not worth a thread.
 const KEEP_BYTES: usize = 2 << 20;
 /// Without a request for one to two of these, the server is idle.
 const PATIENCE: Duration = Duration::from_secs(4);
+/// A start takes no longer than so many of these; what is read later is not noted.
+const START_ROUNDS: u32 = 5;
 
 /// See the module.
 pub(super) struct Idle {
@@ -21,6 +24,8 @@ pub(super) struct Idle {
     /// A request came since the watcher last looked.
     is_busy: AtomicBool,
     is_watched: AtomicBool,
+    /// To be written when the start is over.
+    pub(super) profile: OnceLock<Arc<Profile>>,
 }
 
 impl Idle {
@@ -29,6 +34,13 @@ impl Idle {
             tree,
             is_busy: AtomicBool::new(false),
             is_watched: AtomicBool::new(false),
+            profile: OnceLock::new(),
+        }
+    }
+
+    pub(super) fn save_profile(&self) {
+        if let Some(profile) = self.profile.get() {
+            self.tree.save_profile(profile);
         }
     }
 
@@ -55,12 +67,16 @@ impl Idle {
     }
 
     fn run(&self) {
-        loop {
+        for round in 0.. {
             std::thread::sleep(PATIENCE);
             if !self.is_busy.swap(false, SeqCst) {
                 break;
             }
+            if round == START_ROUNDS {
+                self.save_profile();
+            }
         }
+        self.save_profile();
         // A request that comes now starts the next watcher.
         self.is_watched.store(false, SeqCst);
         self.tree.shrink();

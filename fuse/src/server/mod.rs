@@ -158,6 +158,28 @@ impl Server {
         threads::serve(self, &devices, thread_count(&self.options))
     }
 
+    /// Reads ahead what earlier starts of this image have read, and notes what this one reads, in a file in `directory`
+    /// (see the module `profile`). For images on slow storage; call it once, before or after the first request.
+    pub fn keep_profile(&self, directory: OwnedFd) {
+        let Some(profile) = self.tree.profile(directory) else {
+            return;
+        };
+        let profile = Arc::new(profile);
+        if self.idle.profile.set(profile.clone()).is_err() {
+            return;
+        }
+        let tree = self.tree.clone();
+        let thread = std::thread::Builder::new().name("prefetch".into());
+        // Without the thread, everything is read when it is asked for.
+        let _slower = thread.spawn(move || tree.prefetch_profile(&profile));
+    }
+
+    /// Writes what was read so far to the profile, if there is one. It is also written by itself, when nobody has asked
+    /// for anything for a while.
+    pub fn save_profile(&self) {
+        self.idle.save_profile();
+    }
+
     /// Forgets what is cached.
     pub fn shrink(&self) {
         self.tree.shrink();

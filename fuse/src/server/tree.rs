@@ -1,5 +1,6 @@
 //! What is served: a file tree that answers by node number, whatever the format of the image.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::archive::Archive;
@@ -7,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::ext::Ext;
 use crate::file::Piece;
 use crate::format::{InodeRef, Kind};
+use crate::profile::Profile;
 
 /// A file of an image: a number of at most [`Place::BITS`] bits, which means the same file in every process that
 /// opens the image.
@@ -188,6 +190,28 @@ impl Tree {
                 files: 0,
                 block_size: 4096,
             },
+        }
+    }
+
+    /// The profile of the image in a directory.
+    pub(crate) fn profile(&self, directory: OwnedFd) -> Option<Profile> {
+        match self {
+            Tree::Squashfs(archive) => Some(archive.profile(directory)),
+            Tree::Ext(_) => None,
+        }
+    }
+
+    /// Reads what the profile names into the system's cache.
+    pub(crate) fn prefetch_profile(&self, profile: &Profile) {
+        if let Tree::Squashfs(archive) = self {
+            archive.prefetch_profile(profile);
+        }
+    }
+
+    /// Writes what was read since the profile was opened.
+    pub(crate) fn save_profile(&self, profile: &Profile) {
+        if let Tree::Squashfs(archive) = self {
+            archive.save_profile(profile);
         }
     }
 

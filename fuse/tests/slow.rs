@@ -1,0 +1,230 @@
+//! Starts from slow storage: the image lies on a file system in which each read takes 2 ms more.
+#![allow(clippy::unwrap_used)] // an error ends the test
+
+mod common;
+
+use std::fs::{self, File};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use capsid_fuse::{clone_device, mount};
+use common::{TOOL, pack, run};
+
+const NAME: &str = "a_profile_takes_two_thirds_of_the_waiting_from_an_import_storm";
+const LATENCY: Duration = Duration::from_millis(2);
+const REGULAR: u32 = libc::S_IFREG | 0o444;
+const DIRECTORY: u32 = libc::S_IFDIR | 0o755;
+/// What a program of some size imports.
+const IMPORTS: &str = "import argparse, ast, asyncio, csv, ctypes, decimal, difflib, doctest, email.mime.text, \
+    html.parser, http.client, http.server, imaplib, inspect, json, logging.config, mailbox, multiprocessing.pool, pdb, \
+    pickletools, pydoc, sqlite3, ssl, statistics, tarfile, typing, unittest.mock, urllib.request, uuid, \
+    xml.dom.minidom, xml.etree.ElementTree, xmlrpc.client, zipfile, concurrent.futures, lib2to3.pytree, wsgiref.simple_server";
+
+#[test]
+fn a_profile_takes_two_thirds_of_the_waiting_from_an_import_storm() {
+    if let Some(image) = std::env::var_os("TEST_IMAGE") {
+        return measure(image.as_ref());
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let tree = dir.path().join("tree");
+    run(Command::new("sh")
+        .args(["-c", "cp -rp \"$(/usr/bin/python3 -S -c 'import os; print(os.path.dirname(os.__file__))')\" \"$0\""])
+        .arg(&tree));
+    make_packages(&tree);
+    let image = dir.path().join("image");
+    pack(&tree, &image, &["-comp", "lz4"]);
+    let told = run(Command::new("unshare")
+        .args(["-Urm", "timeout", "120"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", NAME, "--nocapture"])
+        .env("TEST_IMAGE", image));
+    println!("{told}");
+}
+
+fn measure(image: &Path) {
+    let profiles = tempfile::tempdir().unwrap();
+    let without = storm(image, None);
+    // The first one only notes.
+    storm(image, Some(profiles.path()));
+    let files: Vec<_> = fs::read_dir(profiles.path()).unwrap().flatten().collect();
+    assert_eq!(files.len(), 1, "one profile and no drafts");
+    assert_eq!(
+        files[0].metadata().unwrap().permissions().mode() & 0o777,
+        0o600
+    );
+    // The better of two: other tests run at the same time.
+    let with = storm(image, Some(profiles.path())).min(storm(image, Some(profiles.path())));
+    println!("import storm, 2 ms for each read: {without:?} without a profile, {with:?} with one");
+    assert!(
+        with * 3 <= without,
+        "{with:?} is more than a third of {without:?}"
+    );
+    // What cannot be understood is no profile, and no error.
+    fs::write(files[0].path(), b"capsidP1 and then something else").unwrap();
+    storm(image, Some(profiles.path()));
+}
+
+/// Packages of which each module brings a library of its own, which lie far apart, as in numpy and scipy.
+fn make_packages(tree: &Path) {
+    let filler = common::noise(6 << 20, 3);
+    for package in 0..20 {
+        let dir = tree.join(format!("package{package}"));
+        fs::create_dir(&dir).unwrap();
+        let mut all = String::new();
+        for module in 0..60 {
+            // As the loader does with a shared library: its head, and its tables at the end.
+            let code = "with open(__path__[0] + '/table.data', 'rb', 0) as f: f.read(4096); f.seek(-4096, 2); f.read()\n";
+            let part = dir.join(format!("m{module}"));
+            fs::create_dir(&part).unwrap();
+            fs::write(part.join("__init__.py"), code).unwrap();
+            let start = (package * 60 + module) * 4001;
+            fs::write(part.join("table.data"), &filler[start..start + (128 << 10)]).unwrap();
+            // Not in the order in which they lie.
+            all += &format!("from . import m{}\n", module * 17 % 60);
+        }
+        fs::write(dir.join("__init__.py"), all).unwrap();
+    }
+    run(Command::new("/usr/bin/python3")
+        .args(["-S", "-m", "compileall", "-q"])
+        .args((0..20).map(|n| tree.join(format!("package{n}")))));
+}
+
+/// It must not outlive a test that fails.
+struct Driver(std::process::Child);
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        let _ended = self.0.kill();
+    }
+}
+
+/// From the start of the driver to the end of the imports, with nothing in any cache.
+fn storm(image: &Path, profile: Option<&Path>) -> Duration {
+    let slow = tempfile::tempdir().unwrap();
+    let point = tempfile::tempdir().unwrap();
+    serve_slowly(image, slow.path());
+    let begin = Instant::now();
+    let mut options = "offset=0".to_string();
+    if let Some(directory) = profile {
+        options += &format!(",profile={}", directory.display());
+    }
+    let mut driver = Driver(
+        Command::new(TOOL)
+            .args(["-f", "-o", &options])
+            .arg(slow.path().join("image"))
+            .arg(point.path())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap(),
+    );
+    let before = rustix::fs::stat(point.path()).unwrap().st_dev;
+    while rustix::fs::stat(point.path()).unwrap().st_dev == before {
+        std::thread::sleep(Duration::from_millis(1));
+        assert!(driver.0.try_wait().unwrap().is_none(), "the driver ended");
+    }
+    run(Command::new("/usr/bin/python3")
+        .args(["-B", "-S", "-c"])
+        .arg((0..20).fold(IMPORTS.to_string(), |all, n| {
+            format!("{all}, package{}", n * 7 % 20)
+        }))
+        .env("PYTHONPATH", point.path()));
+    let spent = begin.elapsed();
+    let flags = rustix::mount::UnmountFlags::DETACH;
+    rustix::mount::unmount(point.path(), flags).unwrap();
+    assert!(driver.0.wait().unwrap().success());
+    rustix::mount::unmount(slow.path(), flags).unwrap();
+    spent
+}
+
+/// Mounts a directory with one file, `image`, on `point`.
+fn serve_slowly(image: &Path, point: &Path) {
+    let mounted = mount::fuse(&mount::MountOptions {
+        uid: 0,
+        gid: 0,
+        allow_other: false,
+        default_permissions: false,
+        source: "slow".into(),
+    })
+    .unwrap();
+    let flags = rustix::mount::MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    rustix::mount::move_mount(&mounted.tree, "", rustix::fs::CWD, point, flags).unwrap();
+    let file = Arc::new(File::open(image).unwrap());
+    for _ in 0..8 {
+        let device = clone_device(mounted.device.as_fd()).unwrap();
+        let file = file.clone();
+        std::thread::spawn(move || answer_all(&device, &file));
+    }
+    std::thread::spawn(move || answer_all(&mounted.device, &file));
+}
+
+fn answer_all(device: &OwnedFd, file: &File) {
+    let mut request = vec![0; 16 << 10];
+    while let Ok(len) = rustix::io::read(device, request.as_mut_slice()) {
+        if let Some(answer) = answer(&request[..len], file) {
+            let _interrupted = rustix::io::write(device, &answer);
+        }
+    }
+}
+
+fn answer(request: &[u8], file: &File) -> Option<Vec<u8>> {
+    let u32_at = |at: usize| u32::from_le_bytes(request[at..at + 4].try_into().unwrap());
+    let u64_at = |at: usize| u64::from_le_bytes(request[at..at + 8].try_into().unwrap());
+    let (opcode, node) = (u32_at(4), u64_at(16));
+    let attr = |node: u64| {
+        let size = if node == 2 {
+            file.metadata().unwrap().len()
+        } else {
+            0
+        };
+        let mut attr = [
+            node.to_le_bytes(),
+            size.to_le_bytes(),
+            size.div_ceil(512).to_le_bytes(),
+        ]
+        .concat();
+        attr.resize(60, 0);
+        attr.extend(if node == 2 { REGULAR } else { DIRECTORY }.to_le_bytes());
+        attr.extend(1_u32.to_le_bytes());
+        attr.resize(88, 0);
+        attr
+    };
+    let forever = 1_000_000_u64.to_le_bytes();
+    let body = match opcode {
+        2 | 36 | 42 => return None, // forget, interrupt, batch forget
+        1 if request[40..].starts_with(b"image\0") => {
+            let head = [2_u64.to_le_bytes(), [0; 8], forever, forever, [0; 8]].concat();
+            Ok([head, attr(2)].concat())
+        }
+        1 => Err(libc::ENOENT),
+        3 => Ok([forever.to_vec(), vec![0; 8], attr(node)].concat()),
+        15 => {
+            std::thread::sleep(LATENCY);
+            let mut bytes = vec![0; u32_at(56) as usize];
+            let len = file.read_at(&mut bytes, u64_at(48)).unwrap();
+            bytes.truncate(len);
+            Ok(bytes)
+        }
+        26 => {
+            // 7.31, read-ahead of 128 KiB, asynchronous reads, 12 of them at once, writes of a page.
+            let words = [7, 31, 128 << 10, 1, 12 | 9 << 16, 4096, 1, 0];
+            let mut body: Vec<u8> = words
+                .iter()
+                .flat_map(|word: &u32| word.to_le_bytes())
+                .collect();
+            body.resize(64, 0);
+            Ok(body)
+        }
+        _ => Err(libc::ENOSYS),
+    };
+    let (errno, body) = body.map_or_else(|errno| (-errno, Vec::new()), |body| (0, body));
+    let mut answer = (16 + body.len() as u32).to_le_bytes().to_vec();
+    answer.extend(errno.to_le_bytes());
+    answer.extend(&request[8..16]);
+    answer.extend(body);
+    Some(answer)
+}
