@@ -142,7 +142,7 @@ pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
             services()
         }
         "" | "help" | "--help" | "-h" => {
-            print_usage(persona);
+            print_usage(persona)?;
             Ok(if verb.is_empty() {
                 exit::USAGE
             } else {
@@ -150,7 +150,7 @@ pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
             })
         }
         other => {
-            print_usage(persona);
+            print_usage(persona)?;
             Err(Usage {
                 command: "job".into(),
                 text: format!("unknown command {other:?}"),
@@ -160,13 +160,18 @@ pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
     }
 }
 
-fn print_usage(persona: Persona) {
+fn print_usage(persona: Persona) -> Result<()> {
     let program = super::program(persona);
-    println!("Services of Slurm jobs\n\nUsage:\n  {program} job <command>\n\nAvailable Commands:");
+    say::out(format_args!(
+        "Services of Slurm jobs\n\nUsage:\n  {program} job <command>\n\nAvailable Commands:\n"
+    ))?;
     for (name, about) in COMMANDS {
-        println!("  {name:<10}{about}");
+        say::out(format_args!("  {name:<10}{about}\n"))?;
     }
-    println!("\nRun '{program} job <command> --help' for the options of a command.");
+    say::out(format_args!(
+        "\nRun '{program} job <command> --help' for the options of a command.\n"
+    ))?;
+    Ok(())
 }
 
 fn need_root(command: &str) -> Result<()> {
@@ -321,20 +326,20 @@ fn status(args: &StatusArgs) -> Result<u8> {
             "job": registry.job, "supervisor": supervised, "services": list.services, "pending": list.pending,
             "failure": list.failure, "instances": names,
         });
-        println!("{value:#}");
+        say::out(format_args!("{value:#}\n"))?;
         return Ok(exit::OK);
     }
-    println!(
-        "job {}: {}",
+    say::out(format_args!(
+        "job {}: {}\n",
         registry.job.as_deref().unwrap_or_default(),
         if supervised {
             "a supervisor on this node"
         } else {
             "no supervisor on this node"
         }
-    );
+    ))?;
     if let Some(failure) = &list.failure {
-        println!("services: {}", say::printable(failure));
+        say::out(format_args!("services: {}\n", say::printable(failure)))?;
     }
     for service in &list.services {
         let state = match &service.state {
@@ -344,10 +349,14 @@ fn status(args: &StatusArgs) -> Result<u8> {
             State::Elsewhere => format!("runs on node {}", service.node),
             State::Failed(why) => format!("failed: {}", say::printable(why)),
         };
-        println!("service {}: {state}", service.declared.name);
+        say::out(format_args!("service {}: {state}\n", service.declared.name))?;
     }
     for record in &records {
-        println!("instance {}: {}", record.name, record.image.display());
+        say::out(format_args!(
+            "instance {}: {}\n",
+            record.name,
+            record.image.display()
+        ))?;
     }
     Ok(exit::OK)
 }
@@ -420,7 +429,7 @@ fn env() -> Result<u8> {
     let Some(supervisor) = client::find(&registry) else {
         return Ok(exit::OK);
     };
-    print!("{}", job::exports(&supervisor.list()?));
+    say::out(format_args!("{}", job::exports(&supervisor.list()?)))?;
     Ok(exit::OK)
 }
 
