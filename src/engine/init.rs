@@ -74,6 +74,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// and the count begins again when the script has run for so long.
 const STEADY: Duration = Duration::from_secs(10);
 
+/// How often a stop that is under way looks for children that nobody has told.
+const STOP_LOOK: Duration = Duration::from_millis(50);
+
 /// Process 1 of an instance: makes the container by `inside`, runs the script, and stays.
 ///
 /// # Errors
@@ -221,7 +224,9 @@ impl Init<'_> {
                     tell(self.control, &Event::Ready, &[])?;
                 }
             }
-            let next = [self.again, self.readiness.next_look()];
+            // The kernel's list of children may miss one while another ends: a stop looks again.
+            let look = self.stop.is_some().then(|| Instant::now() + STOP_LOOK);
+            let next = [self.again, self.readiness.next_look(), look];
             let timeout = next
                 .into_iter()
                 .flatten()
