@@ -386,6 +386,37 @@ $CAPSID job status",
     }
 }
 
+#[test]
+fn services_are_started_by_the_batch_script_too() {
+    let slurm = Slurm::new("cgroup");
+    write(
+        &slurm.env.path("services.toml"),
+        "[[service]]\nname = \"db\"\nimage = \"service.sif\"\n
+[[service]]\nname = \"all\"\nimage = \"service.sif\"\nnodes = \"all\"\nafter = [\"db\"]\n",
+    );
+    write(&slurm.env.path("wrong.toml"), "[[service]]\n");
+    let job = slurm.submit(
+        &["-N2"],
+        "$CAPSID job start -f ../wrong.toml; echo wrong $?
+$CAPSID job start -f ../services.toml || exit 1
+eval \"$($CAPSID job env)\"; echo db is on $CAPSID_SERVICE_DB_HOST
+srun -N1 -n1 -w n1 $CAPSID exec instance://db echo db answers
+srun -N2 -n2 $CAPSID exec instance://all echo all answers
+$CAPSID job start --here -f ../services.toml",
+    );
+    let said = slurm.ended(&job);
+    for words in [
+        "wrong.toml: line 1: missing field",
+        "wrong 255\n",
+        "db is on n1\n",
+        "db answers\n",
+        "has a service db already",
+    ] {
+        assert!(said.contains(words), "{words:?}: {said}");
+    }
+    assert_eq!(said.matches("all answers\n").count(), 2, "{said}");
+}
+
 /// PostgreSQL of Debian's packages, in a SIF, with its data below `/var/lib/postgresql`.
 fn postgres(env: &Env) -> String {
     let tree = env.tree("postgres");
