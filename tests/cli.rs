@@ -28,7 +28,9 @@ fn golden(name: &str, text: &str) {
 #[test]
 fn help_texts() {
     let env = Env::new();
-    for command in ["exec", "run", "shell", "test", "run-help", "doctor", "demo"] {
+    for command in [
+        "exec", "run", "shell", "test", "run-help", "doctor", "demo", "cache",
+    ] {
         let out = env.run([command, "--help"]);
         assert_eq!(out.status, 0, "{out}");
         golden(&format!("help-{command}"), &out.stdout);

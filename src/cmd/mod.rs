@@ -5,6 +5,7 @@
 //! are split before clap sees them.
 
 pub mod action;
+pub mod cache;
 pub mod demo;
 pub mod doctor;
 pub mod environment;
@@ -69,6 +70,7 @@ impl std::error::Error for Usage {}
 
 /// The commands, with the line that the list of commands shows.
 const COMMANDS: &[(&str, &str)] = &[
+    ("cache", "Read into memory what the start of an image needs"),
     (
         "demo",
         "Make a small image from this machine's own programs, run it, show each command",
@@ -92,7 +94,6 @@ const COMMANDS: &[(&str, &str)] = &[
 /// Commands of the peers that this version does not have, with the reason.
 const MISSING: &[&str] = &[
     "build",
-    "cache",
     "capability",
     "checkpoint",
     "config",
@@ -160,6 +161,7 @@ pub fn main(args: &[OsString]) -> Result<u8> {
             words.extend_from_slice(rest);
             instance::run(&words, persona)
         }
+        "cache" => cache::run(&parse::<cache::CacheArgs>("cache", rest)?),
         "doctor" => doctor::run(&parse::<doctor::DoctorArgs>("doctor", rest)?),
         "demo" => demo::run(&parse::<demo::DemoArgs>("demo", rest)?),
         "version" => {
@@ -485,6 +487,7 @@ fn usage_line(name: &str) -> String {
         "shell" | "test" | "run-help" => {
             format!("capsid [global options...] {name} [{name} options...] <container>")
         }
+        "cache" => "capsid cache warm <image>...".into(),
         other => format!("capsid {other} [options...]"),
     }
 }
@@ -533,6 +536,11 @@ fn print_help(name: Option<&str>, persona: Persona) -> Result<()> {
             vec!["--help".into()],
         )?),
         Some("instance") => drop(instance::run(&["help".into()], persona)?),
+        Some("cache") => drop(matches(
+            command::<cache::CacheArgs>("cache"),
+            "cache",
+            vec!["--help".into()],
+        )?),
         Some("doctor") => drop(matches(
             command::<doctor::DoctorArgs>("doctor"),
             "doctor",

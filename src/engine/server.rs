@@ -436,6 +436,8 @@ struct Prepared {
     userns: OwnedFd,
     /// Both ends of a pipe that only keeper and worker write to: what clients get of it hangs up with the last of them.
     life: (OwnedFd, OwnedFd),
+    /// Where the profile of the image is kept, if it lies on slow storage.
+    profiles: Option<OwnedFd>,
 }
 
 /// Namespaces, an empty file tree, and the image mounted in it.
@@ -496,6 +498,10 @@ fn prepare(image: &Image, place: Option<&Place>, first: &OwnedFd) -> Result<Prep
             Err(_) => break, // before Linux 4.2; one descriptor serves all the same
         }
     }
+    let profiles = match image.root {
+        Root::Squashfs { .. } => super::profiles::for_image(&image.file),
+        _ => None,
+    };
     enter_empty_tree(&mount.tree)?;
     sys::confine_server();
     let life = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
@@ -504,6 +510,7 @@ fn prepare(image: &Image, place: Option<&Place>, first: &OwnedFd) -> Result<Prep
         devices,
         userns,
         life,
+        profiles,
     })
 }
 
@@ -584,6 +591,9 @@ fn work(
         .iter()
         .filter_map(|d| d.try_clone().ok())
         .collect();
+    if let Some(profiles) = prepared.profiles.as_ref().and_then(|p| p.try_clone().ok()) {
+        server.keep_profile(profiles);
+    }
     if !fresh {
         restore_views(&server);
         Server::resume(prepared.devices[0].as_fd());
@@ -614,6 +624,7 @@ fn work(
     let _ = rustix::mount::unmount(MOUNT_POINT, rustix::mount::UnmountFlags::DETACH);
     desk.server.shrink();
     let _ = serving.join();
+    desk.server.save_profile();
     sys::exit_now(0)
 }
 
