@@ -243,3 +243,16 @@ fn image_may_be_replaced_while_it_is_in_use() {
         "hello\n"
     );
 }
+
+#[test]
+fn an_image_is_warmed_by_hand() {
+    let env = Env::new();
+    let image = env.image();
+    let image = image.to_str().unwrap();
+    let out = env.run(["cache", "warm", image]);
+    assert_eq!(out.status, 0, "{out}");
+    assert!(out.stderr.contains("of names and attributes"), "{out}");
+    let out = env.run(["cache", "warm", "/nothing"]);
+    assert!(out.stderr.contains("/nothing"), "{out}");
+    assert_ne!(out.status, 0);
+}
