@@ -86,6 +86,25 @@ fn instances(group: &mut Group, capsid: &str, squashfs: &str) {
     instance(&["stop", "bench"]);
 }
 
+/// Many starts at once, as the ranks of a job.
+fn at_once(group: &mut Group, name: &str, program: &str, args: &[&str]) {
+    group.sample_size(10);
+    for count in [2, 8, 32, 64] {
+        group.bench_function(format!("{name}/at-once/{count}"), |b| {
+            b.iter(|| {
+                let spawn = |_| {
+                    let mut command = tool(program, args);
+                    command.stdin(Stdio::null()).spawn().expect("it starts")
+                };
+                let children: Vec<_> = (0..count).map(spawn).collect();
+                for mut child in children {
+                    assert!(child.wait().expect("it ends").success());
+                }
+            })
+        });
+    }
+}
+
 fn start(c: &mut Criterion) {
     let dir = tempfile::tempdir().expect("a scratch directory");
     let root = dir.path().join("tree");
@@ -146,6 +165,20 @@ fn start(c: &mut Criterion) {
         );
     });
     instances(&mut group, capsid, squashfs);
+    let exec = ["-q", "exec", squashfs, "/bin/true"];
+    at_once(&mut group, "capsid/squashfs", capsid, &exec);
+    let bwrap = [
+        "--unshare-user",
+        "--bind",
+        root,
+        "/",
+        "--proc",
+        "/proc",
+        "--dev",
+        "/dev",
+        "/bin/true",
+    ];
+    at_once(&mut group, "bwrap/directory", "bwrap", &bwrap);
     group.bench_function("capsid/version", |b| {
         b.iter(|| quiet(tool(capsid, &["--version"]).stdout(Stdio::null())))
     });

@@ -419,3 +419,16 @@ fn lack_of_descriptors_is_named_and_spoils_nothing() {
     }
     env.assert_nothing_left();
 }
+
+#[test]
+fn an_image_is_warmed_by_hand() {
+    let env = Env::new();
+    let image = env.image();
+    let image = image.to_str().unwrap();
+    let out = env.run(["cache", "warm", image]);
+    assert_eq!(out.status, 0, "{out}");
+    assert!(out.stderr.contains("of names and attributes"), "{out}");
+    let out = env.run(["cache", "warm", "/nothing"]);
+    assert!(out.stderr.contains("/nothing"), "{out}");
+    assert_ne!(out.status, 0);
+}

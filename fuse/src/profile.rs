@@ -98,6 +98,11 @@ impl Profile {
         }
     }
 
+    /// Whether no start of the image is known.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.known.is_empty()
+    }
+
     /// Reads what the profile names into the system's cache. Returns how many bytes.
     pub(crate) fn prefetch(&self, source: &Source) -> u64 {
         let mut left = BYTES_MAX;

@@ -5,6 +5,7 @@
 //! are split before clap sees them.
 
 pub mod action;
+pub mod cache;
 pub mod demo;
 pub mod doctor;
 pub mod environment;
@@ -73,6 +74,7 @@ impl std::error::Error for Usage {}
 
 /// The commands, with the line that the list of commands shows.
 const COMMANDS: &[(&str, &str)] = &[
+    ("cache", "Read into memory what the start of an image needs"),
     (
         "demo",
         "Make a small image from this machine's own programs, run it, show each command",
@@ -99,7 +101,6 @@ const COMMANDS: &[(&str, &str)] = &[
 /// Commands of the peers that this version does not have, with the reason.
 const MISSING: &[&str] = &[
     "build",
-    "cache",
     "capability",
     "checkpoint",
     "config",
@@ -169,6 +170,7 @@ pub fn main(args: &[OsString]) -> Result<u8> {
             instance::run(&words, persona)
         }
         "sif" => sif::run(rest, persona),
+        "cache" => cache::run(&parse::<cache::CacheArgs>("cache", rest)?),
         "doctor" => doctor::run(&parse::<doctor::DoctorArgs>("doctor", rest)?),
         "demo" => demo::run(&parse::<demo::DemoArgs>("demo", rest)?),
         "version" => {
@@ -531,6 +533,7 @@ fn capsid_usage_line(name: &str) -> String {
             format!("capsid [global options...] {name} [{name} options...] <container>")
         }
         "inspect" => "capsid inspect [options...] <image>".into(),
+        "cache" => "capsid cache warm <image>...".into(),
         other => format!("capsid {other} [options...]"),
     }
 }
@@ -587,6 +590,11 @@ fn print_help(name: Option<&str>, persona: Persona) -> Result<()> {
         Some("instance") => drop(instance::run(&["help".into()], persona)?),
         Some("sif") => drop(sif::run(&["help".into()], persona)?),
         Some("job") => drop(job::run(&["help".into()], persona)?),
+        Some("cache") => drop(matches(
+            command::<cache::CacheArgs>("cache"),
+            "cache",
+            vec!["--help".into()],
+        )?),
         Some("doctor") => drop(matches(
             command::<doctor::DoctorArgs>("doctor"),
             "doctor",

@@ -16,6 +16,7 @@ pub mod init;
 pub mod join;
 pub mod network;
 pub mod process;
+pub mod profiles;
 pub mod ready;
 pub mod rootfs;
 pub mod runtime;

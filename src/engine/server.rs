@@ -655,6 +655,8 @@ struct Prepared {
     userns: OwnedFd,
     /// Both ends of a pipe that only keeper and worker write to: what clients get of it hangs up with the last of them.
     life: (OwnedFd, OwnedFd),
+    /// Where the profile of the image is kept, if it lies on slow storage.
+    profiles: Option<OwnedFd>,
 }
 
 /// Namespaces, an empty file tree, and the image mounted in it.
@@ -682,6 +684,11 @@ fn prepare(image: &Image, place: Option<&Place>, first: &OwnedFd) -> Result<Prep
     }
     keep.sort_unstable();
     sys::close_all_but(&keep);
+    // While the environment is still there, which the title overwrites.
+    let profiles = match image.root {
+        Root::Squashfs { .. } => super::profiles::for_image(&image.file),
+        _ => None,
+    };
     sys::set_title(&format!("capsid-image {}", image.path.display()));
     // The image is looked at before anything is mounted, so that a bad one costs nothing.
     open_tree(image)?;
@@ -729,6 +736,7 @@ fn prepare(image: &Image, place: Option<&Place>, first: &OwnedFd) -> Result<Prep
         devices,
         userns,
         life,
+        profiles,
     })
 }
 
@@ -813,6 +821,9 @@ fn work(
         .collect();
     let mut known = Known::default();
     let mut place = place;
+    if let Some(profiles) = prepared.profiles.as_ref().and_then(|p| p.try_clone().ok()) {
+        server.keep_profile(profiles);
+    }
     if !fresh {
         known.restore(&server);
         place = place.filter(|_| !Path::new(LEFT).exists());
@@ -879,6 +890,7 @@ fn work(
     desk.server.shrink();
     desk.wait_for(&rung);
     let _ = serving.join();
+    desk.server.save_profile();
     end_worker()
 }
 

@@ -168,6 +168,9 @@ impl Server {
         if self.idle.profile.set(profile.clone()).is_err() {
             return;
         }
+        if profile.is_empty() {
+            return;
+        }
         let tree = self.tree.clone();
         let thread = std::thread::Builder::new().name("prefetch".into());
         // Without the thread, everything is read when it is asked for.
