@@ -573,30 +573,6 @@ mv $d/capsid/supervisor-$SLURM_JOB_ID $d/moved; ln -s /etc/passwd $d/capsid/serv
 }
 
 #[test]
-fn requeued_job_begins_anew() {
-    let slurm = Slurm::new("cgroup");
-    let job = slurm.submit(
-        &["--requeue", "-n1"],
-        "srun -n1 $CAPSID instance start $IMAGE db || exit 1
-srun -n1 $CAPSID exec instance://db echo run ${SLURM_RESTART_COUNT:-0}; [ -n \"${SLURM_RESTART_COUNT:-}\" ] || sleep 1000",
-    );
-    slurm.until(&job, "the first run", || slurm.said(&job).contains("run 0"));
-    slurm.run(&["scontrol", "requeue", &job]).ok();
-    slurm.until(&job, "the second run", || {
-        // It waits two minutes by itself.
-        slurm.run(&[
-            "scontrol",
-            "update",
-            &format!("JobId={job}"),
-            "StartTime=now",
-        ]);
-        slurm.said(&job).contains("run 1")
-    });
-    slurm.ended(&job);
-    slurm.assert_nodes_are_well();
-}
-
-#[test]
 fn job_that_ends_while_slurmd_is_down_leaves_nothing() {
     let slurm = Slurm::new("linuxproc");
     let ask = |verb: &str| {
