@@ -52,12 +52,7 @@ pub fn run_on(
     let groups = host.groups();
     let planned = plan::plan(&request, &host, &facts, image.root(), &groups)?;
     drop(image);
-    for warning in &planned.warnings {
-        say::warn(format_args!("{warning}"));
-    }
-    for info in &planned.infos {
-        say::info(format_args!("{info}"));
-    }
+    announce(&planned.warnings, &planned.infos);
     if let Some(form) = explain {
         explain::print(&planned.plan, form)?;
         return Ok(exit::OK);
@@ -107,6 +102,16 @@ pub(super) fn network(args: &ActionArgs, scratch: &Path) -> Result<Option<Networ
 /// Whether the container gets a network of its own that is connected to the outside.
 fn is_connected(args: &ActionArgs) -> bool {
     (args.net || !args.publish.is_empty()) && args.network.as_deref() != Some("none")
+}
+
+/// Tells the person what planning noticed.
+pub(super) fn announce(warnings: &[String], infos: &[String]) {
+    for warning in warnings {
+        say::warn(format_args!("{warning}"));
+    }
+    for info in infos {
+        say::info(format_args!("{info}"));
+    }
 }
 
 /// The name in `instance://NAME`.

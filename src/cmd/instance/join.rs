@@ -82,12 +82,7 @@ pub fn run(verb: &str, args: &ActionArgs, host: &Host, name: &str) -> Result<u8>
         binds: &container.binds,
         args: &args.rest,
     })?;
-    for warning in &warnings {
-        say::warn(format_args!("{warning}"));
-    }
-    for info in &infos {
-        say::info(format_args!("{info}"));
-    }
+    action::announce(&warnings, &infos);
     let join = Join {
         target: record.init.context("the instance has just ended")?,
         namespaces: container.namespaces,

@@ -86,12 +86,7 @@ fn start(verb: &str, name: &str, args: StartArgs, host: Host, life: Option<Owned
     let groups = host.groups();
     let planned = plan::plan(&request, &host, &facts, image.root(), &groups)?;
     drop(image);
-    for warning in &planned.warnings {
-        say::warn(format_args!("{warning}"));
-    }
-    for info in &planned.infos {
-        say::info(format_args!("{info}"));
-    }
+    action::announce(&planned.warnings, &planned.infos);
     let record = record(
         verb,
         name,
