@@ -15,6 +15,7 @@
 
 pub mod build;
 pub mod cmd;
+pub mod digest;
 pub mod engine;
 pub mod exit;
 pub mod gpu;
@@ -23,8 +24,10 @@ pub mod image;
 pub mod instance;
 pub mod job;
 pub mod metadir;
+pub mod oci;
 pub mod plan;
 pub mod proc;
 pub mod say;
 pub mod shell;
 pub mod sif;
+pub mod squash;

@@ -9,11 +9,20 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "cmd",
         &[
-            "build", "engine", "exit", "gpu", "host", "image", "instance", "job", "metadir",
-            "plan", "proc", "say", "sif",
+            "build", "cache", "digest", "engine", "exit", "gpu", "host", "image", "instance",
+            "job", "metadir", "net", "oci", "plan", "proc", "say", "sif", "squash",
         ],
     ),
-    ("build", &["image", "metadir", "sif"]),
+    (
+        "build",
+        &[
+            "cache", "digest", "engine", "exit", "host", "image", "metadir", "net", "oci", "plan",
+            "proc", "say", "sif", "squash",
+        ],
+    ),
+    ("oci", &["digest", "metadir", "squash"]),
+    ("squash", &[]),
+    ("digest", &[]),
     ("plan", &["host", "image", "metadir", "proc", "shell"]),
     (
         "engine",

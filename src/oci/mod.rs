@@ -1,0 +1,178 @@
+//! OCI and Docker images: manifests, configurations, layers (OCI image specification 1.1; Docker's manifest schema 2).
+//!
+//! This module knows what the documents say, not where they come from: a registry ([`crate::net`]), a directory or an
+//! archive gives the bytes as [`Blobs`].
+
+use std::collections::BTreeMap;
+use std::io::Read;
+
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::digest::Digest;
+
+/// Largest manifest, index or configuration that is read, in bytes.
+pub const MAX_DOCUMENT: u64 = 4 << 20;
+
+/// Names content: OCI `descriptor.md`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Descriptor {
+    /// What it is.
+    #[serde(default)]
+    pub media_type: String,
+    /// Its digest.
+    pub digest: Digest,
+    /// Its length in bytes.
+    pub size: u64,
+    /// Set in an index.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub platform: Option<Platform>,
+    /// Free text, `org.opencontainers.image.title` and `…ref.name` among it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// The machine that an image is for.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Platform {
+    /// Go's name of the processor.
+    #[serde(default)]
+    pub architecture: String,
+    /// `linux`.
+    #[serde(default)]
+    pub os: String,
+    /// `v7`, `v8`, …
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub variant: Option<String>,
+}
+
+/// An image for one machine: OCI `manifest.md`; Docker's differs in media types only.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Manifest {
+    /// 2.
+    pub schema_version: u32,
+    /// What it is.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub media_type: String,
+    /// For artifacts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub artifact_type: Option<String>,
+    /// The configuration.
+    pub config: Descriptor,
+    /// The layers, lowest first.
+    #[serde(default)]
+    pub layers: Vec<Descriptor>,
+    /// Free text.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// Several manifests: OCI `image-index.md`, Docker's manifest list.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Index {
+    /// 2.
+    pub schema_version: u32,
+    /// What it is.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub media_type: String,
+    /// The manifests.
+    #[serde(default)]
+    pub manifests: Vec<Descriptor>,
+}
+
+/// How an image is to be run, and how its layers were made: OCI `config.md`.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ImageConfig {
+    /// RFC 3339.
+    #[serde(default)]
+    pub created: Option<String>,
+    /// Go's name of the processor.
+    #[serde(default)]
+    pub architecture: String,
+    /// `linux`.
+    #[serde(default)]
+    pub os: String,
+    /// `v7`, `v8`, …
+    #[serde(default)]
+    pub variant: Option<String>,
+    /// The run's settings.
+    #[serde(default)]
+    pub config: Option<RunConfig>,
+    /// Digests of the layers without compression, lowest first.
+    #[serde(default)]
+    pub rootfs: RootFs,
+}
+
+/// Settings of a run.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+pub struct RunConfig {
+    /// `NAME=VALUE`.
+    #[serde(default)]
+    pub env: Option<Vec<String>>,
+    /// The program, to which arguments are appended.
+    #[serde(default)]
+    pub entrypoint: Option<Vec<String>>,
+    /// Default arguments, or the program where there is no entry point.
+    #[serde(default)]
+    pub cmd: Option<Vec<String>>,
+    /// Where it runs.
+    #[serde(default)]
+    pub working_dir: Option<String>,
+    /// Who runs it.
+    #[serde(default)]
+    pub user: Option<String>,
+    /// Labels.
+    #[serde(default)]
+    pub labels: Option<BTreeMap<String, String>>,
+}
+
+/// The layers of a configuration.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct RootFs {
+    /// Of the tar archives, lowest first.
+    #[serde(default)]
+    pub diff_ids: Vec<Digest>,
+}
+
+/// A source of content by digest.
+pub trait Blobs {
+    /// Opens content. Whoever reads it to the end has its digest checked by then: a mismatch is an error of the last read.
+    ///
+    /// # Errors
+    /// When it is not there or cannot be read.
+    fn open(&self, blob: &Descriptor) -> Result<Box<dyn Read + Send>>;
+}
+
+/// An image whose content is at hand.
+pub struct Image {
+    /// Digest of the manifest.
+    pub digest: Digest,
+    /// What it consists of.
+    pub manifest: Manifest,
+    /// How it is to be run.
+    pub config: ImageConfig,
+    /// Where the layers are.
+    pub blobs: Box<dyn Blobs + Send + Sync>,
+}
+
+/// Reads a small document whole.
+///
+/// # Errors
+/// When it is larger than [`MAX_DOCUMENT`], cannot be read, or is not what its media type says.
+pub fn document<T: for<'de> Deserialize<'de>>(blobs: &dyn Blobs, blob: &Descriptor) -> Result<T> {
+    if blob.size > MAX_DOCUMENT {
+        bail!(
+            "{} has {} bytes: too large for a document",
+            blob.digest,
+            blob.size
+        );
+    }
+    let mut text = Vec::new();
+    let read = blobs.open(blob)?.take(MAX_DOCUMENT).read_to_end(&mut text);
+    read.with_context(|| format!("cannot read {}", blob.digest))?;
+    serde_json::from_slice(&text).with_context(|| format!("cannot understand {}", blob.digest))
+}
