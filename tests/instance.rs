@@ -483,6 +483,24 @@ fn stop_is_orderly_and_ends_everything() {
 }
 
 #[test]
+fn process_group_that_the_script_left_is_told_as_a_terminal_tells_it() {
+    // Like npm: the parent waits for its child, and leaves it to the sender to tell the child.
+    let child = "trap 'echo child told; exit 0' TERM; echo up; while :; do sleep 0.05; done";
+    let s = Services::new(&format!(
+        "sh -c \"trap 'wait; echo parent told' TERM; sh -c \\\"{child}\\\" & wait\" &"
+    ));
+    let words = ["instance", "start", "--ready-log", "up", "--wait"];
+    s.run(&[&words[..], &["IMAGE", "n"]].concat()).ok();
+    let stopped = s.run(&["instance", "stop", "n"]);
+    assert!(!stopped.stderr.contains("Killing"), "{stopped}");
+    let logs = s.run(&["instance", "logs", "n"]).stdout;
+    assert!(
+        logs.contains("child told") && logs.contains("parent told"),
+        "{logs}"
+    );
+}
+
+#[test]
 fn stop_ends_what_does_not_listen() {
     let s = Services::new("trap '' INT TERM\necho up\nwhile :; do sleep 1; done");
     let start = || {

@@ -171,8 +171,8 @@ fn redirect(stdin: &OwnedFd, stdout: &OwnedFd, stderr: &OwnedFd) -> Result<()> {
 struct Stop {
     signal: Signal,
     chosen: bool,
-    /// Who has been told.
-    told: Vec<i32>,
+    /// Who has been told what; process groups are negative numbers.
+    told: Vec<(i32, Signal)>,
 }
 
 struct Init<'a> {
@@ -318,26 +318,19 @@ impl Init<'_> {
         });
     }
 
-    /// The service's own processes first; what they leave behind becomes our child and is told then.
+    /// The service's own processes first; what they leave behind becomes our child and is told then. A whole process group
+    /// at a time, as a terminal tells it: programs like npm leave it to the terminal to tell their children.
     fn tell_children_to_stop(&mut self) {
         let Some(stop) = &mut self.stop else { return };
         let main = self.main.map(Pid::as_raw);
-        if let Some(main) = main
-            && !stop.told.contains(&main)
-        {
-            send(-main, stop.signal_for(main));
-        }
-        for pid in children(main) {
-            if stop.told.contains(&pid) {
-                continue;
-            }
-            stop.told.push(pid);
-            let group = nix::unistd::getpgid(Some(Pid::from_raw(pid)))
-                .map(Pid::as_raw)
-                .ok();
-            // A member of the script's group has just been told.
-            if Some(pid) != main && (group != main || main.is_none()) {
-                send(pid, stop.signal_for(pid));
+        let ours = nix::unistd::getpgrp().as_raw();
+        for pid in main.into_iter().chain(children(main)) {
+            let group = nix::unistd::getpgid(Some(Pid::from_raw(pid))).map_or(pid, Pid::as_raw);
+            let to = if group == ours { pid } else { -group };
+            let told = (to, stop.signal_for(pid));
+            if !stop.told.contains(&told) {
+                stop.told.push(told);
+                send(to, told.1);
             }
         }
     }
