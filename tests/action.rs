@@ -890,3 +890,32 @@ fn root_of_a_namespace_needs_no_further_one() {
     }
     env.assert_nothing_left();
 }
+
+#[test]
+fn containall_hides_what_the_machine_tells_of_itself() {
+    let env = Env::new();
+    let image = env.image();
+    let look = "cat /proc/keys; ls -A /sys/firmware; ls -A /proc/acpi /proc/scsi 2>/dev/null | grep -v :; true";
+    let out = env.run([
+        "exec",
+        "--containall",
+        image.to_str().unwrap(),
+        "sh",
+        "-c",
+        look,
+    ]);
+    assert_eq!(out.ok().trim(), "");
+    let plain = env.run([
+        "exec",
+        "--contain",
+        "--pid",
+        image.to_str().unwrap(),
+        "sh",
+        "-c",
+        look,
+    ]);
+    assert!(
+        !plain.ok().trim().is_empty(),
+        "the test sees nothing to hide"
+    );
+}

@@ -171,7 +171,32 @@ fn system(context: &Context) -> Vec<Mount> {
         };
         mounts.push(mount(source, "/dev", Missing::Fail, Why::Default));
     }
+    if context.request.close_descriptors {
+        mounts.extend(masks(context));
+    }
     mounts
+}
+
+/// What of the machine `--containall` hides: knobs and lists that only root could use, and what the machine's own firmware
+/// and key rings tell. Only there: under such masks the kernel mounts no further procfs for containers inside.
+fn masks(context: &Context) -> Vec<Mount> {
+    const FILES: [&str; 4] = ["kcore", "keys", "timer_list", "sched_debug"];
+    const DIRECTORIES: [&str; 2] = ["scsi", "acpi"];
+    let file = |name| (Source::Bind("/dev/null".into()), format!("/proc/{name}"));
+    let directory = |path| (Source::Private(0o555), path);
+    let proc = FILES.into_iter().map(file).chain(
+        DIRECTORIES
+            .into_iter()
+            .map(|name| directory(format!("/proc/{name}"))),
+    );
+    let sys = [directory("/sys/firmware".into())];
+    let proc = proc.filter(|_| context.has("proc"));
+    proc.chain(sys.into_iter().filter(|_| context.has("sys")))
+        .map(|(source, target)| Mount {
+            writable: false,
+            ..mount(source, target, Missing::Skip, Why::Default)
+        })
+        .collect()
 }
 
 fn host_files(context: &Context) -> Vec<Mount> {
