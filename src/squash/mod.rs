@@ -27,6 +27,7 @@ mod pipeline;
 mod scan;
 pub mod tree;
 mod unpack;
+pub mod walk;
 mod writer;
 mod xattrs;
 
