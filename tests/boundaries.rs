@@ -20,7 +20,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "proc", "say", "sif", "squash",
         ],
     ),
-    ("oci", &["digest", "metadir", "squash"]),
+    ("oci", &["digest", "metadir", "say", "squash"]),
     // Images of registries are OCI images; the file that a cache's claim names is a process's.
     ("net", &["cache", "digest", "oci", "say"]),
     ("cache", &["digest", "proc", "say"]),

@@ -18,6 +18,7 @@ use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -191,6 +192,14 @@ impl Cache {
         Draft::new(&self.root.join(".tmp"))
     }
 
+    /// A directory to write to, which goes with the value.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn draft_directory(&self) -> Result<DraftDirectory> {
+        DraftDirectory::new(&self.root.join(".tmp"))
+    }
+
     /// Gives an entry, or the right and duty to make it: other processes wait for whoever got that, as long as it lives.
     ///
     /// # Errors
@@ -246,6 +255,67 @@ pub fn remove_drafts() {
     }
 }
 
+/// Whether drafts stay when something fails.
+static KEPT: AtomicBool = AtomicBool::new(false);
+
+/// `--no-cleanup`: what was being written stays when something fails, until the cache is opened again.
+pub fn keep_drafts() {
+    KEPT.store(true, Ordering::Relaxed);
+}
+
+/// Moves a whole file from a draft directory to its place, the content first.
+///
+/// # Errors
+/// When the disk is full or the place cannot be written.
+pub fn publish(from: &Path, place: &Path) -> Result<()> {
+    let what = || format!("cannot write {}", place.display());
+    File::open(from).and_then(|f| f.sync_all()).with_context(what)?;
+    fs::rename(from, place).with_context(what)
+}
+
+/// A directory that goes as a [`Draft`] does.
+pub struct DraftDirectory(PathBuf);
+
+impl DraftDirectory {
+    /// In a directory of any kind, for its owner alone.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn new(parent: &Path) -> Result<DraftDirectory> {
+        let path = draft_path(parent);
+        drafts().insert(path.clone());
+        let draft = DraftDirectory(path);
+        let made = DirBuilder::new().mode(0o700).create(&draft.0);
+        made.with_context(|| format!("cannot create a directory in {}", parent.display()))?;
+        Ok(draft)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for DraftDirectory {
+    fn drop(&mut self) {
+        drafts().remove(&self.0);
+        if !KEPT.load(Ordering::Relaxed) {
+            // What is left goes when the cache is opened again.
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+}
+
+/// A name that tells its writer, hidden where people look.
+fn draft_path(directory: &Path) -> PathBuf {
+    let hidden = if directory.ends_with(".tmp") { "" } else { "." };
+    directory.join(format!(
+        "{hidden}{}~{}",
+        claim::Writer::own(),
+        uuid::Uuid::new_v4()
+    ))
+}
+
 /// A file that is being written. It goes with this value, with the process (by [`remove_drafts`]), or with the next
 /// process that opens the cache.
 pub struct Draft {
@@ -260,9 +330,7 @@ impl Draft {
     /// # Errors
     /// When it cannot be made.
     pub fn new(directory: &Path) -> Result<Draft> {
-        let name = format!("{}~{}", claim::Writer::own(), uuid::Uuid::new_v4());
-        let hidden = if directory.ends_with(".tmp") { "" } else { "." };
-        let path = directory.join(format!("{hidden}{name}"));
+        let path = draft_path(directory);
         drafts().insert(path.clone());
         let file = File::options()
             .read(true)
@@ -304,8 +372,10 @@ impl Draft {
 impl Drop for Draft {
     fn drop(&mut self) {
         drafts().remove(&self.path);
-        // Published, it is not there any more.
-        let _ = fs::remove_file(&self.path);
+        if !KEPT.load(Ordering::Relaxed) {
+            // Published, it is not there any more.
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 

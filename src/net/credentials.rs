@@ -431,7 +431,7 @@ mod tests {
         }
         assert_eq!(find("docker.io", "library/x"), password("d", "d"));
         assert_eq!(find("q.org", "team/x"), password("t", "s"));
-        assert_eq!(find("q.org", "teams/x"), password("q", "x"));
+        assert_eq!(find("q.org", "teams/x"), password("q", "q"));
     }
 
     #[test]

@@ -12,11 +12,12 @@ use super::download::{self, CONNECTIONS, Expected};
 use super::http::{Body, Method, Request};
 use super::progress::Progress;
 use super::reference::Repository;
-use super::registry::{Access, Remote, check_platform};
+use super::registry::{Access, Received, Remote, check_platform};
 use super::url::Url;
 use super::{Options, is_sif};
 use crate::cache::{Cache, Kind, Obtained};
 use crate::digest::{Digest, Hashing};
+use crate::oci::blob::Verified;
 use crate::oci::{self, Blobs, Descriptor, Image, ImageConfig, Manifest};
 use crate::say;
 
@@ -44,18 +45,41 @@ const PIECE: u64 = 256 << 20;
 /// # Errors
 /// When it is not there, not for this machine, or damaged.
 pub fn image(repository: &Repository, options: &Options, cache: &Cache) -> Result<Image> {
+    let resolved = resolve(repository, options)?;
+    image_of(&resolved, repository, options, cache)
+}
+
+/// An image whose manifest is at hand.
+pub struct Resolved {
+    /// What it consists of.
+    pub manifest: Manifest,
+    /// The manifest as it came.
+    pub received: Received,
+}
+
+/// Reads the manifest of an image for a machine.
+///
+/// # Errors
+/// When it is not there or not an image.
+pub fn resolve(repository: &Repository, options: &Options) -> Result<Resolved> {
     options.first_working(repository, &|remote| {
-        image_of(remote, repository, options, cache)
+        let (manifest, received) =
+            remote.manifest_for(&repository.version(), &options.platform)?;
+        Ok(Resolved { manifest, received })
     })
 }
 
-fn image_of(
-    remote: &Remote,
+/// Downloads the layers of an image whose manifest is at hand.
+///
+/// # Errors
+/// When it is no image that can run, or damaged.
+pub fn image_of(
+    resolved: &Resolved,
     repository: &Repository,
     options: &Options,
     cache: &Cache,
 ) -> Result<Image> {
-    let (manifest, received) = remote.manifest_for(&repository.version(), &options.platform)?;
+    let Resolved { manifest, received } = resolved;
     if !IMAGE_CONFIGS.contains(&manifest.config.media_type.as_str()) {
         let hint = match manifest.config.media_type == SIF_CONFIG {
             true => ": it is a SIF, use oras://",
@@ -76,26 +100,15 @@ fn image_of(
         );
     }
     cache.put(&received.text)?;
-    fetch_all(remote, &manifest, cache)?;
+    options.first_working(repository, &|remote| fetch_all(remote, manifest, cache))?;
     let blobs = Cached(cache.clone());
     let config: ImageConfig = oci::document(&blobs, &manifest.config)?;
     check_platform(&config, &options.platform);
     Ok(Image {
         digest: received.digest,
-        manifest,
+        manifest: manifest.clone(),
         config,
         blobs: Box::new(blobs),
-    })
-}
-
-/// The digest of an image's manifest for a machine, without downloading anything else.
-///
-/// # Errors
-/// When it is not there.
-pub fn digest(repository: &Repository, options: &Options) -> Result<Digest> {
-    options.first_working(repository, &|remote| {
-        let (_, received) = remote.manifest_for(&repository.version(), &options.platform)?;
-        Ok(received.digest)
     })
 }
 
@@ -178,41 +191,8 @@ impl Blobs for Cached {
             .blob(&blob.digest)
             .ok_or_else(|| anyhow!("{} is not in the cache any more", blob.digest))?;
         let file = File::open(&path).with_context(|| format!("cannot read {}", path.display()))?;
-        Ok(Box::new(Checked {
-            inner: Some(Hashing::new(file)),
-            path,
-            wanted: blob.digest,
-        }))
-    }
-}
-
-/// Compares the digest at the end.
-struct Checked {
-    inner: Option<Hashing<File>>,
-    path: PathBuf,
-    wanted: Digest,
-}
-
-impl Read for Checked {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let Some(inner) = &mut self.inner else {
-            return Ok(0);
-        };
-        let len = inner.read(buffer)?;
-        if len > 0 || buffer.is_empty() {
-            return Ok(len);
-        }
-        let found = self.inner.take().map(|inner| inner.finish().0);
-        if found == Some(self.wanted) {
-            return Ok(0);
-        }
-        Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!(
-                "{} is damaged: its content has another digest (capsid cache clean --type blob)",
-                self.path.display()
-            ),
-        ))
+        let verified = Verified::new(file, blob.digest, Some(blob.size));
+        Ok(Box::new(verified))
     }
 }
 

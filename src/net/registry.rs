@@ -349,7 +349,8 @@ impl<'a> Remote<'a> {
         let what = || format!("reading manifest {version} in {}", self.name());
         if is_index(&received.media_type) {
             let index: Index = serde_json::from_slice(&received.text).with_context(what)?;
-            let chosen = choose(&index, platform).with_context(what)?;
+            let manifests: Vec<&Descriptor> = index.manifests.iter().collect();
+            let chosen = oci::platform::choose(&manifests, platform).with_context(what)?;
             received = self.manifest(&chosen.digest.to_string())?;
         }
         if received
@@ -397,68 +398,6 @@ impl<'a> Remote<'a> {
 
 fn is_index(media_type: &str) -> bool {
     media_type == ACCEPTED[1] || media_type == ACCEPTED[3]
-}
-
-/// The manifest of an index that fits a machine best.
-///
-/// # Errors
-/// When none does.
-pub fn choose<'a>(index: &'a Index, wanted: &Platform) -> Result<&'a Descriptor> {
-    let fits = |d: &&Descriptor| {
-        d.platform
-            .as_ref()
-            .is_some_and(|p| p.os == "linux" && p.architecture == wanted.architecture)
-    };
-    let fitting: Vec<&Descriptor> = index.manifests.iter().filter(fits).collect();
-    let variant = |d: &Descriptor| d.platform.as_ref().and_then(|p| p.variant.clone());
-    let exact = fitting.iter().find(|d| variant(d) == wanted.variant);
-    let usual = || match &wanted.variant {
-        // Without a wish: what every machine of the kind runs, else the first one.
-        None => fitting
-            .iter()
-            .find(|d| variant(d).as_deref() == usual_variant(&wanted.architecture))
-            .or(fitting.first()),
-        // An older variant runs on a newer machine: the newest of them.
-        Some(newest) => fitting
-            .iter()
-            .filter(|d| variant(d).is_none_or(|v| v <= *newest))
-            .max_by_key(|d| variant(d)),
-    };
-    // An index of one manifest without a platform says nothing about machines.
-    let only = || {
-        index
-            .manifests
-            .first()
-            .filter(|d| index.manifests.len() == 1 && d.platform.is_none())
-    };
-    exact.or_else(usual).copied().or_else(only).ok_or_else(|| {
-        let mut there: Vec<String> = index
-            .manifests
-            .iter()
-            .filter_map(|d| d.platform.as_ref())
-            .filter(|p| p.os != "unknown")
-            .map(|p| match &p.variant {
-                Some(variant) => format!("{}/{}/{variant}", p.os, p.architecture),
-                None => format!("{}/{}", p.os, p.architecture),
-            })
-            .collect();
-        there.dedup();
-        there.truncate(20);
-        anyhow!(
-            "no image found in image index for architecture {:?}, variant {:?}, OS \"linux\": there are {}",
-            wanted.architecture,
-            wanted.variant.as_deref().unwrap_or_default(),
-            there.join(", ")
-        )
-    })
-}
-
-fn usual_variant(architecture: &str) -> Option<&'static str> {
-    match architecture {
-        "arm" => Some("v7"),
-        "arm64" => Some("v8"),
-        _ => None,
-    }
 }
 
 /// The errors of a registry's answer, as `code: message`.
@@ -531,56 +470,6 @@ pub fn check_platform(config: &oci::ImageConfig, wanted: &Platform) {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn index(platforms: &[(&str, Option<&str>)]) -> Index {
-        let manifests = platforms.iter().map(|(architecture, variant)| Descriptor {
-            media_type: ACCEPTED[0].into(),
-            digest: Digest::of(format!("{architecture}{variant:?}").as_bytes()),
-            size: 1,
-            platform: Some(Platform {
-                architecture: (*architecture).into(),
-                os: "linux".into(),
-                variant: variant.map(str::to_owned),
-            }),
-            annotations: Default::default(),
-        });
-        Index {
-            schema_version: 2,
-            media_type: ACCEPTED[1].into(),
-            manifests: manifests.collect(),
-        }
-    }
-
-    #[test]
-    fn the_best_fitting_variant_is_chosen() {
-        let all = index(&[
-            ("amd64", None),
-            ("arm", Some("v5")),
-            ("arm", Some("v6")),
-            ("arm", Some("v7")),
-            ("arm64", Some("v8")),
-        ]);
-        let chosen = |architecture: &str, variant: Option<&str>| {
-            let wanted = Platform {
-                architecture: architecture.into(),
-                os: "linux".into(),
-                variant: variant.map(str::to_owned),
-            };
-            let chosen = choose(&all, &wanted).ok()?;
-            let platform = chosen.platform.clone()?;
-            Some(format!(
-                "{}{}",
-                platform.architecture,
-                platform.variant.unwrap_or_default()
-            ))
-        };
-        assert_eq!(chosen("amd64", None).as_deref(), Some("amd64"));
-        assert_eq!(chosen("arm64", None).as_deref(), Some("arm64v8"));
-        assert_eq!(chosen("arm", None).as_deref(), Some("armv7"));
-        assert_eq!(chosen("arm", Some("v6")).as_deref(), Some("armv6"));
-        assert_eq!(chosen("arm", Some("v8")).as_deref(), Some("armv7"));
-        assert_eq!(chosen("s390x", None), None);
-    }
 
     #[test]
     fn challenges_are_read() {
