@@ -33,6 +33,13 @@ const KEYS: &[(&str, &[&str])] = &[
     ("cpus", &["CPUS"]),
     ("passphrase", &["ENCRYPTION_PASSPHRASE"]),
     ("pem_path", &["ENCRYPTION_PEM_PATH"]),
+    ("dir", &["PULLDIR", "PULLFOLDER"]),
+    ("name", &["PULL_NAME"]),
+    ("pull_arch", &["PULL_ARCH"]),
+    ("pull_arch_variant", &["PULL_ARCH_VARIANT"]),
+    ("login_username", &["LOGIN_USERNAME"]),
+    ("login_password", &["LOGIN_PASSWORD"]),
+    ("add_insecure", &["ADD_INSECURE"]),
     ("env", &[]),
     ("device", &[]),
 ];
