@@ -28,6 +28,10 @@ pub struct Credentials {
     pub gid: Ids,
     /// Further groups.
     pub groups: Vec<u32>,
+    /// Capabilities shall outlast the change to another user (`PR_SET_KEEPCAPS`).
+    pub keep: bool,
+    /// They have.
+    pub kept: bool,
 }
 
 /// What a call may refuse.
@@ -124,7 +128,26 @@ impl Ids {
 impl Credentials {
     /// Whether it may do what root may.
     pub fn is_privileged(&self) -> bool {
-        self.uid.effective == 0
+        self.uid.effective == 0 || self.kept
+    }
+
+    /// With other users: `capabilities(7)`, "Effect of user ID changes".
+    pub fn with_uid(&self, uid: Ids) -> Credentials {
+        let had = self.kept || (self.keep && self.uid.has(0));
+        Credentials {
+            uid,
+            kept: had && !uid.has(0),
+            ..self.clone()
+        }
+    }
+
+    /// After `execve(2)`.
+    pub fn executed(&self) -> Credentials {
+        let mut new = self.clone();
+        new.uid.saved = new.uid.effective;
+        new.gid.saved = new.gid.effective;
+        (new.keep, new.kept) = (false, false);
+        new
     }
 
     /// Whether it belongs to a group (by the id for files).
@@ -207,6 +230,20 @@ mod tests {
         assert_eq!((ids.real, ids.effective, ids.saved, ids.fs), (7, 8, 8, 8));
         assert!(ids.set_two(8, 7, false).is_ok(), "exchanged");
         assert_eq!(ids.set_two(9, KEEP, false), Err(Refused::Permission));
+    }
+
+    #[test]
+    fn kept_capabilities_last_until_execve() {
+        let root = Credentials::default();
+        let user = root.uid.set(33, true).unwrap();
+        assert!(!root.with_uid(user).is_privileged());
+        let keeper = Credentials { keep: true, ..root };
+        let kept = keeper.with_uid(user);
+        assert!(
+            kept.is_privileged(),
+            "setpriv sets the group after the user"
+        );
+        assert!(!kept.executed().is_privileged());
     }
 
     #[test]

@@ -52,6 +52,10 @@ pub enum Call {
     Root,
     /// `prctl(PR_SET_TIMERSLACK)`: the slack is where the number of the credentials is kept.
     TimerSlack,
+    /// `prctl(PR_SET_KEEPCAPS)`.
+    KeepCapabilities(bool),
+    /// `execve(2)`.
+    Execute,
 }
 
 const FILES: &[c_long] = &[
@@ -110,6 +114,8 @@ const ROOTS: &[c_long] = &[
     libc::SYS_umount2,
 ];
 
+const EXECUTE: &[c_long] = &[libc::SYS_execve, libc::SYS_execveat];
+
 /// Asked about only when this bit of this argument is set.
 #[cfg(target_arch = "x86_64")]
 const CREATING: &[(c_long, u32)] = &[(libc::SYS_open, 1), (libc::SYS_openat, 2)];
@@ -151,20 +157,32 @@ pub fn program() -> Option<Vec<sock_filter>> {
     ];
     // First those that are frequent and not decided by the number alone.
     let creates = op(BPF_JMP | BPF_JSET | BPF_K, 0, 1, libc::O_CREAT as u32);
-    let slack = equal(libc::PR_SET_TIMERSLACK as u32);
-    let creating = CREATING
-        .iter()
-        .map(|(call, index)| (*call, *index, creates));
-    for (call, index, test) in creating.chain([(libc::SYS_prctl, 0, slack)]) {
+    for (call, index) in CREATING {
         program.extend([
-            op(BPF_JMP | BPF_JEQ | BPF_K, 0, 4, call as u32),
-            load(argument(index)),
-            test,
+            op(BPF_JMP | BPF_JEQ | BPF_K, 0, 4, *call as u32),
+            load(argument(*index)),
+            creates,
             end(ask),
             end(allow),
         ]);
     }
-    for call in [FILES, OLD_FILES, IDENTITY, ROOTS].into_iter().flatten() {
+    program.extend([
+        op(BPF_JMP | BPF_JEQ | BPF_K, 0, 5, libc::SYS_prctl as u32),
+        load(argument(0)),
+        op(
+            BPF_JMP | BPF_JEQ | BPF_K,
+            1,
+            0,
+            libc::PR_SET_TIMERSLACK as u32,
+        ),
+        equal(libc::PR_SET_KEEPCAPS as u32),
+        end(ask),
+        end(allow),
+    ]);
+    for call in [FILES, OLD_FILES, IDENTITY, ROOTS, EXECUTE]
+        .into_iter()
+        .flatten()
+    {
         program.extend([equal(*call as u32), end(ask)]);
     }
     program.extend([
@@ -208,6 +226,9 @@ pub fn call(note: &Notification) -> Option<Call> {
     if ROOTS.contains(&number) {
         return Some(Call::Root);
     }
+    if EXECUTE.contains(&number) {
+        return Some(Call::Execute);
+    }
     Some(match number {
         libc::SYS_fstat => Call::Stat(open_file(a), b),
         libc::SYS_newfstatat => Call::Stat(at(a, b, d as i32), c),
@@ -219,6 +240,7 @@ pub fn call(note: &Notification) -> Option<Call> {
         libc::SYS_symlinkat => Call::MakeLink(new(b, c), a),
         libc::SYS_openat => Call::Open(new(a, b), c as i32, d as u32),
         libc::SYS_openat2 => Call::OpenHow(new(a, b), c, d),
+        libc::SYS_prctl if a as i32 == libc::PR_SET_KEEPCAPS => Call::KeepCapabilities(b != 0),
         libc::SYS_prctl => Call::TimerSlack,
         _ => return old_call(number, [a, b, c]),
     })
@@ -263,7 +285,7 @@ mod tests {
     #[test]
     fn every_call_that_is_asked_about_is_understood() {
         let creating: Vec<c_long> = CREATING.iter().map(|c| c.0).collect();
-        for number in [FILES, OLD_FILES, IDENTITY, ROOTS, &creating]
+        for number in [FILES, OLD_FILES, IDENTITY, ROOTS, EXECUTE, &creating]
             .into_iter()
             .flatten()
         {

@@ -177,6 +177,23 @@ fn decide(shared: &Shared, note: Notification) -> Answer {
             None
         }
         Call::TimerSlack => Some(Answer::Value(0)),
+        Call::KeepCapabilities(keep) => {
+            let now = tracee.credentials();
+            if now.keep != keep {
+                let mut new = Credentials::clone(&now);
+                new.keep = keep;
+                let _ = tracee.set_credentials(new);
+            }
+            None
+        }
+        Call::Execute => {
+            let now = tracee.credentials();
+            let new = now.executed();
+            if new != *now {
+                let _ = tracee.set_credentials(new);
+            }
+            None
+        }
         Call::Identity => tracee.identity(),
         file => tracee.file(file),
     };
@@ -224,11 +241,11 @@ impl Tracee<'_> {
         let privileged = now.is_privileged();
         let mut new = now.clone();
         match i64::from(self.note.number) {
-            libc::SYS_setuid => new.uid = now.uid.set(a, privileged)?,
+            libc::SYS_setuid => new = now.with_uid(now.uid.set(a, privileged)?),
             libc::SYS_setgid => new.gid = now.gid.set(a, privileged)?,
-            libc::SYS_setreuid => new.uid = now.uid.set_two(a, b, privileged)?,
+            libc::SYS_setreuid => new = now.with_uid(now.uid.set_two(a, b, privileged)?),
             libc::SYS_setregid => new.gid = now.gid.set_two(a, b, privileged)?,
-            libc::SYS_setresuid => new.uid = now.uid.set_three([a, b, c], privileged)?,
+            libc::SYS_setresuid => new = now.with_uid(now.uid.set_three([a, b, c], privileged)?),
             libc::SYS_setresgid => new.gid = now.gid.set_three([a, b, c], privileged)?,
             libc::SYS_setgroups if privileged => new.groups = self.groups()?,
             _ => return Err(Refused::Permission),
