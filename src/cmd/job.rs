@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::io::{BufRead as _, Write as _};
 use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -16,6 +17,7 @@ use crate::instance::Registry;
 use crate::job::client::{self, Supervisor};
 use crate::job::root::{self, Declaration, Job};
 use crate::job::{State, supervisor};
+use crate::plan::services::Nodes;
 use crate::{exit, job, say};
 
 /// The commands below `job`, with the line that their list shows.
@@ -110,6 +112,12 @@ pub struct StopArgs {
     /// Seconds after which instances are killed
     #[arg(short = 't', long, value_name = "SEC", default_value_t = 10)]
     pub timeout: u32,
+    /// On all nodes of the job
+    #[arg(long)]
+    pub all_nodes: bool,
+    /// For Slurm's TaskEpilog: on other nodes only if services seem to run there
+    #[arg(long, hide = true)]
+    pub at_end: bool,
 }
 
 /// Runs `job WORDS…`.
@@ -420,7 +428,42 @@ pub fn on_all_nodes(host: &Host, words: &[&str]) -> Result<u8> {
 fn stop(args: &StopArgs) -> Result<u8> {
     let host = Host::read()?;
     let registry = Registry::open(&host)?;
-    supervisor(&registry)?.stop(Duration::from_secs(args.timeout.into()))
+    let supervisor = supervisor(&registry)?;
+    let (node, nodes) = supervisor::nodes(&|name| host.var(name).map(OsString::from));
+    let others: Vec<&str> = nodes
+        .iter()
+        .map(String::as_str)
+        .filter(|n| *n != node)
+        .collect();
+    let elsewhere = args.all_nodes
+        || args.at_end && {
+            let declared = job::services(&registry).unwrap_or_default().services;
+            !registry.list().is_empty()
+                || declared
+                    .iter()
+                    .any(|s| s.state == State::Elsewhere || s.declared.nodes == Nodes::All)
+        };
+    let mut far = None;
+    if elsewhere && !others.is_empty() {
+        let program = std::env::current_exe().context("cannot tell where this program is")?;
+        let mut srun = srun(others.len());
+        srun.arg(format!("--nodelist={}", others.join(",")))
+            .arg(program)
+            .args(["job", "stop", "--timeout", &args.timeout.to_string()]);
+        if args.at_end {
+            // A job that Slurm ends can have no more steps: then other nodes' services have ended already.
+            srun.stdout(Stdio::null()).stderr(Stdio::null());
+        }
+        let child = srun.spawn();
+        far = Some(child.context("cannot start srun, which reaches the other nodes of the job")?);
+    }
+    let near = supervisor.stop(Duration::from_secs(args.timeout.into()))?;
+    let Some(mut far) = far else { return Ok(near) };
+    let status = far.wait().context("srun")?;
+    if args.at_end || near != exit::OK {
+        return Ok(near);
+    }
+    Ok(u8::try_from(status.code().unwrap_or(255)).unwrap_or(exit::FATAL))
 }
 
 fn env() -> Result<u8> {
@@ -456,6 +499,8 @@ fn services() -> Result<u8> {
     let mut srun = srun(nodes.len());
     srun.arg(program)
         .args(["job", "supervise", "--announce"])
+        // What ends us, or a key at the terminal, is not for it.
+        .process_group(0)
         .stdout(Stdio::piped());
     let mut child = srun
         .spawn()

@@ -1,6 +1,7 @@
 //! The helper that the Prolog leaves behind: it puts the supervisor into the job as soon as Slurm has made a place for it.
 
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -8,13 +9,17 @@ use rustix::process::Signal;
 
 use super::{Job, detach, readable, trouble};
 use crate::engine::sys::{self, Fork};
-use crate::job::adopt::{self, Tracking};
+use crate::job::adopt::{self, Step, Tracking};
 use crate::proc::Held;
 
 /// How long the helper waits for the extern step.
 const ADOPTION: Duration = Duration::from_secs(10);
+/// How long it then waits for the batch script; services that the job declares start after that.
+const BATCH: Duration = Duration::from_millis(300);
+/// Between two looks.
+const PAUSE: Duration = Duration::from_millis(5);
 
-/// Leaves a process behind that puts the supervisor into the job's extern step, and then tells it so.
+/// Leaves a process behind that puts the supervisor into the job, and then tells it so.
 pub(super) fn leave_helper(
     job: Job,
     supervisor: &Held,
@@ -62,23 +67,16 @@ pub(super) fn leave_helper(
     }
 }
 
-pub(super) fn enter(job: Job, supervisor: &Held, pid: i32) -> Result<()> {
+/// Puts the supervisor into the extern step, and on into the batch script's when that is about to begin: Slurm ends the
+/// first at once at `scancel` and the time limit, the other only when services had time to stop.
+fn enter(job: Job, supervisor: &Held, pid: i32) -> Result<()> {
     let end = Instant::now() + ADOPTION;
-    loop {
-        let doors = adopt::doors(job.id, job.uid);
-        for door in &doors {
-            // It is held: its number is its own as long as it lives.
-            if !supervisor.is_alive() {
-                return Ok(());
-            }
-            std::fs::write(door, pid.to_string())
-                .with_context(|| format!("cannot adopt its supervisor: {}", door.display()))?;
-        }
+    // The job may be over already.
+    while supervisor.is_alive() {
+        let doors = adopt::doors(job.id, job.uid, Step::Extern);
         if !doors.is_empty() {
-            return Ok(());
-        }
-        // The job may be over already.
-        if !supervisor.is_alive() {
+            go_in(&doors, supervisor, pid)?;
+            enter_batch(job, supervisor, pid);
             return Ok(());
         }
         if Instant::now() >= end {
@@ -87,6 +85,40 @@ pub(super) fn enter(job: Job, supervisor: &Held, pid: i32) -> Result<()> {
                 ADOPTION.as_secs()
             );
         }
-        std::thread::sleep(Duration::from_millis(5));
+        std::thread::sleep(PAUSE);
     }
+    Ok(())
+}
+
+/// A step of `srun`'s shows that there is no batch script on this node, or that it has begun.
+fn enter_batch(job: Job, supervisor: &Held, pid: i32) {
+    let end = Instant::now() + BATCH;
+    while supervisor.is_alive() && Instant::now() < end {
+        let others = adopt::has_numbered_step(job.id, job.uid);
+        let doors = adopt::doors(job.id, job.uid, Step::Batch);
+        if !doors.is_empty() {
+            if let Err(error) = go_in(&doors, supervisor, pid) {
+                trouble(&format!(
+                    "job {}: {error:#}; it stays in the extern step",
+                    job.id
+                ));
+            }
+            return;
+        }
+        if others {
+            return;
+        }
+        std::thread::sleep(PAUSE);
+    }
+}
+
+fn go_in(doors: &[PathBuf], supervisor: &Held, pid: i32) -> Result<()> {
+    for door in doors {
+        // It is held: its number is its own as long as it lives.
+        if supervisor.is_alive() {
+            std::fs::write(door, pid.to_string())
+                .with_context(|| format!("cannot adopt its supervisor: {}", door.display()))?;
+        }
+    }
+    Ok(())
 }

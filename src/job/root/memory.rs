@@ -3,9 +3,10 @@
 use std::io::Write as _;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, flock};
 use serde::{Deserialize, Serialize};
 
 use super::Job;
@@ -23,6 +24,9 @@ pub(super) struct Memory {
 
 /// `/run/capsid`, checked and open.
 pub(super) struct Top(pub(super) OwnedFd);
+
+/// The right to change what there is of a job.
+pub(super) struct Lock(#[allow(dead_code)] OwnedFd);
 
 impl Top {
     pub(super) fn open(make: bool) -> Result<Option<Top>> {
@@ -74,6 +78,35 @@ impl Top {
             .then(|| serde_json::from_reader(file).ok())?
     }
 
+    /// Keeps others from beginning, ending or sweeping this job; `None` when somebody else does so for longer than `patience`.
+    /// For Slurm runs Prologs and Epilogs of different jobs at once, and each of them sweeps.
+    pub(super) fn lock(&self, id: u32, patience: Duration) -> Result<Option<Lock>> {
+        let name = format!("job-{id}.lock");
+        let end = Instant::now() + patience;
+        loop {
+            let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let fd = rustix::fs::openat(&self.0, &name, flags, Mode::RUSR | Mode::WUSR)
+                .with_context(|| format!("cannot lock job {id}"))?;
+            let got = flock(&fd, FlockOperation::NonBlockingLockExclusive).is_ok();
+            let own = rustix::fs::fstat(&fd).map(|s| s.st_ino);
+            let named = rustix::fs::statat(&self.0, &name, AtFlags::SYMLINK_NOFOLLOW);
+            // The one before us may have removed it.
+            if got && own == named.map(|s| s.st_ino) {
+                return Ok(Some(Lock(fd)));
+            }
+            if !got && Instant::now() >= end {
+                return Ok(None);
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Gives a job free whose lock nobody needs any more.
+    pub(super) fn unlock(&self, id: u32, lock: Lock) {
+        let _ = rustix::fs::unlinkat(&self.0, format!("job-{id}.lock"), AtFlags::empty());
+        drop(lock);
+    }
+
     pub(super) fn forget(&self, id: u32) {
         let _ = rustix::fs::unlinkat(&self.0, format!("job-{id}.root"), AtFlags::empty());
     }
@@ -92,7 +125,10 @@ impl Top {
                     .ok()?
                     .strip_prefix("job-")?
                     .to_owned();
-                name.strip_suffix(".root").unwrap_or(&name).parse().ok()
+                let number = name
+                    .strip_suffix(".root")
+                    .or_else(|| name.strip_suffix(".lock"));
+                number.unwrap_or(&name).parse().ok()
             })
             .collect();
         ids.sort_unstable();

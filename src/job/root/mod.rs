@@ -34,6 +34,8 @@ use crate::proc::{self, Held};
 const LISTENING: Duration = Duration::from_secs(4);
 /// How long a supervisor may take to stop its instances when the Epilog asks.
 const STOPPING: Duration = Duration::from_secs(6);
+/// How long somebody else may be at work on the same job.
+const LOCKED: Duration = Duration::from_secs(8);
 /// How long the user's own tidying may take.
 const TIDYING: Duration = Duration::from_secs(5);
 /// Programs that are executed, with no others.
@@ -70,6 +72,10 @@ pub fn begin(job: Job, declaration: &Declaration) -> Result<()> {
         .with_context(|| format!("user {} of job {} is not known here", job.uid, job.id))?;
     let top = Top::open(true)?.context("there is no /run")?;
     sweep_others(&top, job.id);
+    // Held until it listens.
+    let _lock = top
+        .lock(job.id, LOCKED)?
+        .with_context(|| format!("job {} is still being ended here", job.id))?;
     end_in(&top, job.id)?;
     let mut memory = Memory {
         job,
@@ -213,7 +219,11 @@ pub fn end(id: u32) -> Result<()> {
     let Some(top) = Top::open(false)? else {
         return Ok(());
     };
+    let lock = top
+        .lock(id, LOCKED)?
+        .with_context(|| format!("job {id} is still being begun or ended here"))?;
     let done = end_in(&top, id);
+    top.unlock(id, lock);
     sweep_others(&top, id);
     done
 }
@@ -238,6 +248,10 @@ fn sweep_others(top: &Top, own: u32) {
     // Time is short: what is not reached now is reached the next time.
     let end = Instant::now() + Duration::from_secs(10);
     for id in others.into_iter().filter(|id| !known.contains(id)) {
+        // Who begins or ends it now needs no sweep.
+        let Ok(Some(lock)) = top.lock(id, Duration::ZERO) else {
+            continue;
+        };
         // Between its Prolog and its extern step nothing of Slurm runs for a job.
         let young = top.memory(id).is_some_and(|m| {
             m.boot == proc::boot_id() && (0..120).contains(&(crate::instance::now_s() - m.since_s))
@@ -248,6 +262,7 @@ fn sweep_others(top: &Top, own: u32) {
         if let Err(error) = end_in(top, id) {
             trouble(&format!("job {id}, which is over: {error:#}"));
         }
+        top.unlock(id, lock);
     }
 }
 
