@@ -3,7 +3,7 @@
 set -uf
 [ -z "${SLURM_STEP_ID:-}" ] || exit 0
 case ${SLURM_JOB_ID:-x} in *[!0-9]* | '') exit 0 ;; esac
-[ -d "/run/capsid/job-$SLURM_JOB_ID/capsid" ] || exit 0
+[ -d /run/capsid ] || exit 0
 CAPSID=/usr/local/bin/capsid
 PATIENCE=20
 /usr/bin/timeout $((PATIENCE + 5)) "$CAPSID" job stop --at-end --timeout "$PATIENCE" >/dev/null 2>&1

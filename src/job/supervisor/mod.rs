@@ -47,6 +47,8 @@ pub struct Setup {
     pub nodes: Vec<String>,
     /// The file of services that the job's comment names.
     pub file: Option<PathBuf>,
+    /// The comment asks for a line about each instance in the job's output.
+    pub report: bool,
     /// The words of the option `--service`.
     pub option: Option<String>,
     /// The directory that names of images in the option are relative to.
@@ -142,6 +144,7 @@ pub fn run(registry: &Registry, host: &Host, setup: Setup) -> Result<u8> {
         batches: Vec::new(),
         list: List {
             pending: setup.file.is_some() || setup.option.is_some(),
+            report: setup.report,
             ..List::default()
         },
         of_batch: Vec::new(),
@@ -152,9 +155,11 @@ pub fn run(registry: &Registry, host: &Host, setup: Setup) -> Result<u8> {
         rustix::io::write(&fd, b"1\n").context("cannot tell that we listen")?;
     }
     let done = supervisor.serve(&signals, &listener);
-    let _lock = registry.directory().lock();
+    let lock = registry.directory().lock();
     registry.directory().remove(&socket_name(&job));
     registry.directory().remove(&list_name(&job));
+    drop(lock);
+    crate::instance::ending::take(registry);
     done
 }
 

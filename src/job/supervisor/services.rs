@@ -281,7 +281,8 @@ impl Supervisor<'_> {
     pub(super) fn save(&self) {
         let text = serde_json::to_vec(&self.list).unwrap_or_default();
         let directory = self.registry.directory();
-        if !self.list.pending && self.list.services.is_empty() && self.list.failure.is_none() {
+        let said = self.list.failure.is_some() || self.list.report;
+        if !self.list.pending && self.list.services.is_empty() && !said {
             return;
         }
         if let Err(error) = directory.replace(&list_name(&self.job), &text) {

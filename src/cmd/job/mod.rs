@@ -1,5 +1,7 @@
 //! `job begin|end|sweep` for the scripts of Slurm, `job status|start|stop|env|services` for people.
 
+mod stop;
+
 use std::ffi::OsString;
 use std::io::{BufRead as _, Write as _};
 use std::os::fd::OwnedFd;
@@ -10,6 +12,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+pub use self::stop::StopArgs;
 use super::{Persona, Usage};
 use crate::engine::sys;
 use crate::host::Host;
@@ -17,7 +20,7 @@ use crate::instance::Registry;
 use crate::job::client::{self, Supervisor};
 use crate::job::root::{self, Declaration, Job};
 use crate::job::{State, supervisor};
-use crate::plan::services::Nodes;
+use crate::plan::services::wants_report;
 use crate::{exit, job, say};
 
 /// The commands below `job`, with the line that their list shows.
@@ -106,20 +109,6 @@ pub struct StatusArgs {
     pub json: bool,
 }
 
-/// Options of `job stop`.
-#[derive(clap::Args, Debug)]
-pub struct StopArgs {
-    /// Seconds after which instances are killed
-    #[arg(short = 't', long, value_name = "SEC", default_value_t = 10)]
-    pub timeout: u32,
-    /// On all nodes of the job
-    #[arg(long)]
-    pub all_nodes: bool,
-    /// For Slurm's TaskEpilog: on other nodes only if services seem to run there
-    #[arg(long, hide = true)]
-    pub at_end: bool,
-}
-
 /// Runs `job WORDS…`.
 ///
 /// # Errors
@@ -140,7 +129,7 @@ pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
         "tidy" => tidy(),
         "status" => status(&super::parse("job status", rest)?),
         "start" => start(&super::parse("job start", rest)?),
-        "stop" => stop(&super::parse("job stop", rest)?),
+        "stop" => stop::run(&super::parse("job stop", rest)?),
         "env" => {
             super::parse::<NoArgs>("job env", rest)?;
             env()
@@ -245,8 +234,10 @@ fn supervise(args: &SuperviseArgs) -> Result<u8> {
         host.var("CAPSID_JOB_COMMENT"),
         host.var("CAPSID_JOB_DIRECTORY"),
     );
+    let comment = host.var("CAPSID_JOB_COMMENT").and_then(|c| c.to_str());
     let option = host.var("CAPSID_JOB_SERVICES").and_then(|v| v.to_str());
     let mut setup = supervisor::Setup {
+        report: comment.is_some_and(wants_report),
         option: option.filter(|o| !o.is_empty()).map(str::to_owned),
         directory: host
             .var("CAPSID_JOB_DIRECTORY")
@@ -422,47 +413,6 @@ pub fn on_all_nodes(host: &Host, words: &[&str]) -> Result<u8> {
     let mut srun = srun(nodes.len());
     let status = srun.arg("--label").arg(program).args(words).status();
     let status = status.context("cannot start srun, which reaches the other nodes of the job")?;
-    Ok(u8::try_from(status.code().unwrap_or(255)).unwrap_or(exit::FATAL))
-}
-
-fn stop(args: &StopArgs) -> Result<u8> {
-    let host = Host::read()?;
-    let registry = Registry::open(&host)?;
-    let supervisor = supervisor(&registry)?;
-    let (node, nodes) = supervisor::nodes(&|name| host.var(name).map(OsString::from));
-    let others: Vec<&str> = nodes
-        .iter()
-        .map(String::as_str)
-        .filter(|n| *n != node)
-        .collect();
-    let elsewhere = args.all_nodes
-        || args.at_end && {
-            let declared = job::services(&registry).unwrap_or_default().services;
-            !registry.list().is_empty()
-                || declared
-                    .iter()
-                    .any(|s| s.state == State::Elsewhere || s.declared.nodes == Nodes::All)
-        };
-    let mut far = None;
-    if elsewhere && !others.is_empty() {
-        let program = std::env::current_exe().context("cannot tell where this program is")?;
-        let mut srun = srun(others.len());
-        srun.arg(format!("--nodelist={}", others.join(",")))
-            .arg(program)
-            .args(["job", "stop", "--timeout", &args.timeout.to_string()]);
-        if args.at_end {
-            // A job that Slurm ends can have no more steps: then other nodes' services have ended already.
-            srun.stdout(Stdio::null()).stderr(Stdio::null());
-        }
-        let child = srun.spawn();
-        far = Some(child.context("cannot start srun, which reaches the other nodes of the job")?);
-    }
-    let near = supervisor.stop(Duration::from_secs(args.timeout.into()))?;
-    let Some(mut far) = far else { return Ok(near) };
-    let status = far.wait().context("srun")?;
-    if args.at_end || near != exit::OK {
-        return Ok(near);
-    }
     Ok(u8::try_from(status.code().unwrap_or(255)).unwrap_or(exit::FATAL))
 }
 
