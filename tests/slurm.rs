@@ -202,6 +202,8 @@ impl Slurm {
         let times = fs::read_to_string(self.top.join(self.cluster).join("times")).unwrap();
         let line = times.lines().find_map(|l| {
             l.strip_prefix(&format!("{script} {job} "))?
+                .split(' ')
+                .next()?
                 .parse::<f64>()
                 .ok()
         });

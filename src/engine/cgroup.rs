@@ -342,8 +342,7 @@ fn not_covered(limits: &Limits) -> Vec<&'static str> {
     if let Some(wanted) = limits.memory {
         check(
             "--memory",
-            surrounding("memory", &["memory.max", "memory.limit_in_bytes"])
-                .is_some_and(|m| m <= wanted),
+            surrounding("memory", MEMORY).is_some_and(|m| m <= wanted),
         );
     }
     if let Some(wanted) = limits.pids {
@@ -374,17 +373,25 @@ fn not_covered(limits: &Limits) -> Vec<&'static str> {
     missing
 }
 
+/// The files of a limit to memory, of version 2 and 1.
+const MEMORY: &[&str] = &["memory.max", "memory.limit_in_bytes"];
+
 /// The smallest of a limit from our cgroup upwards, in either hierarchy.
 fn surrounding(controller: &str, files: &[&str]) -> Option<u64> {
     let text = fs::read_to_string("/proc/self/cgroup").ok()?;
+    smallest_of(&text, Path::new(MOUNT), controller, files)
+}
+
+/// The same for the cgroups that a text of `cgroups(7)` names, below a mount point.
+fn smallest_of(text: &str, mount: &Path, controller: &str, files: &[&str]) -> Option<u64> {
     let mut smallest: Option<u64> = None;
     for line in text.lines() {
         let mut fields = line.splitn(3, ':').skip(1);
         let (controllers, path) = (fields.next()?, fields.next()?);
         let top = if controllers.is_empty() {
-            PathBuf::from(MOUNT)
+            mount.to_owned()
         } else if controllers.split(',').any(|c| c == controller) {
-            Path::new(MOUNT).join(controllers)
+            mount.join(controllers)
         } else {
             continue;
         };
@@ -405,9 +412,10 @@ fn surrounding(controller: &str, files: &[&str]) -> Option<u64> {
     smallest
 }
 
-/// How much memory the cgroups around us allow, bytes; `None` without a limit.
-pub fn memory_limit() -> Option<u64> {
-    surrounding("memory", &["memory.max", "memory.limit_in_bytes"])
+/// How much memory the cgroups around a process allow, bytes, in either version of cgroups; `None` without a limit.
+pub fn memory_limit(pid: i32) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    smallest_of(&text, Path::new(MOUNT), "memory", MEMORY)
 }
 
 fn allowed_cpus() -> Vec<usize> {
@@ -508,6 +516,35 @@ pub fn remove(path: Option<&Path>) {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_of_jobs_are_read_in_both_versions() {
+        let top = tempfile::tempdir().unwrap();
+        let put = |path: &str, text: &str| {
+            let path = top.path().join(path);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        };
+        let read = |text: &str| smallest_of(text, top.path(), "memory", MEMORY);
+        put(
+            "memory/slurm/uid_1/job_7/memory.limit_in_bytes",
+            "104857600\n",
+        );
+        let file = "memory/slurm/uid_1/job_7/step_0/memory.limit_in_bytes";
+        put(file, "9223372036854771712\n");
+        let v1 = "5:memory:/slurm/uid_1/job_7/step_0\n6:freezer:/slurm\n0::/\n";
+        assert_eq!(read(v1), Some(100 << 20));
+        let scope = "system.slice/n1_slurmstepd.scope/job_7";
+        put(&format!("{scope}/memory.max"), "209715200\n");
+        put(&format!("{scope}/step_batch/user/memory.max"), "max\n");
+        assert_eq!(
+            read(&format!("0::/{scope}/step_batch/user/task_0\n")),
+            Some(200 << 20)
+        );
+        assert_eq!(read("0::/elsewhere\n"), None);
+    }
+
     #[test]
     fn shares_become_weights() {
         assert_eq!(super::weight(2), 1);

@@ -7,6 +7,7 @@
 //! itself, is removed by whoever sees it, and never leads to a process of somebody else.
 
 pub mod control;
+pub mod ending;
 pub mod logs;
 pub mod monitor;
 pub mod stats;
@@ -72,6 +73,9 @@ pub struct Record {
     pub awaited: bool,
     /// Its cgroup, when it has one of its own: a path below the mount point of the hierarchy.
     pub cgroup: Option<PathBuf>,
+    /// The most memory that it was seen to use, bytes; known of instances of supervisors, when they have ended.
+    #[serde(default)]
+    pub peak: Option<u64>,
 }
 
 /// What a process that joins has to know of the container.

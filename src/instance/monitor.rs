@@ -19,6 +19,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use regex_lite::Regex;
 use serde::{Deserialize, Serialize};
 
+use super::ending::{self, Noted, Peak};
 use super::logs::{self, Log};
 use super::{Record, Registry, State, now_s};
 use crate::engine::background::{self, Background, Event, Streams};
@@ -58,6 +59,8 @@ pub struct Spec<'a> {
     pub awaited: bool,
     /// Hangs up when the job's supervisor has ended: the instance then ends too.
     pub life: Option<OwnedFd>,
+    /// Whether its end is written down for the job.
+    pub noted: Noted,
     /// The instance stays the caller's child, shows what its service says, and ends with it.
     pub foreground: bool,
 }
@@ -195,6 +198,7 @@ pub fn run(registry: &Registry, mut spec: Spec, tell: &dyn Fn(&Message)) -> Resu
         said: Vec::new(),
         failure: None,
         life: spec.life.take(),
+        peak: Peak::of(spec.noted),
         orphaned: None,
         started: false,
         stop_asked: false,
@@ -226,6 +230,8 @@ struct Monitor<'a> {
     failure: Option<String>,
     /// Hangs up when the job's supervisor has ended.
     life: Option<OwnedFd>,
+    /// The memory that it uses, looked at now and then.
+    peak: Peak,
     /// When the instance is killed, because it has.
     orphaned: Option<Instant>,
     started: bool,
@@ -310,13 +316,14 @@ impl Monitor<'_> {
             let Some(container) = &self.container else {
                 return Ok(());
             };
-            let timeout = deadline
-                .or(self.orphaned)
-                .map_or(PollTimeout::NONE, |at: Instant| {
+            let timeout = deadline.or(self.orphaned).or(self.peak.due()).map_or(
+                PollTimeout::NONE,
+                |at: Instant| {
                     let left = at.saturating_duration_since(Instant::now());
                     PollTimeout::try_from(left.as_micros().div_ceil(1000))
                         .unwrap_or(PollTimeout::MAX)
-                });
+                },
+            );
             let mut set = vec![
                 PollFd::new(signals.as_fd(), PollFlags::POLLIN),
                 PollFd::new(container.held.as_fd(), PollFlags::POLLIN),
@@ -343,6 +350,9 @@ impl Monitor<'_> {
                 Ok(0) if deadline.is_some() => return Ok(()),
                 Ok(_) | Err(nix::Error::EINTR) => {}
                 Err(error) => return Err(error).context("cannot wait for the instance"),
+            }
+            if deadline.is_none() {
+                self.peak.look(&self.record);
             }
             let happened: Vec<bool> = set.iter().map(|p| p.any().unwrap_or(false)).collect();
             let streams: Vec<usize> = [0, 1].into_iter().filter(|n| open[*n]).collect();
@@ -604,7 +614,11 @@ impl Monitor<'_> {
                 self.record.script.signal = self.record.script.signal.or(Some(libc::SIGKILL));
                 self.record.script.ended_s = self.record.ended_s;
             }
+            self.record.peak = self.peak.so_far();
             logs::keep_end(&self.record);
+            if self.peak.is_wanted() {
+                ending::note(self.registry, &self.record);
+            }
         }
         self.registry.remove(&self.record);
         cgroup::remove(self.record.cgroup.as_deref());

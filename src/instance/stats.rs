@@ -14,6 +14,17 @@ use super::Record;
 use crate::engine::cgroup;
 use crate::proc;
 
+/// Whose limit is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LimitOf {
+    /// The instance's own, or that of what surrounds it outside of jobs.
+    Instance,
+    /// The Slurm job's, which all its processes share.
+    Job,
+    /// There is none: all the memory that there is.
+    Machine,
+}
+
 /// A look at an instance.
 #[derive(Debug, Clone)]
 pub struct Usage {
@@ -26,6 +37,8 @@ pub struct Usage {
     pub memory: u64,
     /// Bytes: its limit, the surrounding job's, or the machine's memory.
     pub memory_limit: u64,
+    /// Whose limit that is.
+    pub limit_of: LimitOf,
     /// Bytes read from disks.
     pub read: u64,
     /// Bytes written to disks.
@@ -45,11 +58,15 @@ pub fn usage(record: &Record) -> Option<Usage> {
         let what = sysinfo::RefreshKind::nothing().with_memory(memory);
         sysinfo::System::new_with_specifics(what).map_or(0, |system| system.total_memory())
     };
+    let in_job = record.job.is_some();
     let limit = |own: Option<u64>| {
-        own.into_iter()
-            .chain(cgroup::memory_limit())
-            .min()
-            .unwrap_or_else(machine)
+        let around = cgroup::memory_limit(init.pid);
+        match (own, around) {
+            (Some(own), Some(around)) if own <= around => (own, LimitOf::Instance),
+            (_, Some(around)) if in_job => (around, LimitOf::Job),
+            (Some(limit), None) | (_, Some(limit)) => (limit, LimitOf::Instance),
+            (None, None) => (machine(), LimitOf::Machine),
+        }
     };
     let own = record
         .cgroup
@@ -59,7 +76,7 @@ pub fn usage(record: &Record) -> Option<Usage> {
         Some(usage) => usage,
         None => from_processes(init.pid),
     };
-    usage.memory_limit = limit(Some(usage.memory_limit).filter(|l| *l > 0));
+    (usage.memory_limit, usage.limit_of) = limit(Some(usage.memory_limit).filter(|l| *l > 0));
     Some(usage)
 }
 
@@ -84,6 +101,7 @@ fn from_cgroup(path: &Path) -> Option<Usage> {
         system_ns: keyed(&cpu, "system_usec ")? * 1000,
         memory: number("memory.current")?,
         memory_limit: number("memory.max").unwrap_or(0),
+        limit_of: LimitOf::Instance,
         read: sum("rbytes="),
         written: sum("wbytes="),
         pids: number("pids.current")?,
@@ -104,6 +122,7 @@ fn from_processes(init: i32) -> Usage {
         system_ns: 0,
         memory: 0,
         memory_limit: 0,
+        limit_of: LimitOf::Machine,
         read: 0,
         written: 0,
         pids: 0,
@@ -188,7 +207,16 @@ pub fn row(name: &str, earlier: Option<&Usage>, now: &Usage) -> Vec<String> {
     vec![
         name.to_owned(),
         format!("{cpu:.2}%"),
-        format!("{} / {}", binary(now.memory), binary(now.memory_limit)),
+        format!(
+            "{} / {}{}",
+            binary(now.memory),
+            binary(now.memory_limit),
+            if now.limit_of == LimitOf::Job {
+                " (job)"
+            } else {
+                ""
+            }
+        ),
         format!("{share:.2}%"),
         format!("{} / {}", binary(now.read), binary(now.written)),
         now.pids.to_string(),
@@ -232,6 +260,11 @@ pub fn as_json(name: &str, usage: &Usage) -> Value {
         },
         "memory_stats": {
             "usage": {"usage": usage.memory, "limit": usage.memory_limit, "failcnt": 0},
+            "limit_of": match usage.limit_of {
+                LimitOf::Instance => "instance",
+                LimitOf::Job => "job",
+                LimitOf::Machine => "machine",
+            },
             "stats": {},
         },
         "pids_stats": {"current": usage.pids, "limit": usage.pids_limit.unwrap_or(0)},

@@ -1,6 +1,7 @@
-//! Putting a process into a job's extern step, which lives as long as the job. Root's work.
+//! Putting a process into a step of a job that lives as long as the job: the batch script's where there is one, else the
+//! extern step. Root's work.
 //!
-//! The extern step appears right after the Prolog has ended, so this is done by a helper that the Prolog leaves behind.
+//! They appear right after the Prolog has ended, so this is done by a helper that the Prolog leaves behind.
 
 use std::path::{Path, PathBuf};
 
@@ -69,25 +70,49 @@ pub fn job_directories(job: u32, uid: u32) -> Vec<PathBuf> {
     found
 }
 
-/// The files that take a process into the extern step of a job, one for each hierarchy.
-pub fn doors(job: u32, uid: u32) -> Vec<PathBuf> {
-    let doors = job_directories(job, uid)
-        .into_iter()
-        .filter_map(|directory| {
-            let step = directory.join("step_extern");
-            // Version 2 allows processes in leaves only. In version 1 the step's directory is the user's, who may make others
-            // below it: nothing but the step itself is entered.
-            let v1 = directory
-                .parent()
-                .is_some_and(|p| p.ends_with(format!("uid_{uid}")));
-            let door = step.join(if v1 {
-                "cgroup.procs"
-            } else {
-                "user/task_special/cgroup.procs"
-            });
-            door.is_file().then_some(door)
-        });
-    doors.collect()
+/// A step that belongs to the job rather than to a command of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    /// Lives as long as the job, on every node. Slurm ends it at once when the job is to end.
+    Extern,
+    /// The batch script's, on the first node of batch jobs. Slurm ends it when the script and the TaskEpilog have ended, or
+    /// after `KillWait`.
+    Batch,
+}
+
+/// The files that take a process into a step of a job, one for each hierarchy; none before Slurm has a process there.
+pub fn doors(job: u32, uid: u32, step: Step) -> Vec<PathBuf> {
+    let v1 = |directory: &Path| {
+        directory
+            .parent()
+            .is_some_and(|p| p.ends_with(format!("uid_{uid}")))
+    };
+    let doors = job_directories(job, uid).into_iter().map(|directory| {
+        // Version 2 allows processes in leaves only. In version 1 the step's directory is the user's, who may make others
+        // below it: nothing but the step itself is entered.
+        directory.join(match (step, v1(&directory)) {
+            (Step::Extern, true) => "step_extern/cgroup.procs",
+            (Step::Extern, false) => "step_extern/user/task_special/cgroup.procs",
+            (Step::Batch, true) => "step_batch/cgroup.procs",
+            (Step::Batch, false) => "step_batch/user/task_0/cgroup.procs",
+        })
+    });
+    let doors: Vec<PathBuf> = doors.filter(|door| door.is_file()).collect();
+    let lived_in = doors
+        .iter()
+        .any(|door| std::fs::read_to_string(door).is_ok_and(|text| !text.trim().is_empty()));
+    if lived_in { doors } else { Vec::new() }
+}
+
+/// Whether a step of `srun`'s runs already.
+pub fn has_numbered_step(job: u32, uid: u32) -> bool {
+    let numbered = |name: &str| {
+        name.strip_prefix("step_")
+            .is_some_and(|n| n.parse::<u32>().is_ok())
+    };
+    job_directories(job, uid)
+        .iter()
+        .any(|directory| !children(directory, &numbered).is_empty())
 }
 
 /// Processes below a directory of a job.

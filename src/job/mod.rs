@@ -67,6 +67,9 @@ pub struct List {
     pub failure: Option<String>,
     /// The services of the job.
     pub services: Vec<Service>,
+    /// The comment asks for a line about each instance in the job's output.
+    #[serde(default)]
+    pub report: bool,
 }
 
 /// The name of the socket of a job's supervisor.

@@ -353,6 +353,13 @@ pub fn from_option(text: &str) -> Result<Vec<Declared>> {
     Ok(services)
 }
 
+/// Whether a job's comment asks for a line about each instance at the end of the job's output: the word `capsid:report`.
+pub fn wants_report(comment: &str) -> bool {
+    comment
+        .split([' ', ',', ';', '\n', '\t'])
+        .any(|word| word == "capsid:report")
+}
+
 /// The file that a job's comment names: `capsid:services=FILE`, to the next blank, comma or semicolon.
 pub fn named_by_comment(comment: &str) -> Option<&str> {
     let (before, rest) = comment.split_once("capsid:services=")?;
@@ -364,6 +371,12 @@ pub fn named_by_comment(comment: &str) -> Option<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn comment_asks_for_a_report() {
+        assert!(wants_report("capsid:services=x.toml,capsid:report"));
+        assert!(!wants_report("capsid:reports xcapsid:report"));
+    }
 
     #[test]
     fn file_of_the_documentation() {

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail};
 use crate::cmd::flags::StartArgs;
 use crate::cmd::{Usage, action};
 use crate::host::{Host, normalise};
+use crate::instance::ending::Noted;
 use crate::instance::monitor::{self, Message, Report, Spec};
 use crate::instance::{Container, Record, Registry, Script, control, logs, now_s};
 use crate::job::client;
@@ -28,7 +29,7 @@ pub fn run(verb: &str, words: &[OsString]) -> Result<u8> {
     let command = format!("instance {verb}");
     let (args, name) = parse(&command, words, &host)?;
     if args.foreground {
-        return start(verb, &name, args, host, None);
+        return start(verb, &name, args, host, None, Noted::No);
     }
     let mut life = None;
     if host.in_job() {
@@ -46,7 +47,7 @@ pub fn run(verb: &str, words: &[OsString]) -> Result<u8> {
         // Where Slurm does not end what a step leaves behind, the instance does it by itself.
         life = client::step_daemon().map(OwnedFd::from);
     }
-    start(verb, &name, args, host, life)
+    start(verb, &name, args, host, life, Noted::No)
 }
 
 /// The same in a process that the supervisor of a job has made: the instance ends when `life` hangs up.
@@ -56,7 +57,7 @@ pub fn run(verb: &str, words: &[OsString]) -> Result<u8> {
 pub fn spawned(verb: &str, words: &[OsString], life: OwnedFd) -> Result<u8> {
     let host = Host::read()?;
     let (args, name) = parse(&format!("instance {verb}"), words, &host)?;
-    start(verb, &name, args, host, Some(life))
+    start(verb, &name, args, host, Some(life), Noted::ForTheJob)
 }
 
 fn parse(command: &str, words: &[OsString], host: &Host) -> Result<(StartArgs, String)> {
@@ -68,7 +69,14 @@ fn parse(command: &str, words: &[OsString], host: &Host) -> Result<(StartArgs, S
     Ok((args, name.to_string_lossy().into_owned()))
 }
 
-fn start(verb: &str, name: &str, args: StartArgs, host: Host, life: Option<OwnedFd>) -> Result<u8> {
+fn start(
+    verb: &str,
+    name: &str,
+    args: StartArgs,
+    host: Host,
+    life: Option<OwnedFd>,
+    noted: Noted,
+) -> Result<u8> {
     refuse(name, &args)?;
     let patience = args.wait.as_deref().map(seconds).transpose()?;
     let action = &args.action;
@@ -113,6 +121,7 @@ fn start(verb: &str, name: &str, args: StartArgs, host: Host, life: Option<Owned
         policy: action::limits_policy(&host)?,
         xdg: host.runtime_home(),
         life,
+        noted,
         awaited: patience.is_some() && service.ready.is_declared(),
         foreground: args.foreground,
     };
@@ -255,6 +264,7 @@ fn record(
         ready_when: service.ready.clone(),
         awaited: args.wait.is_some(),
         cgroup: None,
+        peak: None,
     }
 }
 

@@ -1,14 +1,18 @@
 //! `job begin|end|sweep` for the scripts of Slurm, `job status|start|stop|env|services` for people.
 
+mod stop;
+
 use std::ffi::OsString;
 use std::io::{BufRead as _, Write as _};
 use std::os::fd::OwnedFd;
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+pub use self::stop::StopArgs;
 use super::{Persona, Usage};
 use crate::engine::sys;
 use crate::host::Host;
@@ -16,6 +20,7 @@ use crate::instance::Registry;
 use crate::job::client::{self, Supervisor};
 use crate::job::root::{self, Declaration, Job};
 use crate::job::{State, supervisor};
+use crate::plan::services::wants_report;
 use crate::{exit, job, say};
 
 /// The commands below `job`, with the line that their list shows.
@@ -104,14 +109,6 @@ pub struct StatusArgs {
     pub json: bool,
 }
 
-/// Options of `job stop`.
-#[derive(clap::Args, Debug)]
-pub struct StopArgs {
-    /// Seconds after which instances are killed
-    #[arg(short = 't', long, value_name = "SEC", default_value_t = 10)]
-    pub timeout: u32,
-}
-
 /// Runs `job WORDS…`.
 ///
 /// # Errors
@@ -132,7 +129,7 @@ pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
         "tidy" => tidy(),
         "status" => status(&super::parse("job status", rest)?),
         "start" => start(&super::parse("job start", rest)?),
-        "stop" => stop(&super::parse("job stop", rest)?),
+        "stop" => stop::run(&super::parse("job stop", rest)?),
         "env" => {
             super::parse::<NoArgs>("job env", rest)?;
             env()
@@ -237,8 +234,10 @@ fn supervise(args: &SuperviseArgs) -> Result<u8> {
         host.var("CAPSID_JOB_COMMENT"),
         host.var("CAPSID_JOB_DIRECTORY"),
     );
+    let comment = host.var("CAPSID_JOB_COMMENT").and_then(|c| c.to_str());
     let option = host.var("CAPSID_JOB_SERVICES").and_then(|v| v.to_str());
     let mut setup = supervisor::Setup {
+        report: comment.is_some_and(wants_report),
         option: option.filter(|o| !o.is_empty()).map(str::to_owned),
         directory: host
             .var("CAPSID_JOB_DIRECTORY")
@@ -417,12 +416,6 @@ pub fn on_all_nodes(host: &Host, words: &[&str]) -> Result<u8> {
     Ok(u8::try_from(status.code().unwrap_or(255)).unwrap_or(exit::FATAL))
 }
 
-fn stop(args: &StopArgs) -> Result<u8> {
-    let host = Host::read()?;
-    let registry = Registry::open(&host)?;
-    supervisor(&registry)?.stop(Duration::from_secs(args.timeout.into()))
-}
-
 fn env() -> Result<u8> {
     let host = Host::read()?;
     let registry = Registry::open(&host)?;
@@ -456,6 +449,8 @@ fn services() -> Result<u8> {
     let mut srun = srun(nodes.len());
     srun.arg(program)
         .args(["job", "supervise", "--announce"])
+        // What ends us, or a key at the terminal, is not for it.
+        .process_group(0)
         .stdout(Stdio::piped());
     let mut child = srun
         .spawn()

@@ -2,9 +2,13 @@
 //! nothing of the user's; what has to be done in the user's directory is done by a process that has become the user; every
 //! wait is bounded.
 
+mod adoption;
+mod memory;
+mod removal;
+
 use std::ffi::OsString;
 use std::io::Write as _;
-use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
@@ -14,25 +18,26 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::SigSet;
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
-use super::adopt::{self, Tracking};
+use self::adoption::leave_helper;
+use self::memory::{Memory, Top};
+use self::removal::{MAX_ENTRIES, is_empty, remove_tree, unmount_below};
+use super::adopt;
 use crate::engine::sys::{self, Fork};
 use crate::host::{self, JOBS};
 use crate::proc::{self, Held};
 
 /// How long the Prolog waits for the supervisor's socket.
 const LISTENING: Duration = Duration::from_secs(4);
-/// How long the helper waits for the extern step.
-const ADOPTION: Duration = Duration::from_secs(10);
 /// How long a supervisor may take to stop its instances when the Epilog asks.
 const STOPPING: Duration = Duration::from_secs(6);
+/// How long somebody else may be at work on the same job.
+const LOCKED: Duration = Duration::from_secs(8);
 /// How long the user's own tidying may take.
 const TIDYING: Duration = Duration::from_secs(5);
-/// Entries that are removed from a job's directory at most.
-const MAX_ENTRIES: usize = 10_000;
 /// Programs that are executed, with no others.
 const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -45,95 +50,6 @@ pub struct Job {
     pub uid: u32,
     /// The user's group.
     pub gid: u32,
-}
-
-/// What root remembers of a job: in a file that only root can write, beside the user's directory.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Memory {
-    job: Job,
-    boot: String,
-    supervisor: Option<proc::Id>,
-    since_s: i64,
-}
-
-/// `/run/capsid`, checked and open.
-struct Top(OwnedFd);
-
-impl Top {
-    fn open(make: bool) -> Result<Option<Top>> {
-        if make {
-            match rustix::fs::mkdir(JOBS, Mode::from_bits_truncate(0o755)) {
-                Ok(()) => {
-                    rustix::fs::chmod(JOBS, Mode::from_bits_truncate(0o755)).context("chmod")?
-                }
-                Err(rustix::io::Errno::EXIST) => {}
-                Err(error) => return Err(error).with_context(|| format!("cannot make {JOBS}")),
-            }
-        }
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = match rustix::fs::open(JOBS, flags, Mode::empty()) {
-            Err(rustix::io::Errno::NOENT) => return Ok(None),
-            other => other.with_context(|| format!("cannot open {JOBS}"))?,
-        };
-        let stat = rustix::fs::fstat(&fd).context("stat")?;
-        if stat.st_uid != 0 || stat.st_mode & 0o022 != 0 {
-            bail!("{JOBS} can be changed by others than root: remove it");
-        }
-        Ok(Some(Top(fd)))
-    }
-
-    fn remember(&self, memory: &Memory) -> Result<()> {
-        let (name, draft) = (
-            format!("job-{}.root", memory.job.id),
-            format!("job-{}.new", memory.job.id),
-        );
-        let _ = rustix::fs::unlinkat(&self.0, &draft, AtFlags::empty());
-        let flags =
-            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(&self.0, &draft, flags, Mode::RUSR | Mode::WUSR)
-            .context("cannot write a job's memory")?;
-        let text = serde_json::to_vec(memory).context("a job's memory")?;
-        std::fs::File::from(fd)
-            .write_all(&text)
-            .context("cannot write a job's memory")?;
-        rustix::fs::renameat(&self.0, &draft, &self.0, &name).context("cannot write a job's memory")
-    }
-
-    fn memory(&self, id: u32) -> Option<Memory> {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd =
-            rustix::fs::openat(&self.0, format!("job-{id}.root"), flags, Mode::empty()).ok()?;
-        let file = std::fs::File::from(fd);
-        let meta = file.metadata().ok()?;
-        (meta.is_file() && meta.uid() == 0 && meta.len() < 1 << 16)
-            .then(|| serde_json::from_reader(file).ok())?
-    }
-
-    fn forget(&self, id: u32) {
-        let _ = rustix::fs::unlinkat(&self.0, format!("job-{id}.root"), AtFlags::empty());
-    }
-
-    /// The jobs that there is something of.
-    fn jobs(&self) -> Vec<u32> {
-        let entries = rustix::fs::Dir::read_from(&self.0)
-            .into_iter()
-            .flatten()
-            .flatten();
-        let mut ids: Vec<u32> = entries
-            .filter_map(|e| {
-                let name = e
-                    .file_name()
-                    .to_str()
-                    .ok()?
-                    .strip_prefix("job-")?
-                    .to_owned();
-                name.strip_suffix(".root").unwrap_or(&name).parse().ok()
-            })
-            .collect();
-        ids.sort_unstable();
-        ids.dedup();
-        ids
-    }
 }
 
 /// What the Prolog gives beside the numbers: data for the supervisor, not looked at here.
@@ -156,6 +72,10 @@ pub fn begin(job: Job, declaration: &Declaration) -> Result<()> {
         .with_context(|| format!("user {} of job {} is not known here", job.uid, job.id))?;
     let top = Top::open(true)?.context("there is no /run")?;
     sweep_others(&top, job.id);
+    // Held until it listens.
+    let _lock = top
+        .lock(job.id, LOCKED)?
+        .with_context(|| format!("job {} is still being ended here", job.id))?;
     end_in(&top, job.id)?;
     let mut memory = Memory {
         job,
@@ -279,83 +199,6 @@ fn detach() -> Result<()> {
     rustix::process::chdir("/").context("cannot enter /")
 }
 
-/// Leaves a process behind that puts the supervisor into the job's extern step, and then tells it so.
-fn leave_helper(
-    job: Job,
-    supervisor: &Held,
-    pid: i32,
-    adopt: OwnedFd,
-    tracking: Tracking,
-) -> Result<()> {
-    let (alive, sign) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
-        .context("cannot create a pipe")?;
-    match sys::fork()? {
-        Fork::Parent(_) => {
-            drop((sign, adopt));
-            // Before it has a session of its own, the end of the Prolog would kill it.
-            if !readable(&alive, Duration::from_secs(2)) {
-                bail!("the helper of job {} does not start", job.id);
-            }
-            Ok(())
-        }
-        Fork::Child => {
-            let mut keep = [
-                adopt.as_raw_fd(),
-                sign.as_raw_fd(),
-                supervisor.as_fd().as_raw_fd(),
-            ];
-            keep.sort_unstable();
-            sys::close_all_but(&keep);
-            let done = detach().and_then(|()| {
-                sys::set_title(&format!("capsid-adopt: {}", job.id));
-                drop(sign);
-                match tracking {
-                    Tracking::None => Ok(()),
-                    Tracking::Cgroup => enter(job, supervisor, pid),
-                }
-            });
-            match done {
-                Ok(()) => drop(rustix::io::write(&adopt, b"1")),
-                Err(error) => {
-                    // Outside of the job it would have no limits.
-                    supervisor.signal(Signal::KILL);
-                    trouble(&format!("job {}: {error:#}", job.id));
-                }
-            }
-            sys::exit_now(0)
-        }
-    }
-}
-
-fn enter(job: Job, supervisor: &Held, pid: i32) -> Result<()> {
-    let end = Instant::now() + ADOPTION;
-    loop {
-        let doors = adopt::doors(job.id, job.uid);
-        for door in &doors {
-            // It is held: its number is its own as long as it lives.
-            if !supervisor.is_alive() {
-                return Ok(());
-            }
-            std::fs::write(door, pid.to_string())
-                .with_context(|| format!("cannot adopt its supervisor: {}", door.display()))?;
-        }
-        if !doors.is_empty() {
-            return Ok(());
-        }
-        // The job may be over already.
-        if !supervisor.is_alive() {
-            return Ok(());
-        }
-        if Instant::now() >= end {
-            bail!(
-                "no extern step within {} s, so its services cannot be part of it: is PrologFlags=Contain set?",
-                ADOPTION.as_secs()
-            );
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
-}
-
 fn readable(fd: &impl AsFd, limit: Duration) -> bool {
     let end = Instant::now() + limit;
     loop {
@@ -376,7 +219,11 @@ pub fn end(id: u32) -> Result<()> {
     let Some(top) = Top::open(false)? else {
         return Ok(());
     };
+    let lock = top
+        .lock(id, LOCKED)?
+        .with_context(|| format!("job {id} is still being begun or ended here"))?;
     let done = end_in(&top, id);
+    top.unlock(id, lock);
     sweep_others(&top, id);
     done
 }
@@ -401,6 +248,10 @@ fn sweep_others(top: &Top, own: u32) {
     // Time is short: what is not reached now is reached the next time.
     let end = Instant::now() + Duration::from_secs(10);
     for id in others.into_iter().filter(|id| !known.contains(id)) {
+        // Who begins or ends it now needs no sweep.
+        let Ok(Some(lock)) = top.lock(id, Duration::ZERO) else {
+            continue;
+        };
         // Between its Prolog and its extern step nothing of Slurm runs for a job.
         let young = top.memory(id).is_some_and(|m| {
             m.boot == proc::boot_id() && (0..120).contains(&(crate::instance::now_s() - m.since_s))
@@ -411,6 +262,7 @@ fn sweep_others(top: &Top, own: u32) {
         if let Err(error) = end_in(top, id) {
             trouble(&format!("job {id}, which is over: {error:#}"));
         }
+        top.unlock(id, lock);
     }
 }
 
@@ -483,18 +335,6 @@ fn end_in(top: &Top, id: u32) -> Result<()> {
     Ok(())
 }
 
-fn is_empty(top: &Top, name: &str) -> bool {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let Ok(fd) = rustix::fs::openat(&top.0, name, flags, Mode::empty()) else {
-        return true;
-    };
-    rustix::fs::Dir::read_from(&fd).is_ok_and(|entries| {
-        entries
-            .flatten()
-            .all(|e| matches!(e.file_name().to_bytes(), b"." | b".."))
-    })
-}
-
 /// Kills what is left in the job's own cgroups: held first, then looked at, then killed.
 fn end_processes(job: Job) {
     let end = Instant::now() + Duration::from_secs(3);
@@ -545,94 +385,6 @@ fn tidy_as_user(job: Job) {
     } else {
         let _ = child.wait();
     }
-}
-
-/// Detaches what is mounted below a job's directory. No symbolic link is followed.
-fn unmount_below(top: &Top, name: &str) {
-    let prefix = format!("{JOBS}/{name}/");
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let points = mounts
-        .lines()
-        .rev()
-        .filter_map(|l| l.split(' ').nth(4)?.strip_prefix(&prefix));
-    for point in points {
-        // Blanks and the like are written in octal.
-        let path = format!("{name}/{}", unescape(point));
-        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::BENEATH;
-        if let Ok(fd) = rustix::fs::openat2(&top.0, path, flags, Mode::empty(), resolve) {
-            let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-            let _ = rustix::mount::unmount(path, rustix::mount::UnmountFlags::DETACH);
-        }
-    }
-}
-
-fn unescape(text: &str) -> String {
-    let mut out = Vec::new();
-    let bytes = text.as_bytes();
-    let mut at = 0;
-    while at < bytes.len() {
-        let octal = bytes
-            .get(at + 1..at + 4)
-            .and_then(|d| std::str::from_utf8(d).ok());
-        match octal.and_then(|d| u8::from_str_radix(d, 8).ok()) {
-            Some(byte) if bytes[at] == b'\\' => {
-                out.push(byte);
-                at += 4;
-            }
-            _ => {
-                out.push(bytes[at]);
-                at += 1;
-            }
-        }
-    }
-    String::from_utf8_lossy(&out).into_owned()
-}
-
-/// Removes a tree by descriptors: no link is followed, no mount entered, no more than so many entries.
-fn remove_tree(
-    parent: &OwnedFd,
-    name: &str,
-    device: Option<u64>,
-    depth: usize,
-    budget: &mut usize,
-) {
-    let flags =
-        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let Ok(fd) = rustix::fs::openat(parent, name, flags, Mode::empty()) else {
-        return;
-    };
-    let Ok(stat) = rustix::fs::fstat(&fd) else {
-        return;
-    };
-    if device.is_some_and(|d| d != stat.st_dev) || depth > 32 {
-        return;
-    }
-    let entries = rustix::fs::Dir::read_from(&fd)
-        .into_iter()
-        .flatten()
-        .flatten();
-    for entry in entries {
-        let Ok(name) = entry.file_name().to_str() else {
-            let _ = rustix::fs::unlinkat(&fd, entry.file_name(), AtFlags::empty());
-            continue;
-        };
-        if name == "." || name == ".." {
-            continue;
-        }
-        if *budget == 0 {
-            return;
-        }
-        *budget -= 1;
-        let kind = rustix::fs::statat(&fd, name, AtFlags::SYMLINK_NOFOLLOW)
-            .map(|s| FileType::from_raw_mode(s.st_mode));
-        if kind == Ok(FileType::Directory) {
-            remove_tree(&fd, name, Some(stat.st_dev), depth + 1, budget);
-        } else {
-            let _ = rustix::fs::unlinkat(&fd, name, AtFlags::empty());
-        }
-    }
-    let _ = rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR);
 }
 
 /// What went wrong, for the administrator: to the system's log, and as the last lines of `/run/capsid/trouble`.

@@ -1,0 +1,335 @@
+//! The services that a job declares: reading their files, starting them in order, and telling those who wait.
+
+use std::ffi::OsString;
+use std::io::{Read as _, Write as _};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::wait::waitpid;
+use nix::unistd::Pid;
+
+use super::{Batch, Child, Parsed, Purpose, Reading, Supervisor};
+use crate::engine::sys::{self, Fork};
+use crate::job::message::{self, Answer, Caller, What};
+use crate::job::{Service, State, list_name};
+use crate::plan::services::{self, Declared, Nodes};
+use crate::{exit, say};
+
+/// How long a file of declarations may take to be read: a home directory may hang.
+const READING: Duration = Duration::from_secs(30);
+/// Bytes of such a file at most.
+const MAX_FILE: u64 = 1 << 20;
+
+impl Supervisor<'_> {
+    pub(super) fn read_for(&mut self, id: u64, caller: Caller, fds: Vec<OwnedFd>) -> Result<()> {
+        let [words, cwd, ..] = <[OwnedFd; 4]>::try_from(fds)
+            .ok()
+            .context("descriptors are missing")?;
+        let (words, env) = message::unpack(words)?;
+        let file = words.into_iter().next().context("the file is not named")?;
+        let cwd = std::fs::read_link(format!("/proc/self/fd/{}", cwd.as_raw_fd()))
+            .context("the working directory")?;
+        let batch = Batch {
+            directory: PathBuf::new(),
+            env,
+            caller,
+            peer: Some(id),
+        };
+        self.read(cwd.join(file), batch);
+        Ok(())
+    }
+
+    /// Lets a child read a file of services.
+    pub(super) fn read(&mut self, path: PathBuf, batch: Batch) {
+        let begin = || -> Result<(Pid, OwnedFd)> {
+            let (pipe, theirs) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+                .context("cannot create a pipe")?;
+            match sys::fork()? {
+                Fork::Parent(pid) => Ok((pid, pipe)),
+                Fork::Child => {
+                    let text = serde_json::to_vec(&read_services(&path)).unwrap_or_default();
+                    let _ = std::fs::File::from(theirs).write_all(&text);
+                    sys::exit_now(0)
+                }
+            }
+        };
+        match begin() {
+            Ok((child, pipe)) => self.reading.push(Reading {
+                path,
+                pipe,
+                bytes: Vec::new(),
+                until: Instant::now() + READING,
+                child,
+                batch,
+            }),
+            Err(error) => self.parsed(&path, batch, Parsed::Failed(format!("{error:#}"))),
+        }
+    }
+
+    /// True when the file is read to its end, and gone from the list.
+    pub(super) fn read_on(&mut self, at: usize) -> bool {
+        let mut bytes = vec![0; 64 << 10];
+        let reading = &mut self.reading[at];
+        match rustix::io::read(&reading.pipe, &mut bytes) {
+            Ok(len) if len > 0 => {
+                reading.bytes.extend_from_slice(&bytes[..len]);
+                return false;
+            }
+            Err(rustix::io::Errno::INTR) => return false,
+            _ => {}
+        }
+        let reading = self.reading.remove(at);
+        let _ = waitpid(reading.child, None);
+        let parsed = serde_json::from_slice(&reading.bytes).unwrap_or_else(|_| {
+            Parsed::Failed(format!("{} could not be read", reading.path.display()))
+        });
+        self.parsed(&reading.path, reading.batch, parsed);
+        true
+    }
+
+    pub(super) fn give_up(&mut self, at: usize) -> bool {
+        let reading = self.reading.remove(at);
+        // It may hang in the kernel: it is not waited for.
+        let _ = nix::sys::signal::kill(reading.child, nix::sys::signal::Signal::SIGKILL);
+        let text = format!(
+            "{} could not be read within {} s: its file system does not answer",
+            reading.path.display(),
+            READING.as_secs()
+        );
+        self.parsed(&reading.path, reading.batch, Parsed::Failed(text));
+        true
+    }
+
+    pub(super) fn parsed(&mut self, path: &Path, mut batch: Batch, parsed: Parsed) {
+        if batch.peer.is_none() && self.setup.file.is_none() {
+            self.list.pending = false;
+        }
+        let declared = match parsed {
+            Parsed::Services(declared) => declared,
+            Parsed::Failed(text) => {
+                match batch.peer {
+                    Some(peer) => self.answer(peer, &Answer::Failed(text)),
+                    None => self.list.failure = Some(text),
+                }
+                return self.changed();
+            }
+        };
+        if let Some(known) = declared.iter().find(|d| {
+            self.list
+                .services
+                .iter()
+                .any(|s| s.declared.name == d.name && s.state != State::Elsewhere)
+        }) {
+            let text = format!(
+                "{}: this job has a service {} already",
+                path.display(),
+                known.name
+            );
+            match batch.peer {
+                Some(peer) => self.answer(peer, &Answer::Failed(text)),
+                None => self.list.failure = Some(text),
+            }
+            return self.changed();
+        }
+        batch.directory = path.parent().unwrap_or(Path::new("/")).to_owned();
+        let own = self
+            .setup
+            .nodes
+            .iter()
+            .position(|n| *n == self.setup.node)
+            .unwrap_or(0);
+        for declared in declared {
+            let here = declared.is_on(own);
+            let node = match declared.nodes {
+                Nodes::All => Some(self.setup.node.clone()),
+                Nodes::Index(index) => self.setup.nodes.get(index).cloned(),
+            };
+            let state = match (&node, here) {
+                (None, _) => State::Failed(format!(
+                    "the job has {} nodes, and none with the number that nodes names",
+                    self.setup.nodes.len()
+                )),
+                (_, true) => State::Waiting,
+                (_, false) => State::Elsewhere,
+            };
+            self.of_batch.push(self.batches.len());
+            self.list.services.push(Service {
+                declared,
+                node: node.unwrap_or_default(),
+                here,
+                state,
+            });
+        }
+        self.batches.push(batch);
+        self.changed();
+    }
+
+    /// Starts what can be started, tells those who wait, and writes it down.
+    pub(super) fn changed(&mut self) {
+        for at in 0..self.list.services.len() {
+            if self.list.services[at].state != State::Waiting {
+                continue;
+            }
+            let after = self.list.services[at].declared.after.clone();
+            let others = self
+                .list
+                .services
+                .iter()
+                .filter(|s| after.contains(&s.declared.name));
+            let states: Vec<(String, State)> = others
+                .map(|s| (s.declared.name.clone(), s.state.clone()))
+                .collect();
+            if let Some((name, _)) = states.iter().find(|(_, s)| matches!(s, State::Failed(_))) {
+                self.list.services[at].state =
+                    State::Failed(format!("it comes after {name}, which could not be started"));
+            } else if states
+                .iter()
+                .all(|(_, s)| matches!(s, State::Ready | State::Elsewhere))
+            {
+                self.list.services[at].state = match self.start_service(at) {
+                    Ok(()) => State::Starting,
+                    Err(error) => State::Failed(format!("{error:#}")),
+                };
+            }
+        }
+        self.save();
+        for batch in 0..self.batches.len() {
+            let own = self
+                .list
+                .services
+                .iter()
+                .zip(&self.of_batch)
+                .filter(|(_, b)| **b == batch);
+            let states: Vec<&Service> = own.map(|(s, _)| s).collect();
+            let failure = states.iter().find_map(|s| match &s.state {
+                State::Failed(why) => Some(format!("service {}: {why}", s.declared.name)),
+                _ => None,
+            });
+            let over = states
+                .iter()
+                .all(|s| !matches!(s.state, State::Waiting | State::Starting));
+            if let Some(peer) = self.batches[batch].peer.filter(|_| over) {
+                self.batches[batch].peer = None;
+                self.answer(
+                    peer,
+                    &failure.map_or(Answer::Done(exit::OK), Answer::Failed),
+                );
+            }
+        }
+        if !self.list.pending {
+            for id in self.peers.keys().copied().collect::<Vec<_>>() {
+                let waiting = self
+                    .peers
+                    .get_mut(&id)
+                    .and_then(|p| p.waiting.take_if(|(what, _)| *what == What::List));
+                if let Some((what, fds)) = waiting {
+                    self.serve_request(id, what, fds);
+                }
+            }
+        }
+    }
+
+    pub(super) fn start_service(&mut self, at: usize) -> Result<()> {
+        let declared = &self.list.services[at].declared;
+        let batch = &self.batches[self.of_batch[at]];
+        let image = batch.directory.join(&declared.image);
+        let mut words: Vec<OsString> = vec![if declared.run { "run" } else { "start" }.into()];
+        words.extend(
+            declared
+                .words(image.to_str().context("the image's name is not UTF-8")?)
+                .into_iter()
+                .map(OsString::from),
+        );
+        let said = rustix::fs::memfd_create("capsid", rustix::fs::MemfdFlags::CLOEXEC)
+            .context("cannot create a file in memory")?;
+        let copy = || said.try_clone().context("cannot duplicate a descriptor");
+        let directory = batch.directory.clone();
+        let enter = move || Ok(nix::unistd::chdir(&directory)?);
+        let name = declared.name.clone();
+        let pid = self.spawn(&words, &batch.env, &batch.caller, &enter, copy()?, copy()?)?;
+        self.children.push(Child {
+            pid,
+            purpose: Purpose::Service(name, said.into()),
+        });
+        Ok(())
+    }
+
+    pub(super) fn child_ended(&mut self, child: Child, status: u8) {
+        match child.purpose {
+            Purpose::Answer(id) => self.answer(id, &Answer::Done(status)),
+            Purpose::Service(name, said) => {
+                let state = if status == 0 {
+                    State::Ready
+                } else {
+                    State::Failed(last_words(said, status))
+                };
+                if let Some(service) = self
+                    .list
+                    .services
+                    .iter_mut()
+                    .find(|s| s.declared.name == name)
+                {
+                    service.state = state;
+                }
+                self.changed();
+            }
+        }
+    }
+
+    pub(super) fn save(&self) {
+        let text = serde_json::to_vec(&self.list).unwrap_or_default();
+        let directory = self.registry.directory();
+        let said = self.list.failure.is_some() || self.list.report;
+        if !self.list.pending && self.list.services.is_empty() && !said {
+            return;
+        }
+        if let Err(error) = directory.replace(&list_name(&self.job), &text) {
+            say::warn(format_args!(
+                "cannot write in {}: {error}",
+                directory.path.display()
+            ));
+        }
+    }
+}
+
+fn read_services(path: &Path) -> Parsed {
+    let read = || -> Result<Vec<Declared>> {
+        let what = || format!("cannot read the services in {}", path.display());
+        let file = std::fs::File::open(path).with_context(what)?;
+        let meta = file.metadata().with_context(what)?;
+        if !meta.is_file() || meta.len() > MAX_FILE {
+            bail!("{}: not a file of at most 1 MiB", what());
+        }
+        let mut text = String::new();
+        file.take(MAX_FILE)
+            .read_to_string(&mut text)
+            .with_context(what)?;
+        services::parse(&text).with_context(|| path.display().to_string())
+    };
+    match read() {
+        Ok(services) => Parsed::Services(services),
+        Err(error) => Parsed::Failed(format!("{error:#}")),
+    }
+}
+
+/// The last line that a start said, without its prefix.
+fn last_words(mut said: std::fs::File, status: u8) -> String {
+    use std::io::Seek as _;
+    let mut bytes = Vec::new();
+    let _ = said.rewind();
+    let _ = said.take(64 << 10).read_to_end(&mut bytes);
+    let text = String::from_utf8_lossy(&bytes);
+    let line = text
+        .lines()
+        .rev()
+        .find(|l| !l.trim().is_empty())
+        .unwrap_or_default();
+    let line = line.trim_start_matches("FATAL:").trim();
+    if line.is_empty() {
+        format!("its start ended with status {status}")
+    } else {
+        line.to_owned()
+    }
+}
