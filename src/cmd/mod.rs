@@ -14,12 +14,14 @@ pub mod flags;
 pub mod inspect;
 pub mod instance;
 pub mod job;
+mod overlay;
 mod prompt;
 pub mod pull;
 pub mod push;
 pub mod registry;
 pub mod remote;
 pub mod sif;
+mod sif_edit;
 pub mod transfer;
 
 use std::ffi::{OsStr, OsString};
@@ -105,6 +107,7 @@ const COMMANDS: &[(&str, &str)] = &[
     ("inspect", "Show what an image says about itself"),
     ("instance", "Manage containers running as services"),
     ("job", "Services of Slurm jobs"),
+    ("overlay", "Make a writable overlay: create"),
     ("pull", "Download an image to a file"),
     ("push", "Upload an image to a registry or a library"),
     ("registry", "Manage logins for registries"),
@@ -115,7 +118,10 @@ const COMMANDS: &[(&str, &str)] = &[
     ),
     ("run-help", "Show the user-defined help for an image"),
     ("shell", "Run a shell within a container"),
-    ("sif", "Look into a SIF: list, header, info, dump"),
+    (
+        "sif",
+        "Look into a SIF and change it: list, header, info, dump, new, add, del, setprim",
+    ),
     ("test", "Run the user-defined tests within a container"),
     ("version", "Show the version"),
 ];
@@ -130,7 +136,6 @@ const MISSING: &[&str] = &[
     "key",
     "keyserver",
     "oci",
-    "overlay",
     "plugin",
     "search",
     "sign",
@@ -187,6 +192,7 @@ pub fn main(args: &[OsString]) -> Result<u8> {
             words.extend_from_slice(rest);
             instance::run(&words, persona)
         }
+        "overlay" => overlay::run(rest, persona),
         "sif" => sif::run(rest, persona),
         "cache" => cache::run(rest, persona),
         "pull" => pull::run(rest),
@@ -476,9 +482,7 @@ fn parse_with_environment<A: Args + FromArgMatches>(
 ) -> Result<A> {
     let command = command::<A>(name);
     let matches = matches(command.clone(), name, words.to_vec())?;
-    let typed = |id: &str| {
-        matches.value_source(id) == Some(clap::parser::ValueSource::CommandLine)
-    };
+    let typed = |id: &str| matches.value_source(id) == Some(clap::parser::ValueSource::CommandLine);
     let mut all = environment::words(&command, &host.env, &typed)?;
     if all.is_empty() {
         return Ok(A::from_arg_matches(&matches)?);
@@ -676,6 +680,7 @@ fn print_help(name: Option<&str>, persona: Persona) -> Result<()> {
             vec!["--help".into()],
         )?),
         Some("instance") => drop(instance::run(&["help".into()], persona)?),
+        Some("overlay") => drop(overlay::run(&["help".into()], persona)?),
         Some("sif") => drop(sif::run(&["help".into()], persona)?),
         Some("job") => drop(job::run(&["help".into()], persona)?),
         Some("cache") => drop(cache::run(&["help".into()], persona)?),
