@@ -588,3 +588,94 @@ fn layer_of_a_gibibyte_is_merged_in_little_memory() {
     );
     assert!(out.ok().contains("VmHWM"), "{out}");
 }
+
+#[test]
+fn image_of_apptainer_and_ours_of_the_same_archive_are_alike() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../shared/fixtures");
+    if !fixtures.is_dir() {
+        eprintln!(
+            "SKIPPED: there are no images of the real Apptainer in {}",
+            fixtures.display()
+        );
+        return;
+    }
+    let env = Env::new();
+    let image = archive::open_oci(
+        &fixtures.join("busy-oci.tar"),
+        None,
+        &platform(),
+        &env.work(),
+    );
+    let origin = Origin {
+        bootstrap: "oci-archive".into(),
+        from: "busy-oci.tar".into(),
+    };
+    let sif = env.path("ours.sif");
+    convert::to_sif(&image.unwrap(), &sif, &origin, STAMP, Options::default()).unwrap();
+    let tree = |sif: &Path, name: &str| {
+        let file = File::open(sif).unwrap();
+        let read = capsid::sif::Sif::read(&file).unwrap();
+        let offset = read.primary().unwrap().0.offset_bytes.to_string();
+        let root = env.path(name);
+        tool(
+            "unsquashfs",
+            &[
+                "-quiet",
+                "-no-progress",
+                "-o",
+                &offset,
+                "-d",
+                text(&root),
+                text(sif),
+            ],
+        );
+        facts(&root, 0o7777)
+    };
+    let (theirs, ours) = (
+        tree(&fixtures.join("oci.sif"), "theirs"),
+        tree(&sif, "ours"),
+    );
+    for (path, their) in &theirs {
+        match path.as_str() {
+            // It starts nothing, and says so by not being there; no applications, no file about them.
+            "/.singularity.d/startscript" | "/.singularity.d/env/94-appsbase.sh" => {
+                assert!(!ours.contains_key(path), "{path}");
+            }
+            // These have our text.
+            _ if path.starts_with("/.singularity.d") => {
+                let our = ours
+                    .get(path)
+                    .unwrap_or_else(|| panic!("{path} is missing"));
+                assert_eq!(
+                    our.split(' ').next(),
+                    their.split(' ').next(),
+                    "mode of {path}"
+                );
+            }
+            // Times: Apptainer's are those of the build, ours those of the layers. Else all is equal.
+            _ => {
+                let our = ours
+                    .get(path)
+                    .unwrap_or_else(|| panic!("{path} is missing"));
+                let timeless = |facts: &str| {
+                    let mut parts: Vec<_> = facts.split(' ').map(str::to_owned).collect();
+                    parts.remove(1);
+                    parts
+                };
+                assert_eq!(timeless(our), timeless(their), "{path}");
+                let is_old = !matches!(
+                    path.as_str(),
+                    "" | "/etc" | "/etc/hosts" | "/etc/resolv.conf"
+                ) && !their.contains(".singularity.d");
+                assert!(!is_old || our == their, "{path}: {our}: {their}");
+            }
+        }
+    }
+    let more: Vec<_> = ours.keys().filter(|p| !theirs.contains_key(*p)).collect();
+    assert!(more.is_empty(), "{more:?}");
+    let run = |args: &[&str]| env.run(args).ok().to_owned();
+    let quoted = run(&["exec", text(&sif), "sh", "-c", "echo $OCI_QUOTE"]);
+    assert_eq!(quoted, "it's \"q\" $HOME", "Apptainer escapes it twice");
+    let theirs = env.run(["run", text(&fixtures.join("oci.sif")), "a b", "$HOME"]);
+    assert_eq!(run(&["run", text(&sif), "a b", "$HOME"]), theirs.ok());
+}
