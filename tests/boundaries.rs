@@ -24,7 +24,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     // Images of registries are OCI images; the file that a cache's claim names is a process's.
     ("net", &["cache", "digest", "oci", "say"]),
     ("cache", &["digest", "proc", "say"]),
-    ("squash", &[]),
+    ("squash", &["say"]),
     ("digest", &[]),
     ("plan", &["host", "image", "metadir", "proc", "shell"]),
     (

@@ -1,3 +1,4 @@
 //! Making images.
 
+pub mod convert;
 pub mod pack;
