@@ -250,11 +250,8 @@ fn add(args: &AddArgs, files: &Files, host: &Host) -> Result<u8> {
     if args.name.is_empty() {
         bail!("the name of a remote must not be empty");
     }
-    let mut endpoint = Endpoint {
-        uri: uri.to_owned(),
-        insecure: args.insecure && !args.uri.starts_with("https://"),
-        ..Endpoint::default()
-    };
+    let insecure = args.insecure && !args.uri.starts_with("https://");
+    let mut endpoint = Endpoint::new(uri, insecure);
     if !args.no_login {
         endpoint.token = token(args.tokenfile.as_ref(), false)?;
         let client = Client::new(transfer::settings(host));

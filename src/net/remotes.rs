@@ -60,6 +60,17 @@ impl std::fmt::Debug for Endpoint {
     }
 }
 
+impl Endpoint {
+    /// Without a login.
+    pub fn new(uri: &str, insecure: bool) -> Endpoint {
+        Endpoint {
+            uri: uri.to_owned(),
+            insecure,
+            ..Endpoint::default()
+        }
+    }
+}
+
 impl Remotes {
     /// The person's endpoints over the administrator's.
     ///

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cmd::action;
 use crate::cmd::flags::StartArgs;
+use crate::cmd::transfer::RunAccess;
 use crate::host::Host;
 use crate::plan::service::is_name;
 use crate::{exit, say};
