@@ -1,3 +1,4 @@
 //! Making images.
 
+pub mod deffile;
 pub mod pack;
