@@ -5,6 +5,7 @@
 //! tree. So nothing is unpacked that can be streamed, and memory is bounded by the number of names, not by their bytes.
 
 pub mod tree;
+pub mod walk;
 
 pub use tree::{Attributes, Data, Kind, Node, NodeId, Tree};
 
