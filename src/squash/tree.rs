@@ -23,19 +23,13 @@ pub struct Attributes {
     pub xattrs: BTreeMap<Vec<u8>, Vec<u8>>,
 }
 
-/// Where a file's content lies in the image.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+/// A content that a [`super::Store`] holds. It is known where it lies in the image when that is finished.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Data {
     /// Length of the content in bytes.
     pub len_bytes: u64,
-    /// First byte of its blocks in the image.
-    pub start: u64,
-    /// The on-disk size word of each block (bit 24: stored as it is; 0: a hole).
-    pub blocks: Vec<u32>,
-    /// Index of the fragment block that holds the tail, and the tail's offset there.
-    pub fragment: Option<(u32, u32)>,
-    /// Bytes that lie in holes.
-    pub sparse_bytes: u64,
+    /// The number that the store gave it; none for an empty content.
+    pub number: Option<u32>,
 }
 
 /// What a node is.
@@ -74,6 +68,13 @@ pub struct Tree {
 
 /// Longest name, in bytes.
 pub const MAX_NAME: usize = 255;
+
+impl NodeId {
+    /// Below [`Tree::len`].
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
 
 impl Tree {
     /// The root of every tree.
@@ -125,7 +126,7 @@ impl Tree {
     /// When the name cannot be one, or `directory` is none.
     pub fn add(&mut self, directory: NodeId, name: &[u8], node: Node) -> Result<NodeId> {
         let id = NodeId(u32::try_from(self.nodes.len())?);
-        self.link(directory, name, id)?;
+        self.insert(directory, name, id)?;
         self.nodes.push(node);
         Ok(id)
     }
@@ -133,8 +134,18 @@ impl Tree {
     /// Gives a node a further name.
     ///
     /// # Errors
-    /// As [`Tree::add`].
+    /// As [`Tree::add`]; a directory has one name only.
     pub fn link(&mut self, directory: NodeId, name: &[u8], id: NodeId) -> Result<()> {
+        if matches!(self.node(id).kind, Kind::Directory(_)) {
+            bail!(
+                "{:?} is to be a further name of a directory",
+                String::from_utf8_lossy(name)
+            );
+        }
+        self.insert(directory, name, id)
+    }
+
+    fn insert(&mut self, directory: NodeId, name: &[u8], id: NodeId) -> Result<()> {
         if matches!(name, b"" | b"." | b"..")
             || name.len() > MAX_NAME
             || name.iter().any(|b| matches!(b, b'/' | 0))
