@@ -20,7 +20,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "proc", "say", "sif", "squash",
         ],
     ),
-    ("oci", &["digest", "metadir", "squash"]),
+    ("oci", &["digest", "metadir", "say", "squash"]),
     ("squash", &[]),
     ("digest", &[]),
     ("plan", &["host", "image", "metadir", "proc", "shell"]),

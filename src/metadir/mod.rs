@@ -3,6 +3,8 @@
 //! Runtimes of any age must find their way in an image: new ones read `env/*.sh` and the scripts by name, old ones start the
 //! scripts in `actions`, and links at the root lead to what the first versions looked for.
 
+pub mod labels;
+
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write as _;

@@ -3,6 +3,16 @@
 //! This module knows what the documents say, not where they come from: a registry ([`crate::net`]), a directory or an
 //! archive gives the bytes as [`Blobs`].
 
+pub mod archive;
+pub mod blob;
+pub mod config;
+pub mod decompress;
+pub mod layers;
+pub mod layout;
+mod pax;
+pub mod platform;
+mod tar;
+
 use std::collections::BTreeMap;
 use std::io::Read;
 
@@ -175,4 +185,12 @@ pub fn document<T: for<'de> Deserialize<'de>>(blobs: &dyn Blobs, blob: &Descript
     let read = blobs.open(blob)?.take(MAX_DOCUMENT).read_to_end(&mut text);
     read.with_context(|| format!("cannot read {}", blob.digest))?;
     serde_json::from_slice(&text).with_context(|| format!("cannot understand {}", blob.digest))
+}
+
+/// Bytes of foreign origin for a message: quoted, escaped, and not too long.
+pub(crate) fn shown(bytes: &[u8]) -> String {
+    const MAX: usize = 200;
+    let text = String::from_utf8_lossy(bytes.get(..MAX).unwrap_or(bytes));
+    let more = if bytes.len() > MAX { "…" } else { "" };
+    format!("{text:?}{more}")
 }
