@@ -11,7 +11,10 @@ use crate::engine::network::Network;
 use crate::host::{Host, normalise};
 use crate::image::{self, Root};
 use crate::plan::limits::{self, Limits};
-use crate::plan::{self, Bind, EnvironmentRequest, Init, Layer, Namespaces, Request, Verb, bind};
+use crate::plan::{
+    self, Bind, EnvironmentRequest, Init, Layer, Namespaces, Ownership, Request, SubIds, Verb,
+    bind, identity,
+};
 use crate::{engine, exit, gpu, say};
 
 /// Runs an action command with what was parsed.
@@ -272,6 +275,8 @@ pub(super) fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Requ
             engine::userns::subordinate_ids(&host.user.name, host.uid)
         }
     });
+    let ownership = ownership(args, host, fakeroot.as_ref());
+    let pid = pid || ownership == Ownership::Emulated;
     Ok(Request {
         verb,
         args: payload(verb, args),
@@ -295,6 +300,7 @@ pub(super) fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Requ
             uts,
         },
         fakeroot,
+        ownership,
         init: if args.no_init || args.compat {
             Init::Payload
         } else {
@@ -317,6 +323,26 @@ pub(super) fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Requ
         },
         gpu: gpu::find(args.nv && !args.no_nv, args.rocm && !args.no_rocm),
     })
+}
+
+/// Who keeps the owners of files in a container with `--fakeroot`: emulation takes a process namespace and a kernel that
+/// can ask us.
+fn ownership(args: &ActionArgs, host: &Host, fakeroot: Option<&Option<SubIds>>) -> Ownership {
+    let ids = identity::choose(host, fakeroot);
+    if identity::ownership(&ids, true) == Ownership::Kernel {
+        return Ownership::Kernel;
+    }
+    let reason = if args.ignore_fakeroot_command {
+        Some("--ignore-fakeroot-command is given".to_owned())
+    } else if args.no_pid {
+        Some("--no-pid is given".to_owned())
+    } else {
+        engine::emulate::check().err().map(|e| format!("{e:#}"))
+    };
+    if let Some(reason) = &reason {
+        say::verbose(format_args!("owners are not emulated: {reason}"));
+    }
+    identity::ownership(&ids, reason.is_none())
 }
 
 fn binds(args: &ActionArgs, host: &Host) -> Result<Vec<Bind>> {

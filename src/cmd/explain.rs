@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 
 use super::Explain;
 use crate::image::Root;
-use crate::plan::{IdMap, Join, Layer, Plan, Source};
+use crate::plan::{IdMap, Join, Layer, Ownership, Plan, Source};
 use crate::say;
 
 /// Prints the plan.
@@ -48,7 +48,10 @@ pub fn lines(plan: &Plan) -> Vec<String> {
         "enter",
         if new.is_empty() { "" } else { ", " },
         new.join(", "),
-        ids(&plan.ids)
+        match plan.ownership {
+            Ownership::Kernel => ids(&plan.ids),
+            Ownership::Emulated => format!("{}, others emulated", ids(&plan.ids)),
+        }
     ));
     if let Some(name) = &plan.hostname {
         lines.push(format!("{:<9}{name}", "hostname"));

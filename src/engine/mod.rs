@@ -11,6 +11,7 @@
 pub mod background;
 pub mod cgroup;
 pub mod dev;
+pub mod emulate;
 pub mod environment;
 pub mod init;
 pub mod join;
@@ -29,13 +30,14 @@ pub mod wire;
 use std::convert::Infallible;
 use std::ffi::OsStr;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::SigSet;
 
 use crate::image::Root;
-use crate::plan::{Init, Namespaces, Plan};
-use crate::say;
+use crate::plan::{Init, Namespaces, Ownership, Plan};
+use crate::{exit, proc, say};
+use emulate::Owners;
 use network::{Connector, Network};
 use process::Next;
 use sys::Fork;
@@ -45,6 +47,74 @@ use sys::Fork;
 /// # Errors
 /// When the container cannot be made or the program not be started.
 pub fn run(plan: &Plan, xdg: Option<&OsStr>, network: Option<&Network>) -> Result<u8> {
+    run_owned(plan, xdg, network, Owners::default(), |_| Ok(()))
+}
+
+/// Runs a plan with a record of owners in a process of its own, and waits for it: this process (one thread) stays where
+/// it is. `owners` is the record before, and afterwards the one that the program left, also of one that failed. A plan
+/// whose owners the kernel keeps leaves it as it is.
+///
+/// # Errors
+/// When the process cannot be made, or ended before it could hand the record back. What goes wrong inside is told there
+/// by a `FATAL:` line, and is status 255 here.
+pub fn run_emulated(
+    plan: &Plan,
+    xdg: Option<&OsStr>,
+    network: Option<&Network>,
+    owners: &mut Owners,
+) -> Result<u8> {
+    use std::io::{Read as _, Seek as _, Write as _};
+    // Not a pipe: the record may be longer than one, and this process must hand signals on meanwhile.
+    let flags = rustix::fs::MemfdFlags::CLOEXEC;
+    let record = rustix::fs::memfd_create("owners", flags).context("cannot get memory")?;
+    let mut record = std::fs::File::from(record);
+    let own = proc::Held::child(rustix::process::getpid().as_raw_nonzero().get());
+    let mask = wait::block()?;
+    let child = match sys::fork()? {
+        Fork::Parent(child) => child,
+        Fork::Child => {
+            sys::die_with(own.as_ref());
+            let _ = mask.thread_set_mask();
+            let tell = |owners: &Owners| {
+                let bytes = owners.to_bytes()?;
+                (&record)
+                    .write_all(&bytes)
+                    .context("no memory for the owners' record")
+            };
+            let before = std::mem::take(owners);
+            let status = run_owned(plan, xdg, network, before, tell).unwrap_or_else(|error| {
+                let text = format!("{error:#}").replace('\n', " ");
+                say::fatal(format_args!("{}", say::plain(&text)));
+                exit::FATAL
+            });
+            sys::exit_now(status)
+        }
+    };
+    let end = wait::until_exit(child, false);
+    mask.thread_set_mask()
+        .context("cannot restore the signal mask")?;
+    let mut bytes = Vec::new();
+    record
+        .rewind()
+        .and_then(|()| record.read_to_end(&mut bytes))
+        .context("cannot read the owners' record")?;
+    if !bytes.is_empty() {
+        *owners = Owners::from_bytes(&bytes)?;
+    }
+    Ok(match end? {
+        wait::End::Exited(status) => status,
+        wait::End::Signalled(signal) => exit::signalled(signal as i32),
+    })
+}
+
+/// `tell` gets the record of owners when the program has ended.
+fn run_owned(
+    plan: &Plan,
+    xdg: Option<&OsStr>,
+    network: Option<&Network>,
+    owners: Owners,
+    tell: impl FnOnce(&Owners) -> Result<()>,
+) -> Result<u8> {
     rootfs::check_sources(plan)?;
     let connector = network.map(Connector::start).transpose()?;
     let points = rootfs::points(plan);
@@ -59,7 +129,14 @@ pub fn run(plan: &Plan, xdg: Option<&OsStr>, network: Option<&Network>) -> Resul
         connector.connect(rustix::process::getpid().as_raw_nonzero().get())?;
         namespaces.net = false;
     }
+    let link = match plan.ownership {
+        Ownership::Emulated => Some(emulate::Link::new()?),
+        Ownership::Kernel => None,
+    };
     if !plan.namespaces.pid {
+        if link.is_some() {
+            bail!("owners are emulated only in a pid namespace");
+        }
         create_namespaces(plan, namespaces)?;
         return match inside(plan, stage, &points, images)? {
             Next::End(status) => Ok(status),
@@ -70,12 +147,17 @@ pub fn run(plan: &Plan, xdg: Option<&OsStr>, network: Option<&Network>) -> Resul
     match sys::fork_into_pid_namespace(sys::Parent::Own)? {
         Fork::Parent(child) => {
             drop((stage, images));
-            Ok(wait::end_like(wait::until_exit(child, false)?))
+            let supervisor = link.map(|link| link.supervise(owners)).transpose()?;
+            let end = wait::until_exit(child, false)?;
+            if let Some(supervisor) = supervisor {
+                tell(&supervisor.finish())?;
+            }
+            Ok(wait::end_like(end))
         }
         Fork::Child => {
             sys::die_with(client.user.as_ref());
             create_namespaces(plan, namespaces)?;
-            first_process(plan, stage, &points, images, &mask)
+            first_process(plan, stage, &points, images, link, &mask)
         }
     }
 }
@@ -86,9 +168,14 @@ fn first_process(
     stage: Option<server::Stage>,
     points: &[wire::Point],
     images: rootfs::Images,
+    link: Option<emulate::Link>,
     mask: &SigSet,
 ) -> Result<u8> {
-    match inside(plan, stage, points, images)? {
+    let next = inside(plan, stage, points, images)?;
+    if let Some(link) = link {
+        link.submit()?;
+    }
+    match next {
         Next::End(status) => Ok(status),
         Next::Run(program) => match plan.process.init {
             Init::Appinit => never(init::run(&program, mask)),

@@ -59,6 +59,24 @@ impl IdMap {
     }
 }
 
+/// Who keeps the owners of files that are not root's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Ownership {
+    /// The kernel, as far as ids are mapped.
+    Kernel,
+    /// Our own supervisor, for a container in which only root exists (`engine::emulate`).
+    Emulated,
+}
+
+/// Chooses who does. `possible`: the machine can emulate, and it is wanted.
+pub fn ownership(ids: &IdMap, possible: bool) -> Ownership {
+    if possible && matches!(ids, IdMap::Root { .. }) {
+        Ownership::Emulated
+    } else {
+        Ownership::Kernel
+    }
+}
+
 /// Chooses the map. `fakeroot` is `Some` when asked for, holding the subordinate ids if there are any.
 pub fn choose(host: &Host, fakeroot: Option<&Option<SubIds>>) -> IdMap {
     let (uid, gid) = (host.uid, host.gid);

@@ -24,7 +24,7 @@ use crate::host::Host;
 use crate::image::{Facts, Part, Root};
 use crate::proc;
 pub use bind::Bind;
-pub use identity::{IdMap, SubIds};
+pub use identity::{IdMap, Ownership, SubIds};
 pub use process::{Init, Process, Verb};
 pub use service::Service;
 
@@ -65,6 +65,8 @@ pub struct Request {
     pub namespaces: Namespaces,
     /// `--fakeroot`, with the subordinate ids found for the user.
     pub fakeroot: Option<Option<SubIds>>,
+    /// Who keeps owners that the id map has not. `Emulated` comes with a pid namespace.
+    pub ownership: Ownership,
     /// Who is process 1 of a new pid namespace.
     pub init: Init,
     /// `--hostname`.
@@ -116,6 +118,8 @@ pub struct Plan {
     pub namespaces: Namespaces,
     /// Users and groups inside.
     pub ids: IdMap,
+    /// Who keeps owners that the map has not.
+    pub ownership: Ownership,
     /// Host name inside a new UTS namespace.
     pub hostname: Option<String>,
     /// What becomes `/`.
@@ -311,7 +315,7 @@ pub fn plan(
         args: &request.args,
     })?;
     warnings.extend(more);
-    if matches!(ids, IdMap::Root { .. }) {
+    if matches!(ids, IdMap::Root { .. }) && request.ownership == Ownership::Kernel {
         warnings.push(
             "no subordinate ids for this user: only root exists inside (see capsid doctor)".into(),
         );
@@ -320,6 +324,7 @@ pub fn plan(
         namespaces: request.namespaces,
         process: process::decide(request, host, &home.target),
         ids,
+        ownership: request.ownership,
         hostname: request.hostname.clone(),
         root,
         layers,

@@ -15,7 +15,7 @@ use crate::instance::monitor::{self, Message, Report, Spec};
 use crate::instance::{Container, Record, Registry, Script, control, logs, now_s};
 use crate::job::client;
 use crate::plan::service::{Ready, is_name, parse_port, parse_restart};
-use crate::plan::{self, Service, limits};
+use crate::plan::{self, Ownership, Service, limits};
 use crate::proc;
 use crate::{exit, image, say};
 
@@ -82,6 +82,8 @@ fn start(verb: &str, name: &str, args: StartArgs, host: Host, life: Option<Owned
     let mut request = action::request(if verb == "run" { "run" } else { "start" }, action, &host)?;
     request.instance = Some(name.to_owned());
     request.namespaces.pid = true;
+    // The monitor of an instance supervises no owners.
+    request.ownership = Ownership::Kernel;
     request.close_descriptors = true;
     let groups = host.groups();
     let planned = plan::plan(&request, &host, &facts, image.root(), &groups)?;

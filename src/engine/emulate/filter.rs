@@ -1,0 +1,318 @@
+//! Which system calls the supervisor is asked about, and what their arguments mean.
+//!
+//! The filter names them by number for this machine's architecture. Calls of another one (32-bit programs) pass
+//! untouched and see what is really there: one user, root. Everything that is not named is decided by the number alone,
+//! which the kernel caches (Linux 5.11), so it costs nothing. `io_uring_setup(2)` is refused: it would make the same calls
+//! past the filter, and programs do without it.
+//!
+//! `seccomp(2)`; the numbers in `struct seccomp_data` are at the offsets 0 (number), 4 (architecture), 16 + 8 n
+//! (arguments, little-endian).
+
+use libc::{
+    BPF_ABS, BPF_JEQ, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W, c_long, sock_filter,
+};
+
+use super::super::sys::Notification;
+
+/// A file that a call names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct At {
+    /// Where a relative path begins: a descriptor or `AT_FDCWD`. The file itself without a path.
+    pub dir: i32,
+    /// Address of the path; `None` names the file that is open as `dir`.
+    pub path: Option<u64>,
+    /// A symbolic link at the end is followed.
+    pub follow: bool,
+    /// An empty path names the file that is open as `dir`.
+    pub empty: bool,
+}
+
+/// A call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Call {
+    /// `stat(2)`: into a `struct stat` at this address.
+    Stat(At, u64),
+    /// `statx(2)`: flags, mask, address.
+    Statx(At, i32, u32, u64),
+    /// `chown(2)`: user and group, [`super::credentials::KEEP`] for neither.
+    Chown(At, u32, u32),
+    /// `open(2)` that may create a file: flags and mode.
+    Open(At, i32, u32),
+    /// `openat2(2)`: address and size of its `struct open_how`.
+    OpenHow(At, u64, u64),
+    /// `mkdir(2)`: mode.
+    MakeDirectory(At, u32),
+    /// `mknod(2)`: mode and device number.
+    MakeNode(At, u32, u32),
+    /// `symlink(2)`: address of the target.
+    MakeLink(At, u64),
+    /// A call of `credentials(7)`.
+    Identity,
+    /// A call after which paths may mean something else to one process.
+    Root,
+    /// `prctl(PR_SET_TIMERSLACK)`: the slack is where the number of the credentials is kept.
+    TimerSlack,
+}
+
+const FILES: &[c_long] = &[
+    libc::SYS_fstat,
+    libc::SYS_newfstatat,
+    libc::SYS_statx,
+    libc::SYS_fchown,
+    libc::SYS_fchownat,
+    libc::SYS_mknodat,
+    libc::SYS_mkdirat,
+    libc::SYS_symlinkat,
+    libc::SYS_openat2,
+];
+
+/// Those that newer architectures have no more.
+#[cfg(target_arch = "x86_64")]
+const OLD_FILES: &[c_long] = &[
+    libc::SYS_stat,
+    libc::SYS_lstat,
+    libc::SYS_chown,
+    libc::SYS_lchown,
+    libc::SYS_mknod,
+    libc::SYS_mkdir,
+    libc::SYS_symlink,
+    libc::SYS_creat,
+];
+#[cfg(not(target_arch = "x86_64"))]
+const OLD_FILES: &[c_long] = &[];
+
+const IDENTITY: &[c_long] = &[
+    libc::SYS_getuid,
+    libc::SYS_geteuid,
+    libc::SYS_getgid,
+    libc::SYS_getegid,
+    libc::SYS_getresuid,
+    libc::SYS_getresgid,
+    libc::SYS_getgroups,
+    libc::SYS_setuid,
+    libc::SYS_setgid,
+    libc::SYS_setreuid,
+    libc::SYS_setregid,
+    libc::SYS_setresuid,
+    libc::SYS_setresgid,
+    libc::SYS_setfsuid,
+    libc::SYS_setfsgid,
+    libc::SYS_setgroups,
+];
+
+const ROOTS: &[c_long] = &[
+    libc::SYS_chroot,
+    libc::SYS_pivot_root,
+    libc::SYS_unshare,
+    libc::SYS_setns,
+    libc::SYS_mount,
+    libc::SYS_move_mount,
+    libc::SYS_umount2,
+];
+
+/// Asked about only when this bit of this argument is set.
+#[cfg(target_arch = "x86_64")]
+const CREATING: &[(c_long, u32)] = &[(libc::SYS_open, 1), (libc::SYS_openat, 2)];
+#[cfg(not(target_arch = "x86_64"))]
+const CREATING: &[(c_long, u32)] = &[(libc::SYS_openat, 2)];
+
+/// `AUDIT_ARCH_*` of `linux/audit.h`; `None` where the numbers are not known here.
+const ARCHITECTURE: Option<u32> = if cfg!(target_arch = "x86_64") {
+    Some(0xc000_003e)
+} else if cfg!(target_arch = "aarch64") {
+    Some(0xc000_00b7)
+} else {
+    None
+};
+
+/// Offset of the low half of an argument.
+const fn argument(index: u32) -> u32 {
+    16 + 8 * index
+}
+
+/// The program of the filter; `None` on a machine that it is not written for.
+pub fn program() -> Option<Vec<sock_filter>> {
+    let op = |code: u32, jt: u8, jf: u8, k: u32| sock_filter {
+        code: code as u16,
+        jt,
+        jf,
+        k,
+    };
+    let load = |offset: u32| op(BPF_LD | BPF_W | BPF_ABS, 0, 0, offset);
+    let end = |action: u32| op(BPF_RET | BPF_K, 0, 0, action);
+    // Skips one when it is not equal.
+    let equal = |value: u32| op(BPF_JMP | BPF_JEQ | BPF_K, 0, 1, value);
+    let (allow, ask) = (libc::SECCOMP_RET_ALLOW, libc::SECCOMP_RET_USER_NOTIF);
+    let mut program = vec![
+        load(4),
+        op(BPF_JMP | BPF_JEQ | BPF_K, 1, 0, ARCHITECTURE?),
+        end(allow),
+        load(0),
+    ];
+    // First those that are frequent and not decided by the number alone.
+    let creates = op(BPF_JMP | BPF_JSET | BPF_K, 0, 1, libc::O_CREAT as u32);
+    let slack = equal(libc::PR_SET_TIMERSLACK as u32);
+    let creating = CREATING
+        .iter()
+        .map(|(call, index)| (*call, *index, creates));
+    for (call, index, test) in creating.chain([(libc::SYS_prctl, 0, slack)]) {
+        program.extend([
+            op(BPF_JMP | BPF_JEQ | BPF_K, 0, 4, call as u32),
+            load(argument(index)),
+            test,
+            end(ask),
+            end(allow),
+        ]);
+    }
+    for call in [FILES, OLD_FILES, IDENTITY, ROOTS].into_iter().flatten() {
+        program.extend([equal(*call as u32), end(ask)]);
+    }
+    program.extend([
+        equal(libc::SYS_io_uring_setup as u32),
+        end(libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32),
+    ]);
+    program.push(end(allow));
+    Some(program)
+}
+
+fn at(dir: u64, path: u64, flags: i32) -> At {
+    let empty = flags & libc::AT_EMPTY_PATH != 0;
+    At {
+        dir: dir as i32,
+        path: (path != 0 || !empty).then_some(path),
+        follow: flags & libc::AT_SYMLINK_NOFOLLOW == 0,
+        empty,
+    }
+}
+
+fn open_file(fd: u64) -> At {
+    at(fd, 0, libc::AT_EMPTY_PATH)
+}
+
+fn plain(path: u64) -> At {
+    at(libc::AT_FDCWD as u64, path, 0)
+}
+
+/// A path whose last component is not followed: that of a file to be made.
+fn new(dir: u64, path: u64) -> At {
+    at(dir, path, libc::AT_SYMLINK_NOFOLLOW)
+}
+
+/// What is asked. The kernel takes the low half of most arguments.
+pub fn call(note: &Notification) -> Option<Call> {
+    let [a, b, c, d, e, _] = note.args;
+    let number = c_long::from(note.number);
+    if IDENTITY.contains(&number) {
+        return Some(Call::Identity);
+    }
+    if ROOTS.contains(&number) {
+        return Some(Call::Root);
+    }
+    Some(match number {
+        libc::SYS_fstat => Call::Stat(open_file(a), b),
+        libc::SYS_newfstatat => Call::Stat(at(a, b, d as i32), c),
+        libc::SYS_statx => Call::Statx(at(a, b, c as i32), c as i32, d as u32, e),
+        libc::SYS_fchown => Call::Chown(open_file(a), b as u32, c as u32),
+        libc::SYS_fchownat => Call::Chown(at(a, b, e as i32), c as u32, d as u32),
+        libc::SYS_mknodat => Call::MakeNode(new(a, b), c as u32, d as u32),
+        libc::SYS_mkdirat => Call::MakeDirectory(new(a, b), c as u32),
+        libc::SYS_symlinkat => Call::MakeLink(new(b, c), a),
+        libc::SYS_openat => Call::Open(new(a, b), c as i32, d as u32),
+        libc::SYS_openat2 => Call::OpenHow(new(a, b), c, d),
+        libc::SYS_prctl => Call::TimerSlack,
+        _ => return old_call(number, [a, b, c]),
+    })
+}
+
+#[cfg(target_arch = "x86_64")]
+fn old_call(number: c_long, [a, b, c]: [u64; 3]) -> Option<Call> {
+    const CWD: u64 = libc::AT_FDCWD as u64;
+    const CREAT: i32 = libc::O_CREAT | libc::O_WRONLY | libc::O_TRUNC;
+    Some(match number {
+        libc::SYS_stat => Call::Stat(plain(a), b),
+        libc::SYS_lstat => Call::Stat(new(CWD, a), b),
+        libc::SYS_chown => Call::Chown(plain(a), b as u32, c as u32),
+        libc::SYS_lchown => Call::Chown(new(CWD, a), b as u32, c as u32),
+        libc::SYS_mknod => Call::MakeNode(new(CWD, a), b as u32, c as u32),
+        libc::SYS_mkdir => Call::MakeDirectory(new(CWD, a), b as u32),
+        libc::SYS_symlink => Call::MakeLink(new(CWD, b), a),
+        libc::SYS_creat => Call::Open(new(CWD, a), CREAT, b as u32),
+        libc::SYS_open => Call::Open(new(CWD, a), b as i32, c as u32),
+        _ => return None,
+    })
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn old_call(_: c_long, _: [u64; 3]) -> Option<Call> {
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn note(number: c_long, args: [u64; 6]) -> Notification {
+        Notification {
+            id: 1,
+            thread: 1,
+            number: i32::try_from(number).unwrap(),
+            args,
+        }
+    }
+
+    #[test]
+    fn every_call_that_is_asked_about_is_understood() {
+        let creating: Vec<c_long> = CREATING.iter().map(|c| c.0).collect();
+        for number in [FILES, OLD_FILES, IDENTITY, ROOTS, &creating]
+            .into_iter()
+            .flatten()
+        {
+            assert!(call(&note(*number, [0; 6])).is_some(), "call {number}");
+        }
+    }
+
+    /// Runs the program as the kernel does.
+    fn decide(number: c_long, arch: u32, args: [u64; 6]) -> u32 {
+        let mut data = Vec::new();
+        data.extend((number as u32).to_le_bytes());
+        data.extend(arch.to_le_bytes());
+        data.extend([0; 8]);
+        data.extend(args.iter().flat_map(|a| a.to_le_bytes()));
+        let program = program().unwrap();
+        let (mut pc, mut a) = (0, 0u32);
+        loop {
+            let op = program[pc];
+            pc += 1;
+            let code = u32::from(op.code);
+            let jump = |yes: bool| usize::from(if yes { op.jt } else { op.jf });
+            if code == BPF_LD | BPF_W | BPF_ABS {
+                let at = op.k as usize;
+                a = u32::from_le_bytes(data[at..at + 4].try_into().unwrap());
+            } else if code == BPF_JMP | BPF_JEQ | BPF_K {
+                pc += jump(a == op.k);
+            } else if code == BPF_JMP | BPF_JSET | BPF_K {
+                pc += jump(a & op.k != 0);
+            } else {
+                return op.k;
+            }
+        }
+    }
+
+    #[test]
+    fn filter_asks_about_what_it_should() {
+        let arch = ARCHITECTURE.unwrap();
+        let (allow, ask) = (libc::SECCOMP_RET_ALLOW, libc::SECCOMP_RET_USER_NOTIF);
+        assert_eq!(decide(libc::SYS_fchownat, arch, [0; 6]), ask);
+        assert_eq!(decide(libc::SYS_setgroups, arch, [0; 6]), ask);
+        assert_eq!(decide(libc::SYS_fchownat, 0x4000_0003, [0; 6]), allow);
+        assert_eq!(decide(libc::SYS_read, arch, [0; 6]), allow);
+        assert_eq!(decide(libc::SYS_openat, arch, [0; 6]), allow);
+        let create = [0, 0, (libc::O_CREAT | libc::O_WRONLY) as u64, 0, 0, 0];
+        assert_eq!(decide(libc::SYS_openat, arch, create), ask);
+        assert_eq!(decide(libc::SYS_prctl, arch, [4, 0, 0, 0, 0, 0]), allow);
+        let slack = [libc::PR_SET_TIMERSLACK as u64, 0, 0, 0, 0, 0];
+        assert_eq!(decide(libc::SYS_prctl, arch, slack), ask);
+        let refused = libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32;
+        assert_eq!(decide(libc::SYS_io_uring_setup, arch, [0; 6]), refused);
+    }
+}

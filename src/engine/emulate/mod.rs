@@ -1,0 +1,165 @@
+//! Owners for a namespace in which only root exists: without subordinate ids, `apt-get install` works all the same.
+//!
+//! One id is mapped, so the kernel knows only root and refuses every other owner. Here a *supervisor*, a few threads of
+//! the process that waits for the container, is asked by the kernel about the calls that matter (`seccomp_unotify(2)`):
+//! `chown` and its kin are recorded, `stat` and its kin report what was recorded, `mknod` of a device leaves a
+//! placeholder, `setuid` and its kin change credentials that `getuid` and its kin report and that own new files.
+//!
+//! ```text
+//!  capsid (user namespace of the container, mounts and processes of the host)
+//!    ├─ main thread       waits for process 1, hands signals on
+//!    ├─ owners ×2…64      answer, with the container's root as their own
+//!    └─ appinit           process 1 of a pid namespace; installed the filter and sent its descriptor
+//!         └─ payload      and all that it starts: the filter is inherited
+//! ```
+//!
+//! The supervisor lives in the container's user namespace: that gives it the right to read memory of the container, and
+//! no right that the container has not, so a program that tricks it gains nothing. It lives outside of the pid namespace,
+//! where nobody inside can see or end it. When it dies, process 1 dies by `PR_SET_PDEATHSIG` and the kernel ends the
+//! rest. So emulation always comes with a pid namespace.
+//!
+//! # For builders
+//!
+//! [`super::run_emulated`] runs a plan whose [`crate::plan::Ownership`] is `Emulated` with a record, and gives the record
+//! back: [`Owners::set`] before it for a tree that was unpacked with owners, [`Owners::get`] after it for every file that
+//! is packed, `save` and `load` between runs.
+//!
+//! # What is not emulated
+//!
+//! Permissions: a process that is emulated as somebody else still can do to files what root in the container can. Programs
+//! of another architecture (32-bit) see only root. `/proc/PID/status`, `SO_PEERCRED` and `kill(2)` know only root. Files
+//! made through `O_TMPFILE`, by `bind(2)` of a Unix socket, or through a dangling symbolic link are root's until they
+//! are given away. Set-user-id programs give nobody rights (`no_new_privs`). io_uring is refused.
+
+pub mod credentials;
+pub mod files;
+pub mod filter;
+pub mod owners;
+pub mod supervisor;
+pub mod tracee;
+
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::sync::Arc;
+
+use anyhow::{Context, Result, bail};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use rustix::fs::{CWD, Mode, OFlags};
+
+use super::{sys, wire};
+use crate::say;
+pub use owners::{Device, Owner, Owners};
+use supervisor::Shared;
+
+/// Whether this machine can emulate owners.
+///
+/// # Errors
+/// Saying what is missing.
+pub fn check() -> Result<()> {
+    if filter::program().is_none() {
+        bail!("owners cannot be emulated on this architecture");
+    }
+    if !sys::has_notifications() {
+        bail!("the kernel cannot ask a supervisor about system calls (CONFIG_SECCOMP_FILTER)");
+    }
+    Ok(())
+}
+
+/// The way between the process that becomes the container and the one that supervises it.
+#[derive(Debug)]
+pub struct Link {
+    supervisor: OwnedFd,
+    container: OwnedFd,
+    /// Of the host.
+    proc: OwnedFd,
+    slack: u64,
+}
+
+/// A supervisor at work.
+#[derive(Debug)]
+pub enum Supervisor {
+    /// It answers.
+    Works(Arc<Shared>),
+    /// Nobody asks it; the record as it was.
+    Idles(Owners),
+}
+
+impl Link {
+    /// Before the fork, while the host's `/proc` is in sight.
+    ///
+    /// # Errors
+    /// Without `/proc`.
+    pub fn new() -> Result<Link> {
+        let (supervisor, container) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .context("cannot create a socket")?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let proc =
+            rustix::fs::openat(CWD, "/proc", flags, Mode::empty()).context("cannot open /proc")?;
+        let slack = std::fs::read_to_string("/proc/self/timerslack_ns")
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+            .context("cannot read /proc/self/timerslack_ns")?;
+        Ok(Link {
+            supervisor,
+            container,
+            proc,
+            slack,
+        })
+    }
+
+    /// In the container, when its root is entered and the filter that must not be asked about is installed: from now on
+    /// the supervisor is asked.
+    ///
+    /// # Errors
+    /// When the supervisor is gone.
+    pub fn submit(self) -> Result<()> {
+        drop(self.supervisor);
+        let program = filter::program().context("no filter for this architecture")?;
+        let root = sys::open_path(std::path::Path::new("/"))?;
+        let listener = match sys::install_listener(&program) {
+            Ok(listener) => listener,
+            // One process has one supervisor: that of the container around us does it.
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                say::verbose(format_args!(
+                    "owners are emulated by the container around this one"
+                ));
+                return Ok(());
+            }
+            Err(error) => return Err(error).context("cannot install the filter (seccomp)"),
+        };
+        let fds = [listener.as_raw_fd(), root.as_raw_fd()];
+        wire::send(self.container.as_fd(), b"owners", &fds)
+            .context("the supervisor of owners is gone")
+    }
+
+    /// In the parent: waits for the container, and answers from then on.
+    ///
+    /// # Errors
+    /// When it cannot.
+    pub fn supervise(self, owners: Owners) -> Result<Supervisor> {
+        drop(self.container);
+        let (_, fds) = wire::receive(self.supervisor.as_fd())
+            .context("cannot hear from the container (recvmsg)")?;
+        // Nothing comes when the container could not be made, which it tells itself.
+        let Ok([listener, root]) = <[OwnedFd; 2]>::try_from(fds) else {
+            return Ok(Supervisor::Idles(owners));
+        };
+        let shared = Arc::new(Shared::new(listener, self.proc, root, self.slack, owners));
+        supervisor::start(&shared).context("cannot emulate owners")?;
+        Ok(Supervisor::Works(shared))
+    }
+}
+
+impl Supervisor {
+    /// The record, when all processes have ended.
+    pub fn finish(self) -> Owners {
+        match self {
+            Supervisor::Works(shared) => std::mem::take(&mut *shared.owners()),
+            Supervisor::Idles(owners) => owners,
+        }
+    }
+}
