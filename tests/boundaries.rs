@@ -21,7 +21,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("oci", &["digest", "metadir", "say", "squash"]),
-    ("squash", &[]),
+    ("squash", &["say"]),
     ("digest", &[]),
     ("plan", &["host", "image", "metadir", "proc", "shell"]),
     (

@@ -178,6 +178,26 @@ impl Archive {
         Ok(done)
     }
 
+    /// What [`Archive::read`] reads, piece by piece and without a copy: calls `f` with the length of each, and with its
+    /// bytes where it is no hole. Returns how many bytes there were.
+    ///
+    /// # Errors
+    /// As [`Archive::read`].
+    pub fn visit(
+        &self,
+        at: InodeRef,
+        offset: u64,
+        len: usize,
+        f: &mut dyn FnMut(usize, Option<&[u8]>),
+    ) -> Result<usize> {
+        let mut pieces = Vec::new();
+        self.pieces(at, offset, len, &mut pieces)?;
+        for piece in &pieces {
+            f(piece.len(), piece.bytes());
+        }
+        Ok(pieces.iter().map(Piece::len).sum())
+    }
+
     /// What [`Archive::read`] reads, in the blocks of the cache. Returns the inode.
     pub(crate) fn pieces(
         &self,

@@ -1,20 +1,100 @@
-//! A directory tree to a SIF: squashfs by `backhand`, then the objects around it.
+//! A tree to a SIF: the squashfs in a file without a name, then the objects around it.
 
-use std::fs::{self, File};
-use std::io::BufWriter;
-use std::os::unix::fs::{
-    FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
-};
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, bail};
-use backhand::compression::Compressor;
-use backhand::{FilesystemCompressor, FilesystemWriter, NodeHeader};
+use anyhow::{Context, Result, anyhow};
 
+use crate::engine::sys::LimitsFail;
 use crate::sif::{Content, DataType, Draft, FsType, PartType, Partition, Stamp};
+use crate::squash::{self, Options, Scan, Summary, Tree, Writer};
 
-/// Packs the tree at `root` into a SIF at `target`, all files owned by root. The SIF appears there when it is whole.
-/// Hard links become files of their own, and extended attributes are left out: the writing library has neither.
+/// What a SIF is made of, beside its file system.
+#[derive(Debug)]
+pub struct Parts<'a> {
+    /// The definition that the image was built from.
+    pub definition: &'a str,
+    /// Further objects: type, name and content.
+    pub objects: Vec<(DataType, String, Content)>,
+    /// Go's name of the architecture.
+    pub arch: &'static str,
+    /// When the image was made, and its identity.
+    pub stamp: Stamp,
+    /// How its file system is written. A time that is not set becomes that of the stamp.
+    pub options: Options,
+}
+
+impl<'a> Parts<'a> {
+    /// Nothing but a definition, in the usual form.
+    pub fn new(definition: &'a str, arch: &'static str, stamp: Stamp) -> Parts<'a> {
+        Parts {
+            definition,
+            objects: Vec::new(),
+            arch,
+            stamp,
+            options: Options::default(),
+        }
+    }
+}
+
+/// Makes a SIF at `target`: `fill` stores contents and gives the tree that they belong to. The SIF appears when it is
+/// whole, in the place of what was there; after an error that stays, and nothing else is left.
+///
+/// # Errors
+/// Those of `fill`, or naming the target when it cannot be written.
+pub fn image(
+    target: &Path,
+    parts: Parts,
+    fill: impl FnOnce(&mut Writer) -> Result<Tree>,
+) -> Result<Summary> {
+    let _limits = LimitsFail::begin();
+    let what = || format!("cannot write {}", target.display());
+    let directory = target
+        .parent()
+        .filter(|p| !p.as_os_str().is_empty())
+        .unwrap_or(Path::new("."));
+    let draft = Draftfile::beside(target)?;
+    let mut file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o755)
+        .open(&draft.0)
+        .with_context(|| format!("cannot create {}", target.display()))?;
+    let squashfs = unnamed(directory)?;
+    let mut options = parts.options;
+    options.time_s = options
+        .time_s
+        .or(u32::try_from(parts.stamp.time_s.max(0)).ok());
+    let mut writer = Writer::new(squashfs.try_clone().with_context(what)?, &options)?;
+    let tree = fill(&mut writer).with_context(what)?;
+    let summary = writer.finish(&tree).with_context(what)?;
+    drop(tree);
+    let mut objects = Draft::default();
+    objects.add(
+        DataType::Definition,
+        "",
+        Content::Bytes(parts.definition.into()),
+    );
+    for (data_type, name, content) in parts.objects {
+        objects.add(data_type, &name, content);
+    }
+    objects.add_partition(
+        Partition {
+            fs: FsType::Squashfs,
+            part: PartType::Primary,
+            arch: parts.arch,
+        },
+        Content::File(squashfs),
+    );
+    objects.write(&mut file, parts.stamp).with_context(what)?;
+    std::fs::rename(&draft.0, target)
+        .with_context(|| format!("cannot create {}", target.display()))?;
+    Ok(summary)
+}
+
+/// Packs the directory `root` into a SIF at `target`, all files owned by root.
 ///
 /// # Errors
 /// Naming the file that cannot be read or written.
@@ -24,31 +104,14 @@ pub fn sif(
     arch: &'static str,
     target: &Path,
     stamp: Stamp,
-) -> Result<()> {
-    let directory = target
-        .parent()
-        .filter(|p| !p.as_os_str().is_empty())
-        .unwrap_or(Path::new("."));
-    let draft = Draftfile::beside(target)?;
-    let squashfs = unnamed(directory)?;
-    squash(root, &squashfs)?;
-    let mut objects = Draft::default();
-    objects.add(DataType::Definition, "", Content::Bytes(definition.into()));
-    objects.add_partition(
-        Partition {
-            fs: FsType::Squashfs,
-            part: PartType::Primary,
-            arch,
-        },
-        Content::File(squashfs),
-    );
-    let mut file =
-        File::create(&draft.0).with_context(|| format!("cannot create {}", draft.0.display()))?;
-    objects
-        .write(&mut file, stamp)
-        .with_context(|| format!("cannot write {}", draft.0.display()))?;
-    file.set_permissions(fs::Permissions::from_mode(0o755))?;
-    fs::rename(&draft.0, target).with_context(|| format!("cannot create {}", target.display()))
+) -> Result<Summary> {
+    image(target, Parts::new(definition, arch, stamp), |writer| {
+        let scan = Scan {
+            owner: &|_, _| (0, 0),
+            ..Scan::default()
+        };
+        squash::scan(root, writer, &scan)
+    })
 }
 
 /// A file that is removed unless it has been renamed.
@@ -66,7 +129,7 @@ impl Draftfile {
 
 impl Drop for Draftfile {
     fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
+        let _ = std::fs::remove_file(&self.0);
     }
 }
 
@@ -97,69 +160,10 @@ fn renounced(directory: &Path) -> Result<File> {
         .with_context(|| format!("cannot create {}", name.0.display()))
 }
 
-/// Writes the tree as squashfs.
-fn squash(root: &Path, out: &File) -> Result<()> {
-    let mut writer = FilesystemWriter::default();
-    writer.set_compressor(
-        FilesystemCompressor::new(Compressor::Gzip, None).map_err(|e| anyhow!("{e}"))?,
-    );
-    writer.set_only_root_id();
-    let meta = fs::metadata(root).with_context(|| format!("cannot read {}", root.display()))?;
-    writer.set_root_mode(header(&meta).permissions);
-    add(&mut writer, root, Path::new("/"))?;
-    writer
-        .write(BufWriter::new(out))
-        .map_err(|e| anyhow!("cannot pack {}: {e}", root.display()))?;
-    Ok(())
-}
-
-fn header(meta: &fs::Metadata) -> NodeHeader {
-    let mtime = u32::try_from(meta.mtime()).unwrap_or(0);
-    NodeHeader::new(
-        u16::try_from(meta.mode() & 0o7777).unwrap_or(0o755),
-        0,
-        0,
-        mtime,
-    )
-}
-
-fn add(writer: &mut FilesystemWriter, directory: &Path, inside: &Path) -> Result<()> {
-    let what = || format!("cannot read {}", directory.display());
-    let mut entries: Vec<_> = fs::read_dir(directory)
-        .with_context(what)?
-        .collect::<Result<_, _>>()
-        .with_context(what)?;
-    entries.sort_by_key(fs::DirEntry::file_name);
-    for entry in entries {
-        let (path, inside) = (entry.path(), inside.join(entry.file_name()));
-        let what = || format!("cannot pack {}", path.display());
-        let meta = entry.metadata().with_context(what)?;
-        let kind = meta.file_type();
-        let pushed = if kind.is_dir() {
-            writer.push_dir(&inside, header(&meta))
-        } else if kind.is_symlink() {
-            writer.push_symlink(
-                fs::read_link(&path).with_context(what)?,
-                &inside,
-                header(&meta),
-            )
-        } else if kind.is_file() {
-            writer.push_file_from_path(&path, &inside, header(&meta))
-        } else if kind.is_fifo() {
-            writer.push_fifo(&inside, header(&meta))
-        } else {
-            bail!("{}: devices and sockets have no place in an image", what());
-        };
-        pushed.map_err(|e| anyhow!("{}: {e}", what()))?;
-        if kind.is_dir() {
-            add(writer, &path, &inside)?;
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::image;
 

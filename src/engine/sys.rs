@@ -498,6 +498,28 @@ pub fn ignore_signals(signals: &[nix::sys::signal::Signal]) {
     }
 }
 
+/// While this lives, a write beyond the limit of a file's size (`RLIMIT_FSIZE`) fails and does not end the process.
+pub struct LimitsFail(Option<nix::sys::signal::SigHandler>);
+
+impl LimitsFail {
+    /// From now on.
+    pub fn begin() -> LimitsFail {
+        use nix::sys::signal::{SigHandler, Signal, signal};
+        // SAFETY: SIG_IGN runs no code of ours.
+        LimitsFail(unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) }.ok())
+    }
+}
+
+impl Drop for LimitsFail {
+    fn drop(&mut self) {
+        use nix::sys::signal::{Signal, signal};
+        if let Some(before) = self.0 {
+            // SAFETY: this was the disposition before, so it is fit to be one.
+            let _ = unsafe { signal(Signal::SIGXFSZ, before) };
+        }
+    }
+}
+
 /// Gives a signal its default disposition, for ending ourselves by it.
 pub fn default_signal(signal: nix::sys::signal::Signal) {
     // SAFETY: SIG_DFL runs no code of ours.

@@ -18,17 +18,24 @@
 //! * Blocks of zeros are holes.
 //! * The same input gives the same bytes, whatever the number of threads.
 
+mod archive;
+mod chain;
 mod compress;
 mod inodes;
 mod meta;
 mod pipeline;
+mod scan;
 pub mod tree;
+mod unpack;
 pub mod walk;
 mod writer;
 mod xattrs;
 
+pub use archive::copy;
 pub use compress::Compression;
+pub use scan::{Scan, Specials, scan};
 pub use tree::{Attributes, Data, Kind, Node, NodeId, Tree};
+pub use unpack::{Unpack, unpack};
 pub use writer::Writer;
 
 use std::io::Read;
