@@ -4,7 +4,7 @@ use anyhow::Result;
 use nix::sched::CloneFlags;
 
 use super::keeper;
-use crate::engine::userns;
+use crate::engine::{emulate, userns};
 use crate::host::Host;
 use crate::plan::{IdMap, SubIds};
 use crate::say;
@@ -42,7 +42,10 @@ impl Ids {
                 )),
             }
         }
-        if emulation_works() { Ids::Emulated } else { Ids::Single }
+        match emulate::check() {
+            Ok(()) => Ids::Emulated,
+            Err(_) => Ids::Single,
+        }
     }
 
     /// Makes such a namespace, in a process of its own.
@@ -95,7 +98,3 @@ pub enum Subordinate {
     Ignore,
 }
 
-/// Whether ownership can be emulated here.
-fn emulation_works() -> bool {
-    false
-}

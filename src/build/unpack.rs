@@ -1,164 +1,84 @@
-//! A squashfs to a directory, with owners, times, hard links and extended attributes. The image is read without a mount.
+//! A squashfs to a directory, with what this build does about owners.
 
-use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::Write as _;
-use std::os::fd::OwnedFd;
-use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
-use std::path::{Path, PathBuf};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::ffi::OsStringExt as _;
+use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, bail};
-use capsid_fuse::{Archive, Inode, InodeRef, Kind};
-use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use anyhow::{Context, Result};
+use capsid_fuse::{Archive, InodeRef, Kind};
+use rustix::fs::{Mode, OFlags};
 
-use super::copy::give;
-use super::tree::{self, Tree};
-use crate::say;
-
-/// Deepest directory: an image's tree has no links, but a damaged one may be deep.
-const MAX_DEPTH: usize = 4000;
+use super::keeper;
+use crate::engine::emulate;
+use crate::squash::{self, Unpack};
 
 /// Whom the files belong to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Owners {
-    /// As in the image, as far as they exist here.
+#[derive(Debug)]
+pub enum Owners<'a> {
+    /// As in the image.
     Image,
+    /// Whoever unpacks, and those of the image are noted.
+    Record(&'a mut emulate::Owners),
     /// Whoever unpacks.
     Caller,
 }
 
-/// Unpacks a squashfs that lies in a file into an existing directory.
+/// Unpacks a squashfs that lies in a file into an empty directory.
 ///
 /// # Errors
 /// Naming the file of the image that cannot be read or written.
-pub fn squashfs(file: &Path, offset_bytes: u64, len_bytes: u64, to: &Path, owners: Owners) -> Result<()> {
+pub fn squashfs(file: &Path, offset_bytes: u64, len_bytes: u64, to: &Path, owners: &mut Owners) -> Result<()> {
     let what = || format!("cannot unpack {}", file.display());
-    let archive = File::open(file)
-        .map_err(anyhow::Error::from)
-        .and_then(|open| Ok(Archive::open(open, offset_bytes, Some(len_bytes))?))
-        .with_context(what)?;
-    let mut unpacking = Unpacking {
-        archive: &archive,
-        to: Tree::open(to)?,
-        owners,
-        links: HashMap::new(),
-        buffer: vec![0; 1 << 20],
+    let open = || -> Result<Archive> {
+        let open = File::open(file)?;
+        Ok(Archive::open(open, offset_bytes, Some(len_bytes))?)
     };
-    let root = archive.root();
-    let inode = archive.inode(root).with_context(what)?;
-    unpacking.directory(root, &inode, Path::new("/"), 0).with_context(what)
+    let as_in_image = matches!(owners, Owners::Image);
+    // It starts threads, and this process has to fork later.
+    keeper::in_child(|| {
+        let owner = |uid, gid| as_in_image.then_some((uid, gid));
+        squash::unpack(&open()?, to, &Unpack { owner: &owner })?;
+        Ok(0)
+    })
+    .with_context(what)?;
+    if let Owners::Record(record) = owners {
+        let archive = open().with_context(what)?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let at = rustix::fs::open(to, flags, Mode::empty()).with_context(what)?;
+        note(&archive, archive.root(), &at, OsStr::new("."), record).with_context(what)?;
+    }
+    Ok(())
 }
 
-struct Unpacking<'a> {
-    archive: &'a Archive,
-    to: Tree,
-    owners: Owners,
-    /// First names of files with several.
-    links: HashMap<InodeRef, PathBuf>,
-    buffer: Vec<u8>,
-}
-
-impl Unpacking<'_> {
-    fn directory(&mut self, at: InodeRef, inode: &Inode, path: &Path, depth: usize) -> Result<()> {
-        if depth > MAX_DEPTH {
-            bail!("more than {MAX_DEPTH} directories deep");
-        }
+/// Notes the owners of a file and of all below it, where they are not root's.
+fn note(archive: &Archive, at: InodeRef, directory: &OwnedFd, name: &OsStr, record: &mut emulate::Owners) -> Result<()> {
+    let inode = archive.inode(at)?;
+    let is_directory = inode.kind == Kind::Dir;
+    if !is_directory && (inode.uid, inode.gid) == (0, 0) {
+        return Ok(());
+    }
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = match rustix::fs::openat(directory, name, flags, Mode::empty()) {
+        Ok(fd) => fd,
+        // A device that was left out.
+        Err(rustix::io::Errno::NOENT) => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
+    if (inode.uid, inode.gid) != (0, 0) {
+        let owner = emulate::Owner { uid: inode.uid, gid: inode.gid, device: None };
+        record.set(fd.as_fd(), owner).context("cannot note an owner")?;
+    }
+    if is_directory {
         let mut entries: Vec<(OsString, InodeRef)> = Vec::new();
-        self.archive
-            .read_dir(at, 0, &mut |entry| {
-                entries.push((OsString::from_vec(entry.name.to_vec()), entry.inode));
-                true
-            })
-            .with_context(|| format!("{}: cannot be listed", path.display()))?;
-        let to = self
-            .to
-            .open_at(path, OFlags::RDONLY | OFlags::DIRECTORY)
-            .with_context(|| format!("cannot open {}", path.display()))?;
+        archive.read_dir(at, 0, &mut |entry| {
+            entries.push((OsString::from_vec(entry.name.to_vec()), entry.inode));
+            true
+        })?;
         for (name, child) in entries {
-            let child_path = path.join(&name);
-            self.entry(child, &to, &name, &child_path, depth)
-                .with_context(|| child_path.display().to_string())?;
-        }
-        if path == Path::new("/") {
-            self.owner(&to, OsStr::new(""), inode)?;
-            rustix::fs::fchmod(&to, Mode::from_raw_mode(inode.mode))?;
-            return Ok(());
-        }
-        let (parent, name) = self.to.parent(path)?;
-        self.attributes(at, inode, &parent, &name)
-    }
-
-    fn entry(&mut self, at: InodeRef, to: &OwnedFd, name: &OsStr, path: &Path, depth: usize) -> Result<()> {
-        let inode = self.archive.inode(at)?;
-        match inode.kind {
-            Kind::Dir => {
-                match rustix::fs::mkdirat(to, name, Mode::RWXU) {
-                    Err(rustix::io::Errno::EXIST) | Ok(()) => {}
-                    Err(error) => return Err(error.into()),
-                }
-                return self.directory(at, &inode, path, depth + 1);
-            }
-            Kind::File => {
-                if inode.nlink > 1 {
-                    if let Some(first) = self.links.get(&at) {
-                        let (parent, first) = self.to.parent(&first.clone())?;
-                        return rustix::fs::linkat(&parent, &first, to, name, AtFlags::empty())
-                            .context("cannot make a hard link");
-                    }
-                    self.links.insert(at, path.to_owned());
-                }
-                self.file(at, &inode, to, name)?;
-            }
-            Kind::Symlink => {
-                let target = self.archive.read_link(at)?;
-                rustix::fs::symlinkat(OsStr::from_bytes(&target), to, name)?;
-            }
-            Kind::Fifo => rustix::fs::mknodat(to, name, FileType::Fifo, Mode::RWXU, 0)?,
-            // /dev is mounted where it is needed, and devices cannot be made without root.
-            _ => {
-                say::verbose(format_args!("{}: devices and sockets are left out", path.display()));
-                return Ok(());
-            }
-        }
-        self.attributes(at, &inode, to, name)
-    }
-
-    fn file(&mut self, at: InodeRef, inode: &Inode, to: &OwnedFd, name: &OsStr) -> Result<()> {
-        use std::io::{Seek as _, SeekFrom};
-        let mut file = tree::create(to, name, 0o600)?;
-        let mut done = 0;
-        while done < inode.size {
-            let len = self.archive.read(at, done, &mut self.buffer)?;
-            if len == 0 {
-                return Err(anyhow!("shorter than its {} bytes", inode.size));
-            }
-            let part = &self.buffer[..len];
-            if part.iter().all(|b| *b == 0) {
-                file.seek(SeekFrom::Current(i64::try_from(len)?))?;
-            } else {
-                file.write_all(part)?;
-            }
-            done += len as u64;
-        }
-        Ok(file.set_len(inode.size)?)
-    }
-
-    fn owner(&self, parent: &OwnedFd, name: &OsStr, inode: &Inode) -> Result<()> {
-        match self.owners {
-            Owners::Image => give(parent, name, inode.uid, inode.gid),
-            Owners::Caller => Ok(()),
+            note(archive, child, &fd, &name, record)?;
         }
     }
-
-    fn attributes(&self, at: InodeRef, inode: &Inode, parent: &OwnedFd, name: &OsStr) -> Result<()> {
-        self.owner(parent, name, inode)?;
-        if inode.kind != Kind::Symlink {
-            for (key, value) in self.archive.xattrs(at)? {
-                tree::set_xattr(parent, name, OsStr::from_bytes(&key), &value).context("an extended attribute")?;
-            }
-            rustix::fs::chmodat(parent, name, Mode::from_raw_mode(inode.mode), AtFlags::empty())?;
-        }
-        Ok(tree::set_time(parent, name, inode.mtime.into(), 0)?)
-    }
+    Ok(())
 }

@@ -33,6 +33,11 @@ const KEYS: &[(&str, &[&str])] = &[
     ("cpus", &["CPUS"]),
     ("passphrase", &["ENCRYPTION_PASSPHRASE"]),
     ("pem_path", &["ENCRYPTION_PEM_PATH"]),
+    ("build_arch", &["BUILD_ARCH"]),
+    ("build_arch_variant", &["BUILD_ARCH_VARIANT"]),
+    ("fix_perms", &["FIXPERMS"]),
+    ("build_arg", &[]),
+    ("build_arg_file", &[]),
     ("env", &[]),
     ("device", &[]),
 ];
