@@ -16,8 +16,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "build",
         &[
-            "cache", "digest", "engine", "exit", "host", "image", "instance", "metadir", "net", "oci",
-            "plan", "proc", "say", "sif", "squash",
+            "cache", "digest", "engine", "exit", "host", "image", "instance", "metadir", "net",
+            "oci", "plan", "proc", "say", "sif", "squash",
         ],
     ),
     ("oci", &["digest", "metadir", "say", "squash"]),

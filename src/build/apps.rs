@@ -21,7 +21,8 @@ fn root(app: &App) -> PathBuf {
 pub fn skeleton(tree: &Tree, stage: &Stage, settings: &Settings) -> Result<()> {
     let mut exports = String::new();
     for app in &stage.apps {
-        make(tree, app, settings).with_context(|| format!("cannot make the application {}", app.name))?;
+        make(tree, app, settings)
+            .with_context(|| format!("cannot make the application {}", app.name))?;
         exports.push_str(&globals(app));
     }
     let path = Path::new("/.singularity.d/env/94-appsbase.sh");
@@ -39,17 +40,25 @@ fn make(tree: &Tree, app: &App, settings: &Settings) -> Result<()> {
     for directory in ["input", "output"] {
         tree.directory(&data.join(directory))?;
     }
-    tree.write(&meta.join("env/01-base.sh"), base(&app.name).as_bytes(), 0o755)?;
+    tree.write(
+        &meta.join("env/01-base.sh"),
+        base(&app.name).as_bytes(),
+        0o755,
+    )?;
     if let Some(text) = &app.environment {
-        tree.write(&meta.join("env/90-environment.sh"), format!("{text}\n").as_bytes(), 0o755)?;
+        tree.write(&meta.join("env/90-environment.sh"), text.as_bytes(), 0o755)?;
     }
-    for (name, script) in [("runscript", &app.run), ("startscript", &app.start), ("test", &app.test)] {
+    for (name, script) in [
+        ("runscript", &app.run),
+        ("startscript", &app.start),
+        ("test", &app.test),
+    ] {
         if let Some(script) = script {
             tree.write(&meta.join(name), with_shebang(script).as_bytes(), 0o755)?;
         }
     }
     if let Some(text) = &app.help {
-        tree.write(&meta.join("runscript.help"), format!("{text}\n").as_bytes(), 0o644)?;
+        tree.write(&meta.join("runscript.help"), text.as_bytes(), 0o644)?;
     }
     if let Some(labels) = &app.labels {
         let mut labels: BTreeMap<String, String> = labels.iter().cloned().collect();
@@ -78,7 +87,10 @@ fn base(name: &str) -> String {
 /// Lines for `94-appsbase.sh`.
 fn globals(app: &App) -> String {
     let name = &app.name;
-    let var: String = name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+    let var: String = name
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() { c } else { '_' })
+        .collect();
     let mut text = format!(
         "## App Global Exports For: {name}\n\nSCIF_APPDATA_{var}=/scif/data/{name}\nSCIF_APPMETA_{var}=/scif/apps/{name}/scif\n\
          SCIF_APPROOT_{var}=/scif/apps/{name}\nSCIF_APPBIN_{var}=/scif/apps/{name}/bin\nSCIF_APPLIB_{var}=/scif/apps/{name}/lib\n\n\
@@ -91,7 +103,9 @@ fn globals(app: &App) -> String {
         (app.start.is_some(), "START", "startscript"),
     ] {
         if there {
-            text.push_str(&format!("export SCIF_APP{export}_{var}=\"/scif/apps/{name}/scif/{file}\"\n"));
+            text.push_str(&format!(
+                "export SCIF_APP{export}_{var}=\"/scif/apps/{name}/scif/{file}\"\n"
+            ));
         }
     }
     text
@@ -100,10 +114,16 @@ fn globals(app: &App) -> String {
 /// What `%appinstall` sections add to the end of `%post`.
 pub fn installs(stage: &Stage) -> String {
     let mut text = String::new();
-    for app in stage.apps.iter().filter(|app| !app.install.trim().is_empty()) {
+    for app in stage
+        .apps
+        .iter()
+        .filter(|app| !app.install.trim().is_empty())
+    {
         let (root, body) = (root(app), &app.install);
         let root = root.display();
-        text.push_str(&format!("\ncd /\n. {root}/scif/env/01-base.sh\ncd {root}\n{body}\n\ncd /\n"));
+        text.push_str(&format!(
+            "\ncd /\n. {root}/scif/env/01-base.sh\ncd {root}\n{body}\n\ncd /\n"
+        ));
     }
     text
 }

@@ -39,7 +39,11 @@ pub struct Copier<'a> {
 impl Copier<'_> {
     /// Into this tree.
     pub fn new(to: &Tree, manner: Manner) -> Copier<'_> {
-        Copier { to, manner, links: HashMap::new() }
+        Copier {
+            to,
+            manner,
+            links: HashMap::new(),
+        }
     }
 
     /// Copies what `source` has open or names to `target`, an absolute path of the tree.
@@ -47,13 +51,21 @@ impl Copier<'_> {
     /// # Errors
     /// Naming both paths.
     pub fn copy(&mut self, source: &Source, target: &Path) -> Result<()> {
-        self.entry(source, target, 0)
-            .with_context(|| format!("cannot copy {} to {} in the image", source.shown.display(), target.display()))
+        self.entry(source, target, 0).with_context(|| {
+            format!(
+                "cannot copy {} to {} in the image",
+                source.shown.display(),
+                target.display()
+            )
+        })
     }
 
     fn entry(&mut self, source: &Source, target: &Path, depth: usize) -> Result<()> {
         if depth > MAX_DEPTH {
-            bail!("{}: more than {MAX_DEPTH} directories deep", source.shown.display());
+            bail!(
+                "{}: more than {MAX_DEPTH} directories deep",
+                source.shown.display()
+            );
         }
         let stat = source.stat()?;
         match FileType::from_raw_mode(stat.st_mode) {
@@ -63,20 +75,31 @@ impl Copier<'_> {
             FileType::Fifo => self.fifo(source, &stat, target),
             // The peers' tar stream leaves them out too.
             _ => {
-                say::verbose(format_args!("{}: devices and sockets are left out", source.shown.display()));
+                say::verbose(format_args!(
+                    "{}: devices and sockets are left out",
+                    source.shown.display()
+                ));
                 Ok(())
             }
         }
     }
 
-    fn directory(&mut self, source: &Source, stat: &Stat, target: &Path, depth: usize) -> Result<()> {
+    fn directory(
+        &mut self,
+        source: &Source,
+        stat: &Stat,
+        target: &Path,
+        depth: usize,
+    ) -> Result<()> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | source.follow_flag();
         let from = rustix::fs::openat(&source.at, &source.name, flags, Mode::empty())
             .with_context(|| format!("cannot read {}", source.shown.display()))?;
         let existed = self.to.is_directory(target);
         let to = self.to.directory(target)?;
         // A directory that was there keeps its own attributes, as with cp.
-        for name in tree::names(from.as_fd()).with_context(|| format!("cannot list {}", source.shown.display()))? {
+        for name in tree::names(from.as_fd())
+            .with_context(|| format!("cannot list {}", source.shown.display()))?
+        {
             let child = Source {
                 at: from.try_clone().context("cannot open one more file")?,
                 shown: source.shown.join(&name),
@@ -112,14 +135,21 @@ impl Copier<'_> {
             }
             self.links.insert(key, target.to_owned());
         }
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY | source.follow_flag();
+        let flags = OFlags::RDONLY
+            | OFlags::CLOEXEC
+            | OFlags::NONBLOCK
+            | OFlags::NOCTTY
+            | source.follow_flag();
         let from = rustix::fs::openat(&source.at, &source.name, flags, Mode::empty())
             .with_context(|| format!("cannot read {}", source.shown.display()))?;
-        let mut to = tree::create(&parent, &name, self.mode(stat).bits())
-            .map_err(|error| match error.kind() {
-                std::io::ErrorKind::IsADirectory => anyhow::anyhow!("the image has a directory there"),
+        let mut to = tree::create(&parent, &name, self.mode(stat).bits()).map_err(|error| {
+            match error.kind() {
+                std::io::ErrorKind::IsADirectory => {
+                    anyhow::anyhow!("the image has a directory there")
+                }
                 _ => error.into(),
-            })?;
+            }
+        })?;
         copy_bytes(&mut File::from(from), &mut to)?;
         self.attributes(source, stat, &parent, &name)
     }
@@ -140,8 +170,10 @@ impl Copier<'_> {
     fn fifo(&mut self, source: &Source, stat: &Stat, target: &Path) -> Result<()> {
         let (parent, name) = self.to.parent(target)?;
         self.to.remove(target);
-        rustix::fs::mknodat(&parent, &name, FileType::Fifo, self.mode(stat), 0).context("cannot make a fifo")?;
-        rustix::fs::chmodat(&parent, &name, self.mode(stat), AtFlags::empty()).context("cannot set permissions")?;
+        rustix::fs::mknodat(&parent, &name, FileType::Fifo, self.mode(stat), 0)
+            .context("cannot make a fifo")?;
+        rustix::fs::chmodat(&parent, &name, self.mode(stat), AtFlags::empty())
+            .context("cannot set permissions")?;
         self.attributes(source, stat, &parent, &name)
     }
 
@@ -153,19 +185,31 @@ impl Copier<'_> {
     }
 
     /// Owner, extended attributes, permissions again (a change of owner takes set-id bits away), times.
-    fn attributes(&self, source: &Source, stat: &Stat, parent: &OwnedFd, name: &OsStr) -> Result<()> {
+    fn attributes(
+        &self,
+        source: &Source,
+        stat: &Stat,
+        parent: &OwnedFd,
+        name: &OsStr,
+    ) -> Result<()> {
         if self.manner == Manner::Exact {
             chown(parent, name, stat)?;
             if FileType::from_raw_mode(stat.st_mode) != FileType::Symlink {
                 for (key, value) in tree::xattrs(&source.at, &source.name) {
-                    tree::set_xattr(parent, name, &key, &value).context("cannot set an extended attribute")?;
+                    tree::set_xattr(parent, name, &key, &value)
+                        .context("cannot set an extended attribute")?;
                 }
                 rustix::fs::chmodat(parent, name, self.mode(stat), AtFlags::empty())
                     .context("cannot set permissions")?;
             }
         }
-        tree::set_time(parent, name, stat.st_mtime, stat.st_mtime_nsec.try_into().unwrap_or(0))
-            .context("cannot set a time")
+        tree::set_time(
+            parent,
+            name,
+            stat.st_mtime,
+            stat.st_mtime_nsec.try_into().unwrap_or(0),
+        )
+        .context("cannot set a time")
     }
 }
 
@@ -184,7 +228,10 @@ fn chown(parent: &OwnedFd, name: &OsStr, stat: &Stat) -> Result<()> {
 /// # Errors
 /// As `fchownat(2)`.
 pub fn give(parent: &OwnedFd, name: &OsStr, uid: u32, gid: u32) -> Result<()> {
-    let (owner, group) = (rustix::fs::Uid::from_raw(uid), rustix::fs::Gid::from_raw(gid));
+    let (owner, group) = (
+        rustix::fs::Uid::from_raw(uid),
+        rustix::fs::Gid::from_raw(gid),
+    );
     let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::EMPTY_PATH;
     match rustix::fs::chownat(parent, name, Some(owner), Some(group), flags) {
         // One id is mapped: nobody else exists.
@@ -246,8 +293,14 @@ impl Source {
     /// # Errors
     /// When its directory cannot be opened.
     pub fn of_host(path: &Path) -> Result<Source> {
-        let at = rustix::fs::openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).context("cannot open /")?;
-        Ok(Source { at, name: path.as_os_str().to_owned(), shown: path.to_owned(), follow: true })
+        let at = rustix::fs::openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
+            .context("cannot open /")?;
+        Ok(Source {
+            at,
+            name: path.as_os_str().to_owned(),
+            shown: path.to_owned(),
+            follow: true,
+        })
     }
 
     /// A path of another tree; a link is followed there, inside.
@@ -255,19 +308,35 @@ impl Source {
     /// # Errors
     /// When it is not there.
     pub fn of_tree(tree: &Tree, path: &Path) -> Result<Source> {
-        let fd = tree.open_at(path, OFlags::PATH).with_context(|| format!("{} is not in the stage", path.display()))?;
+        let fd = tree
+            .open_at(path, OFlags::PATH)
+            .with_context(|| format!("{} is not in the stage", path.display()))?;
         // Reopened by its number: the path may have led through links that count inside only.
         use std::os::fd::AsRawFd as _;
         let name = format!("/proc/self/fd/{}", fd.as_raw_fd());
-        Ok(Source { at: fd, name: name.into(), shown: path.to_owned(), follow: true })
+        Ok(Source {
+            at: fd,
+            name: name.into(),
+            shown: path.to_owned(),
+            follow: true,
+        })
     }
 
     fn follow_flag(&self) -> OFlags {
-        if self.follow { OFlags::empty() } else { OFlags::NOFOLLOW }
+        if self.follow {
+            OFlags::empty()
+        } else {
+            OFlags::NOFOLLOW
+        }
     }
 
     fn stat(&self) -> Result<Stat> {
-        let flags = if self.follow { AtFlags::empty() } else { AtFlags::SYMLINK_NOFOLLOW };
-        rustix::fs::statat(&self.at, &self.name, flags).with_context(|| format!("cannot read {}", self.shown.display()))
+        let flags = if self.follow {
+            AtFlags::empty()
+        } else {
+            AtFlags::SYMLINK_NOFOLLOW
+        };
+        rustix::fs::statat(&self.at, &self.name, flags)
+            .with_context(|| format!("cannot read {}", self.shown.display()))
     }
 }

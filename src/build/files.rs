@@ -10,7 +10,7 @@ use rustix::fs::OFlags;
 use super::copy::{Copier, Manner, Source};
 use super::deffile::Stage;
 use super::tree::{self, Tree};
-use super::{Settings, glob};
+use super::{Settings, UMASK, glob};
 use crate::digest::Digest;
 use crate::host::normalise;
 use crate::say;
@@ -19,7 +19,12 @@ use crate::say;
 ///
 /// # Errors
 /// Naming what cannot be copied.
-pub fn copy(to: &Tree, stage: &Stage, from: Option<&dyn Fn(&str) -> Option<PathBuf>>, settings: &Settings) -> Result<()> {
+pub fn copy(
+    to: &Tree,
+    stage: &Stage,
+    from: Option<&dyn Fn(&str) -> Option<PathBuf>>,
+    settings: &Settings,
+) -> Result<()> {
     for section in &stage.files {
         for (source, target) in &section.pairs {
             match (&section.from, from) {
@@ -52,9 +57,13 @@ pub fn from_host(to: &Tree, source: &str, target: &Path, settings: &Settings) ->
         } else {
             target.to_owned()
         };
-        say::info(format_args!("Copying {} to {}", path.display(), target.display()));
+        say::info(format_args!(
+            "Copying {} to {}",
+            path.display(),
+            target.display()
+        ));
         let place = place(to, &path, &target, many)?;
-        let manner = Manner::FromHost { umask: settings.host.umask };
+        let manner = Manner::FromHost { umask: UMASK };
         Copier::new(to, manner).copy(&Source::of_host(&settings.host.cwd.join(&path))?, &place)?;
     }
     Ok(())
@@ -67,7 +76,12 @@ fn on_host(source: &str, settings: &Settings) -> Result<Vec<PathBuf>> {
     if std::fs::symlink_metadata(cwd.join(source)).is_ok() {
         return Ok(vec![source.into()]);
     }
-    let value = |name: &str| settings.host.var(name).map(|v| v.to_string_lossy().into_owned());
+    let value = |name: &str| {
+        settings
+            .host
+            .var(name)
+            .map(|v| v.to_string_lossy().into_owned())
+    };
     let text = glob::variables(source, &value);
     if text.is_empty() {
         bail!("%files: {source:?} is empty");
@@ -80,7 +94,9 @@ fn on_host(source: &str, settings: &Settings) -> Result<Vec<PathBuf>> {
     }
     glob::expand(&path, &|directory| {
         let entries = std::fs::read_dir(cwd.join(directory));
-        entries.map(|e| e.flatten().map(|e| e.file_name()).collect()).unwrap_or_default()
+        entries
+            .map(|e| e.flatten().map(|e| e.file_name()).collect())
+            .unwrap_or_default()
     })
     .context("%files")
 }
@@ -90,7 +106,8 @@ fn from_stage(from: &Tree, to: &Tree, source: &str, target: Option<&str>) -> Res
     let found = if glob::is_pattern(source) && from.stat(&pattern).is_none() {
         glob::expand(&pattern, &|directory| {
             let fd = from.open_at(directory, OFlags::RDONLY | OFlags::DIRECTORY);
-            fd.and_then(|fd| tree::names(fd.as_fd())).unwrap_or_default()
+            fd.and_then(|fd| tree::names(fd.as_fd()))
+                .unwrap_or_default()
         })
         .context("%files")?
     } else {
@@ -99,7 +116,11 @@ fn from_stage(from: &Tree, to: &Tree, source: &str, target: Option<&str>) -> Res
     let many = found.len() > 1;
     for path in found {
         let target = target.map_or_else(|| path.clone(), PathBuf::from);
-        say::info(format_args!("Copying {} to {}", path.display(), target.display()));
+        say::info(format_args!(
+            "Copying {} to {}",
+            path.display(),
+            target.display()
+        ));
         let place = place(to, &path, &target, many)?;
         Copier::new(to, Manner::Exact).copy(&Source::of_tree(from, &path)?, &place)?;
     }
@@ -132,7 +153,11 @@ fn place(to: &Tree, source: &Path, target: &Path, many: bool) -> Result<PathBuf>
 /// When something cannot be read.
 pub fn digest(stage: &Stage, settings: &Settings) -> Result<Digest> {
     let mut text = String::new();
-    let own = stage.files.iter().filter(|f| f.from.is_none()).flat_map(|f| &f.pairs);
+    let own = stage
+        .files
+        .iter()
+        .filter(|f| f.from.is_none())
+        .flat_map(|f| &f.pairs);
     let apps = stage.apps.iter().flat_map(|a| &a.files);
     for (source, target) in own.chain(apps) {
         text.push_str(&format!("{source:?} {target:?}\n"));
@@ -151,7 +176,12 @@ fn describe(path: &Path, shown: &Path, depth: usize, text: &mut String) -> Resul
         bail!("{}: more than 1000 directories deep", what());
     }
     let meta = std::fs::metadata(path).with_context(what)?;
-    text.push_str(&format!("{shown:?} {:o} {}.{} ", meta.mode(), meta.mtime(), meta.mtime_nsec()));
+    text.push_str(&format!(
+        "{shown:?} {:o} {}.{} ",
+        meta.mode(),
+        meta.mtime(),
+        meta.mtime_nsec()
+    ));
     if meta.is_file() {
         let mut file = crate::digest::Hashing::new(std::fs::File::open(path).with_context(what)?);
         std::io::copy(&mut file, &mut std::io::sink()).with_context(what)?;

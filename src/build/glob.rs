@@ -22,7 +22,9 @@ pub fn variables(text: &str, value: &dyn Fn(&str) -> Option<String>) -> String {
         let (name, after) = match tail.strip_prefix('{').and_then(|t| t.split_once('}')) {
             Some(braced) => braced,
             None => {
-                let end = tail.find(|c: char| c != '_' && !c.is_ascii_alphanumeric()).unwrap_or(tail.len());
+                let end = tail
+                    .find(|c: char| c != '_' && !c.is_ascii_alphanumeric())
+                    .unwrap_or(tail.len());
                 tail.split_at(end)
             }
         };
@@ -46,7 +48,10 @@ pub fn is_pattern(text: &str) -> bool {
 ///
 /// # Errors
 /// When nothing matches, or too much does.
-pub fn expand(pattern: &Path, list: &dyn Fn(&Path) -> Vec<std::ffi::OsString>) -> Result<Vec<PathBuf>> {
+pub fn expand(
+    pattern: &Path,
+    list: &dyn Fn(&Path) -> Vec<std::ffi::OsString>,
+) -> Result<Vec<PathBuf>> {
     let mut found = vec![PathBuf::new()];
     for part in pattern.components() {
         let text = part.as_os_str().to_string_lossy().into_owned();
@@ -143,13 +148,27 @@ mod tests {
     #[test]
     fn patterns_match_as_the_shell_does() {
         let table = [
-            ("*", "abc", true), ("a*c", "abbc", true), ("a*c", "abcd", false), ("?b", "ab", true), ("?", "", false),
-            ("[a-c]x", "bx", true), ("[!a-c]x", "bx", false), ("[]]", "]", true), ("[", "[", true), ("a**b", "ab", true),
-            ("\\*", "*", true), ("\\*", "a", false), ("*.txt", "x.txt", true),
+            ("*", "abc", true),
+            ("a*c", "abbc", true),
+            ("a*c", "abcd", false),
+            ("?b", "ab", true),
+            ("?", "", false),
+            ("[a-c]x", "bx", true),
+            ("[!a-c]x", "bx", false),
+            ("[]]", "]", true),
+            ("[", "[", true),
+            ("a**b", "ab", true),
+            ("\\*", "*", true),
+            ("\\*", "a", false),
+            ("*.txt", "x.txt", true),
         ];
         for (pattern, name, wanted) in table {
             let chars = |t: &str| t.chars().collect::<Vec<_>>();
-            assert_eq!(matches(&chars(pattern), &chars(name)), wanted, "{pattern} {name}");
+            assert_eq!(
+                matches(&chars(pattern), &chars(name)),
+                wanted,
+                "{pattern} {name}"
+            );
         }
     }
 
@@ -159,14 +178,23 @@ mod tests {
             Some("/d") => vec![".h".into(), "b".into(), "a".into()],
             _ => Vec::new(),
         };
-        assert_eq!(expand(Path::new("/d/*"), &list).unwrap(), [Path::new("/d/a"), Path::new("/d/b")]);
-        assert_eq!(expand(Path::new("/d/.*"), &list).unwrap(), [Path::new("/d/.h")]);
+        assert_eq!(
+            expand(Path::new("/d/*"), &list).unwrap(),
+            [Path::new("/d/a"), Path::new("/d/b")]
+        );
+        assert_eq!(
+            expand(Path::new("/d/.*"), &list).unwrap(),
+            [Path::new("/d/.h")]
+        );
         assert!(expand(Path::new("/none/*"), &list).is_err());
     }
 
     #[test]
     fn variables_are_filled_in() {
         let value = |name: &str| (name == "HOME").then(|| "/h".to_owned());
-        assert_eq!(variables("~/a/$HOME/${HOME}b/$NO/$", &value), "/h/a//h//hb//$");
+        assert_eq!(
+            variables("~/a/$HOME/${HOME}b/$NO/$", &value),
+            "/h/a//h//hb//$"
+        );
     }
 }

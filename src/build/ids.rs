@@ -71,7 +71,10 @@ impl Ids {
     pub fn tell(self, host: &Host) {
         match self {
             Ids::All => {}
-            Ids::Mapped(SubIds { uids: (first, count), .. }) => say::info(format_args!(
+            Ids::Mapped(SubIds {
+                uids: (first, count),
+                ..
+            }) => say::info(format_args!(
                 "Building as root with subordinate ids {first}-{}",
                 u64::from(first) + u64::from(count) - 1
             )),
@@ -97,4 +100,3 @@ pub enum Subordinate {
     /// `--ignore-subuid`.
     Ignore,
 }
-

@@ -24,8 +24,8 @@ use nix::unistd::Pid;
 use rustix::mount::{MountPropagationFlags, mount_change};
 
 use crate::engine::sys::{self, Fork};
-use crate::engine::wait::{self, End};
 use crate::engine::userns;
+use crate::engine::wait::{self, End};
 use crate::plan::IdMap;
 use crate::{exit, say};
 
@@ -51,9 +51,13 @@ pub fn run(ids: &IdMap, leftovers: &[PathBuf], work: impl FnOnce() -> Result<u8>
     let end = wait::until_exit(keeper, false);
     let mut text = String::new();
     // Also waits for a worker whose keeper was killed.
-    let read = told.by_ref().take(MAX_TEXT as u64).read_to_string(&mut text);
+    let read = told
+        .by_ref()
+        .take(MAX_TEXT as u64)
+        .read_to_string(&mut text);
     drop(here);
-    mask.thread_set_mask().context("cannot restore the signal mask")?;
+    mask.thread_set_mask()
+        .context("cannot restore the signal mask")?;
     if leftovers.iter().any(|path| path.symlink_metadata().is_ok()) {
         let swept = in_child(|| {
             userns::create(ids, CloneFlags::empty())?;
@@ -69,7 +73,9 @@ pub fn run(ids: &IdMap, leftovers: &[PathBuf], work: impl FnOnce() -> Result<u8>
         End::Exited(_) if !text.is_empty() => bail!("{text}"),
         End::Exited(status) => Ok(status),
         end @ End::Signalled(signal) => {
-            say::error(format_args!("the build was ended by {signal}: nothing of it is left"));
+            say::error(format_args!(
+                "the build was ended by {signal}: nothing of it is left"
+            ));
             Ok(wait::end_like(end))
         }
     }
@@ -107,7 +113,12 @@ fn keep(
 /// Waits for the worker, and ends it when a signal says so or the caller is gone.
 fn watch(worker: Pid, alive: &PipeReader) -> End {
     let mut set = SigSet::empty();
-    let ending = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT];
+    let ending = [
+        Signal::SIGINT,
+        Signal::SIGTERM,
+        Signal::SIGHUP,
+        Signal::SIGQUIT,
+    ];
     for signal in ending.into_iter().chain([Signal::SIGCHLD]) {
         set.add(signal);
     }
@@ -126,10 +137,16 @@ fn watch(worker: Pid, alive: &PipeReader) -> End {
             Err(_) => return End::Exited(exit::FATAL),
         }
         let mut fds = vec![PollFd::new(alive.as_fd(), PollFlags::POLLIN)];
-        fds.extend(signals.as_ref().map(|s| PollFd::new(s.as_fd(), PollFlags::POLLIN)));
+        fds.extend(
+            signals
+                .as_ref()
+                .map(|s| PollFd::new(s.as_fd(), PollFlags::POLLIN)),
+        );
         let _ = poll(&mut fds, PollTimeout::from(1000u16));
         let orphaned = fds[0].any().unwrap_or(false);
-        let read = signals.as_ref().and_then(|s| s.read_signal().ok().flatten());
+        let read = signals
+            .as_ref()
+            .and_then(|s| s.read_signal().ok().flatten());
         let read = read.and_then(|info| Signal::try_from(info.ssi_signo.cast_signed()).ok());
         let wanted = read.filter(|signal| ending.contains(signal));
         let wanted = wanted.or(orphaned.then_some(Signal::SIGKILL));
@@ -146,8 +163,11 @@ fn watch(worker: Pid, alive: &PipeReader) -> End {
 
 /// The worker's own mounts, and a procfs that shows its own processes.
 fn prepare_worker() -> Result<()> {
-    mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
-        .context("cannot make the mounts private")?;
+    mount_change(
+        "/",
+        MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
+    )
+    .context("cannot make the mounts private")?;
     let proc = sys::new_filesystem("proc", &[])?;
     let place = sys::open_path(Path::new("/proc"))?;
     sys::attach(proc.as_fd(), place.as_fd()).context("cannot mount /proc")
@@ -155,7 +175,8 @@ fn prepare_worker() -> Result<()> {
 
 /// Ends this process with what `work` gives; its error goes to whoever listens.
 fn end(mut tell: PipeWriter, work: impl FnOnce() -> Result<u8>) -> ! {
-    let done = catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| Err(anyhow!("this is a bug in capsid")));
+    let done = catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|_| Err(anyhow!("this is a bug in capsid")));
     let status = done.unwrap_or_else(|error| {
         let text = format!("{error:#}");
         let end = text.floor_char_boundary(MAX_TEXT);
@@ -191,7 +212,11 @@ pub fn in_child(work: impl FnOnce() -> Result<u8>) -> Result<u8> {
                     Err(error) => return Err(error).context("cannot wait for a child process"),
                 }
             };
-            if text.is_empty() { Ok(status) } else { bail!("{text}") }
+            if text.is_empty() {
+                Ok(status)
+            } else {
+                bail!("{text}")
+            }
         }
     }
 }

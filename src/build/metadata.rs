@@ -11,7 +11,8 @@ use super::{Part, Settings};
 use crate::metadir::{self, Body, Contents, Existing};
 use crate::say;
 
-const DEFAULT_RUNSCRIPT: &str = "#!/bin/sh\necho \"There is no runscript defined for this container\"\n";
+const DEFAULT_RUNSCRIPT: &str =
+    "#!/bin/sh\necho \"There is no runscript defined for this container\"\n";
 const DEFAULT_STARTSCRIPT: &str = "#!/bin/sh\n";
 
 fn inside(name: &str) -> std::path::PathBuf {
@@ -31,10 +32,13 @@ pub fn skeleton(tree: &Tree) -> Result<()> {
             Body::Directory if !tree.is_directory(&path) => {
                 let fd = tree.directory(&path)?;
                 let mode = rustix::fs::Mode::from_raw_mode(item.mode.into());
-                rustix::fs::fchmod(&fd, mode).with_context(|| format!("cannot change {}", path.display()))?;
+                rustix::fs::fchmod(&fd, mode)
+                    .with_context(|| format!("cannot change {}", path.display()))?;
             }
             Body::Directory => {}
-            Body::File(bytes) if !exists(tree, &path) => tree.write(&path, bytes, item.mode.into())?,
+            Body::File(bytes) if !exists(tree, &path) => {
+                tree.write(&path, bytes, item.mode.into())?
+            }
             Body::File(_) => {}
             Body::Link(target) => link(tree, &path, target, item.existing)?,
         }
@@ -70,13 +74,22 @@ pub fn write(tree: &Tree, stage: &Stage, whole_text: &str, settings: &Settings) 
     tree.write(&inside("Singularity"), whole_text.as_bytes(), 0o644)?;
     if !stage.help.is_empty() {
         say::info(format_args!("Adding help info"));
-        tree.write(&inside("runscript.help"), format!("{}\n", stage.help.text).as_bytes(), 0o644)?;
+        tree.write(
+            &inside("runscript.help"),
+            format!("{}\n", stage.help.text).as_bytes(),
+            0o644,
+        )?;
     }
     labels(tree, stage, settings)?;
     if settings.wants(Part::Environment) {
         environment(tree, &stage.environment)?;
     }
-    script(tree, "startscript", &stage.startscript, Some(DEFAULT_STARTSCRIPT))?;
+    script(
+        tree,
+        "startscript",
+        &stage.startscript,
+        Some(DEFAULT_STARTSCRIPT),
+    )?;
     script(tree, "runscript", &stage.runscript, Some(DEFAULT_RUNSCRIPT))?;
     if settings.wants(Part::Test) {
         script(tree, "test", &stage.test, None)?;
@@ -118,7 +131,10 @@ fn script(tree: &Tree, name: &str, script: &Script, default: Option<&str>) -> Re
             _ => Ok(()),
         };
     }
-    say::info(format_args!("Adding {}", if name == "test" { "testscript" } else { name }));
+    say::info(format_args!(
+        "Adding {}",
+        if name == "test" { "testscript" } else { name }
+    ));
     tree.write(&path, with_shebang(script).as_bytes(), 0o755)
 }
 
@@ -154,7 +170,10 @@ fn labels(tree: &Tree, stage: &Stage, settings: &Settings) -> Result<()> {
     set(format!("{prefix}.schema-version"), "1.0");
     set(format!("{prefix}.build-arch"), settings.arch);
     set(format!("{prefix}.build-date"), &settings.build_date());
-    set(format!("{prefix}.usage.apptainer.version"), settings.version);
+    set(
+        format!("{prefix}.usage.apptainer.version"),
+        settings.version,
+    );
     if !stage.help.is_empty() {
         for name in ["usage", "usage.apptainer.runscript.help"] {
             set(format!("{prefix}.{name}"), "/.singularity.d/runscript.help");
@@ -163,7 +182,9 @@ fn labels(tree: &Tree, stage: &Stage, settings: &Settings) -> Result<()> {
     for (key, value) in &stage.header {
         set(format!("{prefix}.usage.singularity.deffile.{key}"), value);
     }
-    let written = tree.read(Path::new(super::sections::LABELS))?.unwrap_or_default();
+    let written = tree
+        .read(Path::new(super::sections::LABELS))?
+        .unwrap_or_default();
     tree.remove(Path::new(super::sections::LABELS));
     let written = String::from_utf8_lossy(&written).into_owned();
     let mut new: Vec<(String, String)> = Vec::new();
@@ -176,12 +197,15 @@ fn labels(tree: &Tree, stage: &Stage, settings: &Settings) -> Result<()> {
     new.extend(written.lines().filter_map(|line| {
         let line = line.trim();
         let (key, value) = line.split_once([' ', '\t']).unwrap_or((line, ""));
-        (!key.is_empty() && !key.starts_with('#')).then(|| (key.to_owned(), value.trim().to_owned()))
+        (!key.is_empty() && !key.starts_with('#'))
+            .then(|| (key.to_owned(), value.trim().to_owned()))
     }));
     let before = labels.clone();
     for (key, value) in new {
         if before.contains_key(&key) && !settings.force {
-            say::warn(format_args!("Label: {key} already exists and force option is false, not overwriting"));
+            say::warn(format_args!(
+                "Label: {key} already exists and force option is false, not overwriting"
+            ));
         } else {
             labels.insert(key, value);
         }

@@ -4,8 +4,7 @@
 //!  %pre (host) → bootstrap → applications → %files from stages → %setup (host) → %files → %post → metadata → %test → pack
 //! ```
 //!
-//! All of it runs as root of a user namespace, in the processes that [`keeper`] draws. What is not a definition, an image or
-//! an address, becomes one of two lines.
+//! All of it runs as root of a user namespace, in the processes that [`keeper`] draws.
 
 mod apps;
 pub mod bootstrap;
@@ -43,6 +42,9 @@ use room::Room;
 pub use sections::Write;
 use steps::Steps;
 use tree::Tree;
+
+/// Permission bits that files of an image lack, whatever the caller's mask is: others shall be able to run it.
+const UMASK: u32 = 0o022;
 
 /// A part of a definition that `--section` names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -134,13 +136,13 @@ struct Made {
     key: Option<String>,
 }
 
-/// Builds a definition. The directories of `room` are gone afterwards.
+/// Builds a definition in `room`. What `left` names of it is gone afterwards.
 ///
 /// # Errors
 /// Naming the section that failed, or what cannot be read or written; then a target that was there stays as it was.
 pub fn build(def: &Def, settings: &Settings, room: &Room, left: &[PathBuf]) -> Result<u8> {
     keeper::run(&settings.ids.map(&settings.host), left, || {
-        // Programs of the build make files that others can read, whatever the caller's mask is.
+        rustix::process::umask(rustix::fs::Mode::from_raw_mode(UMASK));
         pipeline(def, settings, room)?;
         Ok(exit::OK)
     })
@@ -158,12 +160,23 @@ fn pipeline(def: &Def, settings: &Settings, room: &Room) -> Result<()> {
             _ => room.temporary.join(format!("rootfs{number}")),
         };
         let mut record = Owners::default();
-        let mut work = Work { stage, settings, room: &room.temporary, root: &root, made: &made, record: &mut record };
+        let mut work = Work {
+            stage,
+            settings,
+            room: &room.temporary,
+            root: &root,
+            made: &made,
+            record: &mut record,
+        };
         let key = work.run(&whole).context(what)?;
         if last {
             finish(&root, &whole, settings, room, &record).context(what)?;
         }
-        made.push(Made { name: stage.name().map(str::to_owned), root, key });
+        made.push(Made {
+            name: stage.name().map(str::to_owned),
+            root,
+            key,
+        });
     }
     Ok(())
 }
@@ -206,7 +219,8 @@ impl Work<'_> {
 
     /// Makes the root file system, from kept steps as far as there are.
     fn create(&mut self) -> Result<Option<String>> {
-        std::fs::create_dir(self.root).with_context(|| format!("cannot create {}", self.root.display()))?;
+        std::fs::create_dir(self.root)
+            .with_context(|| format!("cannot create {}", self.root.display()))?;
         set_mode(self.root, 0o755)?;
         let base = bootstrap::prepare(self.stage, self.room, self.settings)?;
         let base_key = base.key.clone();
@@ -215,11 +229,15 @@ impl Work<'_> {
         if let (Some(steps), Some(key)) = (steps, &key)
             && let Some(file) = steps.find(key)
         {
-            say::info(format_args!("Using the kept result of %post (--disable-cache runs it again)"));
+            say::info(format_args!(
+                "Using the kept result of %post (--disable-cache runs it again)"
+            ));
             match self.restore(&file) {
                 Ok(()) => return Ok(Some(key.clone())),
                 Err(error) => {
-                    say::warn(format_args!("a kept step is damaged, and is made again: {error:#}"));
+                    say::warn(format_args!(
+                        "a kept step is damaged, and is made again: {error:#}"
+                    ));
                     let _ = std::fs::remove_file(&file);
                     std::fs::remove_dir_all(self.root)?;
                     std::fs::create_dir(self.root)?;
@@ -241,23 +259,39 @@ impl Work<'_> {
 
     /// Whether there is a section whose result is worth to be kept.
     fn is_work(&self) -> bool {
-        let installs = self.stage.apps.iter().any(|app| !app.install.trim().is_empty());
+        let installs = self
+            .stage
+            .apps
+            .iter()
+            .any(|app| !app.install.trim().is_empty());
         self.settings.wants(Part::Post) && (!self.stage.post.is_empty() || installs)
     }
 
     fn restore(&mut self, file: &Path) -> Result<()> {
         let len = std::fs::metadata(file)?.len();
-        unpack::squashfs(file, 0, len, self.root, &mut bootstrap::owners(self.settings.ids, self.record))
+        unpack::squashfs(
+            file,
+            0,
+            len,
+            self.root,
+            &mut bootstrap::owners(self.settings.ids, self.record),
+        )
     }
 
     /// The base, from a kept step where making it is costly.
     fn unpack(&mut self, base: bootstrap::Base, key: Option<&str>) -> Result<()> {
-        let steps = self.settings.steps.as_ref().filter(|_| base.kind.is_costly());
+        let steps = self
+            .settings
+            .steps
+            .as_ref()
+            .filter(|_| base.kind.is_costly());
         let key = key.map(|key| format!("capsid base 1 {key}"));
         if let (Some(steps), Some(key)) = (steps, &key)
             && let Some(file) = steps.find(key)
         {
-            say::info(format_args!("Using the kept base of today (--disable-cache makes it again)"));
+            say::info(format_args!(
+                "Using the kept base of today (--disable-cache makes it again)"
+            ));
             return self.restore(&file);
         }
         bootstrap::unpack(base, self.root, self.room, self.settings, self.record)?;
@@ -295,7 +329,8 @@ impl Work<'_> {
     /// binds, a directory as the base.
     fn key(&self, base: Option<&str>) -> Result<Option<String>> {
         let (stage, settings) = (self.stage, self.settings);
-        let unknown = !stage.setup.is_empty() || !settings.binds.is_empty() || !settings.gpu.is_empty();
+        let unknown =
+            !stage.setup.is_empty() || !settings.binds.is_empty() || !settings.gpu.is_empty();
         let (Some(base), false, Some(_)) = (base, unknown, &settings.steps) else {
             return Ok(None);
         };
@@ -328,7 +363,8 @@ fn set_mode(path: &Path, mode: u32) -> Result<()> {
 /// Gives the owner the right to read and write everything, and to enter directories.
 fn fix_permissions(path: &Path) -> Result<()> {
     use std::os::unix::fs::MetadataExt as _;
-    let meta = std::fs::symlink_metadata(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let meta = std::fs::symlink_metadata(path)
+        .with_context(|| format!("cannot read {}", path.display()))?;
     if meta.is_symlink() {
         return Ok(());
     }
@@ -337,7 +373,9 @@ fn fix_permissions(path: &Path) -> Result<()> {
         set_mode(path, wanted)?;
     }
     if meta.is_dir() {
-        for entry in std::fs::read_dir(path).with_context(|| format!("cannot list {}", path.display()))? {
+        for entry in
+            std::fs::read_dir(path).with_context(|| format!("cannot list {}", path.display()))?
+        {
             fix_permissions(&entry?.path())?;
         }
     }
@@ -345,7 +383,13 @@ fn fix_permissions(path: &Path) -> Result<()> {
 }
 
 /// Packs the last stage, or puts it in its place.
-fn finish(root: &Path, whole_text: &str, settings: &Settings, room: &Room, record: &Owners) -> Result<()> {
+fn finish(
+    root: &Path,
+    whole_text: &str,
+    settings: &Settings,
+    room: &Room,
+    record: &Owners,
+) -> Result<()> {
     match settings.form {
         Form::Update => return Ok(()),
         Form::Sandbox => {
@@ -356,18 +400,38 @@ fn finish(root: &Path, whole_text: &str, settings: &Settings, room: &Room, recor
     }
     say::info(format_args!("Creating SIF file..."));
     let draft = room.beside.join("image.sif");
-    let identity = if settings.reproducible { [0; 16] } else { uuid::Uuid::new_v4().into_bytes() };
-    let stamp = Stamp { time_s: settings.time_s, identity };
+    let identity = if settings.reproducible {
+        [0; 16]
+    } else {
+        uuid::Uuid::new_v4().into_bytes()
+    };
+    let stamp = Stamp {
+        time_s: settings.time_s,
+        identity,
+    };
     let summary = (settings.describe)(root)?;
     // Packing starts threads.
     let packed = keeper::in_child(|| {
         let mut parts = pack::Parts::new(whole_text, settings.arch, stamp);
-        parts.objects.push((DataType::GenericJson, "inspect-metadata.json".into(), Content::Bytes(summary)));
+        parts.objects.push((
+            DataType::GenericJson,
+            "inspect-metadata.json".into(),
+            Content::Bytes(summary),
+        ));
         parts.options = settings.options;
         pack::image(&draft, parts, |writer| {
             const NOBODY: u32 = 65534;
-            let known = |id| if id == NOBODY && !settings.host_has_nobody() { 0 } else { id };
-            let scan = Scan { owner: &|uid, gid| (known(uid), known(gid)), ..Scan::default() };
+            let known = |id| {
+                if id == NOBODY && !settings.host_has_nobody() {
+                    0
+                } else {
+                    id
+                }
+            };
+            let scan = Scan {
+                owner: &|uid, gid| (known(uid), known(gid)),
+                ..Scan::default()
+            };
             let mut tree = squash::scan(root, writer, &scan)?;
             owners::amend(&mut tree, root, record)?;
             Ok(tree)

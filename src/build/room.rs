@@ -35,18 +35,26 @@ impl Room {
             .ok_or_else(|| anyhow!("{} cannot be the name of an image", target.display()))?;
         // A long name leaves no room for more.
         let mut hidden = std::ffi::OsString::from(".");
-        hidden.push(std::ffi::OsStr::from_bytes(&name.as_bytes()[..name.len().min(100)]));
+        hidden.push(std::ffi::OsStr::from_bytes(
+            &name.as_bytes()[..name.len().min(100)],
+        ));
         hidden.push(format!(".{id}"));
         let room = Room {
             temporary: temporary.join(format!("capsid-build.{id}")),
             beside: parent.join(hidden),
         };
         make(&room.temporary).with_context(|| {
-            format!("{} is the directory for temporary files (--tmpdir, APPTAINER_TMPDIR)", temporary.display())
+            format!(
+                "{} is the directory for temporary files (--tmpdir, APPTAINER_TMPDIR)",
+                temporary.display()
+            )
         })?;
         if let Err(error) = make(&room.beside) {
             let _ = fs::remove_dir(&room.temporary);
-            return Err(error.context(format!("the image cannot be written to {}", parent.display())));
+            return Err(error.context(format!(
+                "the image cannot be written to {}",
+                parent.display()
+            )));
         }
         Ok(room)
     }
@@ -66,8 +74,12 @@ fn make(path: &Path) -> Result<()> {
 
 /// Programs of the root file system must run from there.
 fn check_mount(directory: &Path) -> Result<()> {
-    let stat = rustix::fs::statvfs(directory)
-        .with_context(|| format!("cannot use {} for temporary files (--tmpdir, APPTAINER_TMPDIR)", directory.display()))?;
+    let stat = rustix::fs::statvfs(directory).with_context(|| {
+        format!(
+            "cannot use {} for temporary files (--tmpdir, APPTAINER_TMPDIR)",
+            directory.display()
+        )
+    })?;
     if stat.f_flag.contains(StatVfsMountFlags::NOEXEC) {
         bail!(
             "'noexec' mount option set on {}, temporary root filesystem won't be usable at this location: choose another with --tmpdir",

@@ -32,18 +32,25 @@ impl Steps {
     pub fn open(cache: &Path) -> Option<Steps> {
         use std::os::unix::fs::DirBuilderExt as _;
         let directory = cache.join("build");
-        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(&directory);
+        let made = fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&directory);
         match made {
             Ok(()) => Some(Steps { directory }),
             Err(error) => {
-                say::verbose(format_args!("steps are not kept: cannot create {}: {error}", directory.display()));
+                say::verbose(format_args!(
+                    "steps are not kept: cannot create {}: {error}",
+                    directory.display()
+                ));
                 None
             }
         }
     }
 
     fn place(&self, key: &str) -> PathBuf {
-        self.directory.join(format!("{}.squashfs", Digest::of(key.as_bytes()).hex()))
+        self.directory
+            .join(format!("{}.squashfs", Digest::of(key.as_bytes()).hex()))
     }
 
     /// The file of a step, if it is kept: it counts as used now.
@@ -66,8 +73,15 @@ impl Steps {
         let draft = self.directory.join(format!(".{}", uuid::Uuid::new_v4()));
         // Packing starts threads, and this process has to fork later.
         let packed = keeper::in_child(|| {
-            let out = File::options().read(true).write(true).create_new(true).open(&draft)?;
-            let options = Options { compression: Compression::Zstd { level: 1 }, ..Options::default() };
+            let out = File::options()
+                .read(true)
+                .write(true)
+                .create_new(true)
+                .open(&draft)?;
+            let options = Options {
+                compression: Compression::Zstd { level: 1 },
+                ..Options::default()
+            };
             let mut writer = Writer::new(out, &options)?;
             let mut tree = squash::scan(root, &mut writer, &Scan::default())?;
             owners::amend(&mut tree, root, record)?;
@@ -81,7 +95,9 @@ impl Steps {
 
     /// Removes what is beyond the limit, and what killed builds have left.
     fn prune(&self) {
-        let Ok(entries) = fs::read_dir(&self.directory) else { return };
+        let Ok(entries) = fs::read_dir(&self.directory) else {
+            return;
+        };
         let mut kept = Vec::new();
         for entry in entries.flatten() {
             let Ok(meta) = entry.metadata() else { continue };

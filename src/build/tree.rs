@@ -30,7 +30,10 @@ impl Tree {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let root = rustix::fs::open(path, flags, Mode::empty())
             .with_context(|| format!("cannot open {}", path.display()))?;
-        Ok(Tree { root, path: path.to_owned() })
+        Ok(Tree {
+            root,
+            path: path.to_owned(),
+        })
     }
 
     /// Its path on the host.
@@ -54,7 +57,8 @@ impl Tree {
 
     /// Whether a path leads to a directory.
     pub fn is_directory(&self, path: &Path) -> bool {
-        self.stat(path).is_some_and(|s| FileType::from_raw_mode(s.st_mode).is_dir())
+        self.stat(path)
+            .is_some_and(|s| FileType::from_raw_mode(s.st_mode).is_dir())
     }
 
     /// A directory of the tree, made where it is missing, mode 0755.
@@ -69,7 +73,8 @@ impl Tree {
                 match rustix::fs::mkdirat(&parent, &name, Mode::from_raw_mode(0o755)) {
                     // A link that leads to nothing: what it names is made.
                     Err(Errno::EXIST) => {
-                        let link = rustix::fs::readlinkat(&parent, &name, Vec::new()).with_context(what)?;
+                        let link = rustix::fs::readlinkat(&parent, &name, Vec::new())
+                            .with_context(what)?;
                         let link = PathBuf::from(OsStr::from_bytes(link.to_bytes()));
                         let target = path.parent().unwrap_or(Path::new("/")).join(link);
                         if target == path || target.as_os_str().len() > 4096 {
@@ -79,8 +84,10 @@ impl Tree {
                     }
                     other => other.with_context(what)?,
                 }
-                rustix::fs::chmodat(&parent, &name, Mode::from_raw_mode(0o755), AtFlags::empty()).with_context(what)?;
-                self.open_at(path, OFlags::RDONLY | OFlags::DIRECTORY).with_context(what)
+                rustix::fs::chmodat(&parent, &name, Mode::from_raw_mode(0o755), AtFlags::empty())
+                    .with_context(what)?;
+                self.open_at(path, OFlags::RDONLY | OFlags::DIRECTORY)
+                    .with_context(what)
             }
             other => other.with_context(what),
         }
@@ -134,7 +141,10 @@ impl Tree {
     /// Removes a file, if there is one.
     pub fn remove(&self, path: &Path) {
         if let Some(name) = path.file_name()
-            && let Ok(parent) = self.open_at(path.parent().unwrap_or(Path::new("/")), OFlags::PATH | OFlags::DIRECTORY)
+            && let Ok(parent) = self.open_at(
+                path.parent().unwrap_or(Path::new("/")),
+                OFlags::PATH | OFlags::DIRECTORY,
+            )
         {
             let _ = rustix::fs::unlinkat(&parent, name, AtFlags::empty());
         }
@@ -177,17 +187,38 @@ pub fn names(directory: BorrowedFd) -> std::io::Result<Vec<OsString>> {
 ///
 /// # Errors
 /// As `utimensat(2)`.
-pub fn set_time(parent: &impl AsFd, name: &OsStr, seconds: i64, nanoseconds: i64) -> std::io::Result<()> {
-    let time = Timespec { tv_sec: seconds, tv_nsec: nanoseconds as _ };
-    let times = Timestamps { last_access: time, last_modification: time };
-    Ok(rustix::fs::utimensat(parent, name, &times, AtFlags::SYMLINK_NOFOLLOW)?)
+pub fn set_time(
+    parent: &impl AsFd,
+    name: &OsStr,
+    seconds: i64,
+    nanoseconds: i64,
+) -> std::io::Result<()> {
+    let time = Timespec {
+        tv_sec: seconds,
+        tv_nsec: nanoseconds as _,
+    };
+    let times = Timestamps {
+        last_access: time,
+        last_modification: time,
+    };
+    Ok(rustix::fs::utimensat(
+        parent,
+        name,
+        &times,
+        AtFlags::SYMLINK_NOFOLLOW,
+    )?)
 }
 
 /// Sets an extended attribute of an open file. Those that the file system or the namespace does not take are left out.
 ///
 /// # Errors
 /// As `fsetxattr(2)`, for `user.` and `security.capability`.
-pub fn set_xattr(parent: &impl AsFd, name: &OsStr, key: &OsStr, value: &[u8]) -> std::io::Result<()> {
+pub fn set_xattr(
+    parent: &impl AsFd,
+    name: &OsStr,
+    key: &OsStr,
+    value: &[u8],
+) -> std::io::Result<()> {
     // There is no lsetxattrat(2): the name is reached through the directory's descriptor.
     let path = format!("/proc/self/fd/{}", parent.as_fd().as_raw_fd());
     let path = Path::new(&path).join(name);

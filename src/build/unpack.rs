@@ -29,7 +29,13 @@ pub enum Owners<'a> {
 ///
 /// # Errors
 /// Naming the file of the image that cannot be read or written.
-pub fn squashfs(file: &Path, offset_bytes: u64, len_bytes: u64, to: &Path, owners: &mut Owners) -> Result<()> {
+pub fn squashfs(
+    file: &Path,
+    offset_bytes: u64,
+    len_bytes: u64,
+    to: &Path,
+    owners: &mut Owners,
+) -> Result<()> {
     let what = || format!("cannot unpack {}", file.display());
     let open = || -> Result<Archive> {
         let open = File::open(file)?;
@@ -53,7 +59,13 @@ pub fn squashfs(file: &Path, offset_bytes: u64, len_bytes: u64, to: &Path, owner
 }
 
 /// Notes the owners of a file and of all below it, where they are not root's.
-fn note(archive: &Archive, at: InodeRef, directory: &OwnedFd, name: &OsStr, record: &mut emulate::Owners) -> Result<()> {
+fn note(
+    archive: &Archive,
+    at: InodeRef,
+    directory: &OwnedFd,
+    name: &OsStr,
+    record: &mut emulate::Owners,
+) -> Result<()> {
     let inode = archive.inode(at)?;
     let is_directory = inode.kind == Kind::Dir;
     if !is_directory && (inode.uid, inode.gid) == (0, 0) {
@@ -67,8 +79,14 @@ fn note(archive: &Archive, at: InodeRef, directory: &OwnedFd, name: &OsStr, reco
         Err(error) => return Err(error.into()),
     };
     if (inode.uid, inode.gid) != (0, 0) {
-        let owner = emulate::Owner { uid: inode.uid, gid: inode.gid, device: None };
-        record.set(fd.as_fd(), owner).context("cannot note an owner")?;
+        let owner = emulate::Owner {
+            uid: inode.uid,
+            gid: inode.gid,
+            device: None,
+        };
+        record
+            .set(fd.as_fd(), owner)
+            .context("cannot note an owner")?;
     }
     if is_directory {
         let mut entries: Vec<(OsString, InodeRef)> = Vec::new();

@@ -49,7 +49,12 @@ pub struct BuildArgs {
     pub fix_perms: bool,
 
     /// Run only these sections: setup, post, files, environment, test, labels, none
-    #[arg(long, value_name = "LIST", value_delimiter = ',', help_heading = "Definition")]
+    #[arg(
+        long,
+        value_name = "LIST",
+        value_delimiter = ',',
+        help_heading = "Definition"
+    )]
     pub section: Vec<String>,
     /// Do not run %test
     #[arg(short = 'T', long, help_heading = "Definition")]
@@ -93,7 +98,11 @@ pub struct BuildArgs {
     #[arg(long = "arch", value_name = "ARCH", help_heading = "Sources")]
     pub build_arch: Option<String>,
     /// Variant of the architecture, as in v7
-    #[arg(long = "arch-variant", value_name = "VARIANT", help_heading = "Sources")]
+    #[arg(
+        long = "arch-variant",
+        value_name = "VARIANT",
+        help_heading = "Sources"
+    )]
     pub build_arch_variant: Option<String>,
     /// Keep no steps, and use none
     #[arg(long, visible_alias = "no-cache", help_heading = "Sources")]
@@ -154,16 +163,31 @@ impl BuildArgs {
             (self.passphrase, "--passphrase", encryption),
             (self.pem_path.is_some(), "--pem-path", encryption),
             (self.nvccli, "--nvccli", "use --nv"),
-            (self.data, "--data", "build a SIF, and bind it with image-src"),
-            (self.compat32, "--compat32", "32-bit identity is not needed here: leave it out"),
-            (self.buildkit_host.is_some(), "--buildkit-host", "build with podman or buildah, and use an oci-archive"),
+            (
+                self.data,
+                "--data",
+                "build a SIF, and bind it with image-src",
+            ),
+            (
+                self.compat32,
+                "--compat32",
+                "32-bit identity is not needed here: leave it out",
+            ),
+            (
+                self.buildkit_host.is_some(),
+                "--buildkit-host",
+                "build with podman or buildah, and use an oci-archive",
+            ),
             (self.remote, "--remote", remote),
             (self.detached, "--detached", remote),
             (self.builder.is_some(), "--builder", remote),
             (self.oci, "--oci", oci),
             (self.keep_layers, "--keep-layers", oci),
         ];
-        cases.into_iter().find(|(given, ..)| *given).map(|(_, option, why)| (option, why))
+        cases
+            .into_iter()
+            .find(|(given, ..)| *given)
+            .map(|(_, option, why)| (option, why))
     }
 }
 
@@ -184,7 +208,8 @@ pub fn run(args: &BuildArgs, words: &[OsString], host: Host, version: &'static s
     };
     let target = target_path(target, &host)?;
     let form = form(args);
-    check_target(&target, form, args.force).context("While checking build target")?;
+    check_target(&target, &words[0].to_string_lossy(), form, args.force)
+        .context("While checking build target")?;
     let source_text = source.to_string_lossy().into_owned();
     let (def, from_text) = definition(args, source, &source_text, &host)?;
     for warning in &def.warnings {
@@ -202,7 +227,10 @@ pub fn run(args: &BuildArgs, words: &[OsString], host: Host, version: &'static s
     let left: &[PathBuf] = if args.no_cleanup { &left[1..] } else { &left };
     let status = build::build(&def, &settings, &room, left);
     if args.no_cleanup {
-        say::info(format_args!("Temporary files are left in {} (--no-cleanup)", room.temporary.display()));
+        say::info(format_args!(
+            "Temporary files are left in {} (--no-cleanup)",
+            room.temporary.display()
+        ));
     }
     let status = status?;
     if status == exit::OK {
@@ -225,7 +253,9 @@ fn target_path(target: &OsString, host: &Host) -> Result<PathBuf> {
         bail!("the name of the image to be made is empty");
     }
     if let Some((scheme, _)) = target.to_str().and_then(|t| t.split_once("://")) {
-        bail!("build target {target:?}: an image is built into a file, and pushed afterwards ({scheme}:// is no file)");
+        bail!(
+            "build target {target:?}: an image is built into a file, and pushed afterwards ({scheme}:// is no file)"
+        );
     }
     Ok(normalise(&host.cwd.join(target)))
 }
@@ -238,8 +268,7 @@ fn form(args: &BuildArgs) -> Form {
     }
 }
 
-fn check_target(target: &Path, form: Form, force: bool) -> Result<()> {
-    let shown = target.display();
+fn check_target(target: &Path, shown: &str, form: Form, force: bool) -> Result<()> {
     let meta = match std::fs::symlink_metadata(target) {
         Ok(meta) => meta,
         Err(_) if form == Form::Update => bail!("--update: there is no sandbox {shown}"),
@@ -249,9 +278,13 @@ fn check_target(target: &Path, form: Form, force: bool) -> Result<()> {
     match form {
         Form::Update if sandbox => Ok(()),
         Form::Update => bail!("--update: {shown} is no sandbox (it has no .singularity.d)"),
-        _ if !force => bail!("build target '{shown}' already exists. Use --force if you want to overwrite it"),
+        _ if !force => {
+            bail!("build target '{shown}' already exists. Use --force if you want to overwrite it")
+        }
         Form::Sif if meta.is_dir() => {
-            bail!("build target '{shown}' is a directory: remove it, or use --sandbox to make a directory")
+            bail!(
+                "build target '{shown}' is a directory: remove it, or use --sandbox to make a directory"
+            )
         }
         Form::Sandbox if meta.is_dir() && !sandbox && !is_empty(target) => {
             bail!("build target '{shown}' is a directory that is no sandbox: it is not overwritten")
@@ -274,9 +307,9 @@ fn definition(args: &BuildArgs, source: &OsStr, text: &str, host: &Host) -> Resu
     {
         return Ok((two_lines(&agent, &from)?, Origin::Image));
     }
-    let meta = there.map_err(|error| {
-        anyhow!("unable to open file {text}: open {text}: {}", plain(&error))
-    }).with_context(what)?;
+    let meta = there
+        .map_err(|error| anyhow!("unable to open file {text}: open {text}: {}", plain(&error)))
+        .with_context(what)?;
     if meta.is_dir() || looks_like_image(&path).with_context(what)? {
         image::open(&path).with_context(what)?;
         return Ok((two_lines("localimage", text)?, Origin::Image));
@@ -285,10 +318,16 @@ fn definition(args: &BuildArgs, source: &OsStr, text: &str, host: &Host) -> Resu
     let parsed = if args.json {
         deffile::parse_json(text, &bytes)
     } else {
-        let unused = if args.warn_unused_build_args { Unused::Warn } else { Unused::Refuse };
+        let unused = if args.warn_unused_build_args {
+            Unused::Warn
+        } else {
+            Unused::Refuse
+        };
         deffile::parse(text, &bytes, &build_args(args, host)?, unused)
     };
-    let def = parsed.context("while parsing definition").with_context(what)?;
+    let def = parsed
+        .context("while parsing definition")
+        .with_context(what)?;
     Ok((def, Origin::Definition))
 }
 
@@ -296,11 +335,14 @@ fn definition(args: &BuildArgs, source: &OsStr, text: &str, host: &Host) -> Resu
 fn address(text: &str) -> Option<(String, String)> {
     let (scheme, rest) = text.split_once(':')?;
     match scheme {
-        "docker" | "library" | "oras" | "shub" => Some((scheme.into(), rest.strip_prefix("//")?.into())),
-        "http" | "https" => Some((scheme.into(), rest.strip_prefix("//")?.into())),
-        "docker-daemon" | "docker-archive" | "oci" | "oci-archive" => {
-            Some((scheme.into(), rest.strip_prefix("//").unwrap_or(rest).into()))
+        "docker" | "library" | "oras" | "shub" => {
+            Some((scheme.into(), rest.strip_prefix("//")?.into()))
         }
+        "http" | "https" => Some((scheme.into(), rest.strip_prefix("//")?.into())),
+        "docker-daemon" | "docker-archive" | "oci" | "oci-archive" => Some((
+            scheme.into(),
+            rest.strip_prefix("//").unwrap_or(rest).into(),
+        )),
         "instance" => Some(("localimage".into(), text.into())),
         _ => None,
     }
@@ -317,14 +359,21 @@ fn two_lines(agent: &str, from: &str) -> Result<Def> {
     };
     stage.header.insert("bootstrap".into(), agent.into());
     stage.header.insert("from".into(), from.into());
-    Ok(Def { stages: vec![stage], warnings: Vec::new() })
+    Ok(Def {
+        stages: vec![stage],
+        warnings: Vec::new(),
+    })
 }
 
 /// Whether a file begins as no text does.
 fn looks_like_image(path: &Path) -> Result<bool> {
     let mut head = Vec::new();
-    std::fs::File::open(path)?.take(512).read_to_end(&mut head)?;
-    Ok(head.contains(&0) || head.starts_with(b"hsqs") || head.starts_with(b"#!/usr/bin/env run-singularity"))
+    std::fs::File::open(path)?
+        .take(512)
+        .read_to_end(&mut head)?;
+    Ok(head.contains(&0)
+        || head.starts_with(b"hsqs")
+        || head.starts_with(b"#!/usr/bin/env run-singularity"))
 }
 
 fn read(path: &Path) -> Result<Vec<u8>> {
@@ -332,7 +381,10 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     file.take(deffile::MAX_LEN + 1).read_to_end(&mut bytes)?;
     if bytes.len() as u64 > deffile::MAX_LEN {
-        bail!("larger than {} MiB: this is no definition", deffile::MAX_LEN >> 20);
+        bail!(
+            "larger than {} MiB: this is no definition",
+            deffile::MAX_LEN >> 20
+        );
     }
     Ok(bytes)
 }
@@ -340,7 +392,10 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 /// The system's words without Rust's "(os error N)".
 fn plain(error: &std::io::Error) -> String {
     let text = error.to_string();
-    text.split(" (os error").next().unwrap_or_default().to_lowercase()
+    text.split(" (os error")
+        .next()
+        .unwrap_or_default()
+        .to_lowercase()
 }
 
 /// Build arguments: those of files first, as those of the command line beat them.
@@ -349,8 +404,10 @@ fn build_args(args: &BuildArgs, host: &Host) -> Result<Vec<(String, String)>> {
     for file in &args.build_arg_file {
         let path = host.cwd.join(file);
         let shown = file.display().to_string();
-        let bytes = read(&path).with_context(|| format!("cannot read {shown} (--build-arg-file)"))?;
-        let text = String::from_utf8(bytes).map_err(|_| anyhow!("{shown}: not UTF-8 (--build-arg-file)"))?;
+        let bytes =
+            read(&path).with_context(|| format!("cannot read {shown} (--build-arg-file)"))?;
+        let text = String::from_utf8(bytes)
+            .map_err(|_| anyhow!("{shown}: not UTF-8 (--build-arg-file)"))?;
         pairs.extend(deffile::template::pairs(&shown, &text)?);
     }
     for text in &args.build_arg {
@@ -376,11 +433,24 @@ fn settings(
     let epoch = epoch(&host)?;
     let time_s = epoch.unwrap_or(if args.reproducible { 0 } else { now_s });
     let reproducible = args.reproducible || epoch.is_some();
-    let subordinate = if args.ignore_subuid { Subordinate::Ignore } else { Subordinate::Use };
+    let subordinate = if args.ignore_subuid {
+        Subordinate::Ignore
+    } else {
+        Subordinate::Use
+    };
     // Without a definition a directory belongs to who makes it, as the peers have it, and can be removed by them.
     let own = origin == Origin::Image && form == Form::Sandbox && !args.fakeroot && host.uid != 0;
-    let ids = if own { Ids::Single } else { Ids::choose(&host, subordinate) };
-    let steps = if args.disable_cache || def.stages.iter().all(|s| s.post.is_empty() && s.apps.is_empty() && !is_tool(s)) {
+    let ids = if own {
+        Ids::Single
+    } else {
+        Ids::choose(&host, subordinate)
+    };
+    let steps = if args.disable_cache
+        || def
+            .stages
+            .iter()
+            .all(|s| s.post.is_empty() && s.apps.is_empty() && !is_tool(s))
+    {
         None
     } else {
         cache_directory(&host).and_then(|directory| Steps::open(&directory))
@@ -392,12 +462,22 @@ fn settings(
     for text in &args.mount {
         binds.push(bind::parse_mount(text).context("While setting bind mount configuration")?);
     }
-    if let Some(bind) = binds.iter().find(|b| b.image_src.is_some() || b.id.is_some()) {
-        bail!("--bind {}: images cannot be bound while building: unpack it, or use Bootstrap: localimage and %files from", bind.source.display());
+    if let Some(bind) = binds
+        .iter()
+        .find(|b| b.image_src.is_some() || b.id.is_some())
+    {
+        bail!(
+            "--bind {}: images cannot be bound while building: unpack it, or use Bootstrap: localimage and %files from",
+            bind.source.display()
+        );
     }
     Ok(Settings {
         arch,
-        platform: Platform { architecture: arch.into(), os: "linux".into(), variant: args.build_arch_variant.clone() },
+        platform: Platform {
+            architecture: arch.into(),
+            os: "linux".into(),
+            variant: args.build_arch_variant.clone(),
+        },
         target,
         form,
         force: args.force,
@@ -405,7 +485,11 @@ fn settings(
         fix_perms: args.fix_perms,
         binds,
         gpu: gpu::find(args.nv, args.rocm),
-        test_root: if args.writable_tmpfs { Write::Tmpfs } else { Write::Nothing },
+        test_root: if args.writable_tmpfs {
+            Write::Tmpfs
+        } else {
+            Write::Nothing
+        },
         ids,
         time_s,
         now_s,
@@ -413,19 +497,23 @@ fn settings(
         options: options(args, reproducible.then_some(time_s))?,
         steps,
         version,
-        describe: |root| super::inspect::describe(root),
+        describe: super::inspect::describe,
         host,
     })
 }
 
 fn is_tool(stage: &deffile::Stage) -> bool {
-    let agent = stage.key("bootstrap").unwrap_or_default().to_ascii_lowercase();
+    let agent = stage
+        .key("bootstrap")
+        .unwrap_or_default()
+        .to_ascii_lowercase();
     ["debootstrap", "yum", "dnf", "zypper", "arch"].contains(&agent.as_str())
 }
 
 fn known_arch(name: &str) -> Result<&'static str> {
     const KNOWN: [&str; 13] = [
-        "386", "amd64", "arm", "arm64", "ppc64", "ppc64le", "mips", "mipsle", "mips64", "mips64le", "s390x", "riscv64", "loong64",
+        "386", "amd64", "arm", "arm64", "ppc64", "ppc64le", "mips", "mipsle", "mips64", "mips64le",
+        "s390x", "riscv64", "loong64",
     ];
     match KNOWN.iter().find(|known| **known == name) {
         Some(known) => Ok(known),
@@ -448,7 +536,11 @@ fn epoch(host: &Host) -> Result<Option<i64>> {
 /// `APPTAINER_CACHEDIR`, else the peers' place.
 fn cache_directory(host: &Host) -> Option<PathBuf> {
     let set = environment::lookup(&host.env, "CACHEDIR").map(PathBuf::from);
-    let home = || host.var("HOME").map_or_else(|| host.user.home.clone(), PathBuf::from).join(".apptainer/cache");
+    let home = || {
+        host.var("HOME")
+            .map_or_else(|| host.user.home.clone(), PathBuf::from)
+            .join(".apptainer/cache")
+    };
     Some(set.unwrap_or_else(home)).filter(|path| path.is_absolute())
 }
 
@@ -473,7 +565,10 @@ fn parts(args: &BuildArgs) -> Result<Vec<Part>> {
         for name in names {
             match ALL.iter().find(|(known, _)| *known == name) {
                 Some((_, part)) => parts.push(*part),
-                None => bail!("--section {name:?}: known ones are all, none, {}", ALL.map(|(n, _)| n).join(", ")),
+                None => bail!(
+                    "--section {name:?}: known ones are all, none, {}",
+                    ALL.map(|(n, _)| n).join(", ")
+                ),
             }
         }
     }
@@ -515,7 +610,11 @@ fn mksquashfs(text: &str, options: &mut Options) -> Result<()> {
     let mut words = words.iter();
     let (mut name, mut level) = (None, None);
     while let Some(word) = words.next() {
-        let mut value = || words.next().with_context(|| format!("{word} needs a value"));
+        let mut value = || {
+            words
+                .next()
+                .with_context(|| format!("{word} needs a value"))
+        };
         match word.as_str() {
             "-comp" => name = Some(value()?.clone()),
             "-Xcompression-level" => level = Some(value()?.clone()),

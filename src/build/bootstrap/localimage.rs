@@ -38,7 +38,10 @@ pub fn file(path: &Path, settings: &Settings) -> Result<Base> {
     let image = image::open(path)?;
     image::check_arch(image.facts().arch.as_deref(), settings.arch)?;
     match image.root() {
-        Root::Directory(path) => Ok(Base { kind: Kind::Directory(path), key: None }),
+        Root::Directory(path) => Ok(Base {
+            kind: Kind::Directory(path),
+            key: None,
+        }),
         Root::Squashfs { file, .. } => {
             let what = || format!("cannot read {}", file.display());
             let key = match &settings.steps {
@@ -49,7 +52,10 @@ pub fn file(path: &Path, settings: &Settings) -> Result<Base> {
                     Some(hashing.finish().0.to_string())
                 }
             };
-            Ok(Base { kind: Kind::File(file), key })
+            Ok(Base {
+                kind: Kind::File(file),
+                key,
+            })
         }
         Root::Ext { file, .. } => bail!(
             "{}: an ext file system cannot be a base: use a SIF, a squashfs or a directory",
@@ -65,9 +71,11 @@ pub fn file(path: &Path, settings: &Settings) -> Result<Base> {
 pub fn unpack(path: &Path, root: &Path, owners: &mut Owners) -> Result<()> {
     say::info(format_args!("Extracting local image..."));
     match image::open(path)?.root() {
-        Root::Squashfs { file, offset_bytes, len_bytes } => {
-            unpack::squashfs(&file, offset_bytes, len_bytes, root, owners)
-        }
+        Root::Squashfs {
+            file,
+            offset_bytes,
+            len_bytes,
+        } => unpack::squashfs(&file, offset_bytes, len_bytes, root, owners),
         _ => bail!("{} has changed meanwhile", path.display()),
     }
 }

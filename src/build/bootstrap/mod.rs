@@ -54,17 +54,29 @@ impl Kind {
 /// # Errors
 /// Naming the header line that is missing or wrong, or what cannot be fetched.
 pub fn prepare(stage: &Stage, room: &Path, settings: &Settings) -> Result<Base> {
-    let agent = stage.key("bootstrap").unwrap_or_default().to_ascii_lowercase();
+    let agent = stage
+        .key("bootstrap")
+        .unwrap_or_default()
+        .to_ascii_lowercase();
     match agent.as_str() {
-        "scratch" => Ok(Base { kind: Kind::Scratch, key: Some("scratch".into()) }),
+        "scratch" => Ok(Base {
+            kind: Kind::Scratch,
+            key: Some("scratch".into()),
+        }),
         "localimage" => localimage::prepare(from(stage, &agent)?, settings),
         "docker" | "oci" | "oci-archive" | "docker-archive" | "docker-daemon" => {
             oci::prepare(&agent, from(stage, &agent)?, stage, room, settings)
         }
-        "library" | "oras" | "http" | "https" => remote::prepare(&agent, from(stage, &agent)?, stage, settings),
+        "library" | "oras" | "http" | "https" => {
+            remote::prepare(&agent, from(stage, &agent)?, stage, settings)
+        }
         "busybox" => busybox::prepare(stage, settings),
-        "debootstrap" | "yum" | "dnf" | "zypper" | "arch" => tools::prepare(&agent, stage, settings),
-        "shub" => bail!("Bootstrap: shub: the service has ended: use a docker, library or oras image"),
+        "debootstrap" | "yum" | "dnf" | "zypper" | "arch" => {
+            tools::prepare(&agent, stage, settings)
+        }
+        "shub" => {
+            bail!("Bootstrap: shub: the service has ended: use a docker, library or oras image")
+        }
         "buildkit" | "dockerfile" => bail!(
             "Bootstrap: {agent} is not supported: build the image with podman or buildah, save it, and use Bootstrap: oci-archive"
         ),
@@ -86,7 +98,13 @@ fn from<'a>(stage: &'a Stage, agent: &str) -> Result<&'a str> {
 ///
 /// # Errors
 /// Naming what cannot be read or written.
-pub fn unpack(base: Base, root: &Path, room: &Path, settings: &Settings, record: &mut emulate::Owners) -> Result<()> {
+pub fn unpack(
+    base: Base,
+    root: &Path,
+    room: &Path,
+    settings: &Settings,
+    record: &mut emulate::Owners,
+) -> Result<()> {
     match base.kind {
         Kind::Scratch => Ok(()),
         Kind::File(path) => localimage::unpack(&path, root, &mut owners(settings.ids, record)),

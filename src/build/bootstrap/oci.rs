@@ -19,19 +19,33 @@ use crate::{metadir, say};
 ///
 /// # Errors
 /// When it cannot be fetched or understood.
-pub fn prepare(agent: &str, from: &str, stage: &Stage, room: &Path, settings: &Settings) -> Result<Base> {
+pub fn prepare(
+    agent: &str,
+    from: &str,
+    stage: &Stage,
+    room: &Path,
+    settings: &Settings,
+) -> Result<Base> {
     say::info(format_args!("Fetching OCI image..."));
     let image = open(agent, from, stage, room, settings)?;
     let key = Some(image.digest.to_string());
-    let origin = Origin { bootstrap: agent.to_owned(), from: from.to_owned() };
-    Ok(Base { kind: Kind::Layers(Box::new(image), origin), key })
+    let origin = Origin {
+        bootstrap: agent.to_owned(),
+        from: from.to_owned(),
+    };
+    Ok(Base {
+        kind: Kind::Layers(Box::new(image), origin),
+        key,
+    })
 }
 
 fn open(agent: &str, from: &str, stage: &Stage, room: &Path, settings: &Settings) -> Result<Image> {
     let platform = &settings.platform;
     // What follows the last colon is a tag, unless the path itself is there.
     let (path, reference) = match from.rsplit_once(':') {
-        Some((path, tag)) if !settings.host.cwd.join(from).exists() && !tag.contains('/') => (path, Some(tag)),
+        Some((path, tag)) if !settings.host.cwd.join(from).exists() && !tag.contains('/') => {
+            (path, Some(tag))
+        }
         _ => (from, None),
     };
     let path = settings.host.cwd.join(path);
@@ -39,7 +53,9 @@ fn open(agent: &str, from: &str, stage: &Stage, room: &Path, settings: &Settings
         "oci" => oci::layout::open(&path, reference, platform),
         "oci-archive" => oci::archive::open_oci(&path, reference, platform, room),
         "docker-archive" => oci::archive::open_docker(&path, reference, platform, room),
-        "docker-daemon" => oci::archive::open_docker_daemon(from.trim_start_matches('/'), platform, room),
+        "docker-daemon" => {
+            oci::archive::open_docker_daemon(from.trim_start_matches('/'), platform, room)
+        }
         _ => registry(from, stage),
     }
 }
@@ -65,8 +81,14 @@ pub fn unpack(
         if (uid, gid) != (0, 0) {
             let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let fd = rustix::fs::openat(place.directory, place.name, flags, Mode::empty())?;
-            let owner = emulate::Owner { uid, gid, device: None };
-            record.set(fd.as_fd(), owner).context("cannot note an owner")?;
+            let owner = emulate::Owner {
+                uid,
+                gid,
+                device: None,
+            };
+            record
+                .set(fd.as_fd(), owner)
+                .context("cannot note an owner")?;
         }
         Ok(())
     };
@@ -80,5 +102,6 @@ pub fn unpack(
     metadir::write(root, &oci::config::metadata(image, origin, settings.time_s))?;
     // The stage's own definition is written later, and a registry's image was made from none.
     let definition = root.join(metadir::DIRECTORY).join("Singularity");
-    std::fs::remove_file(&definition).with_context(|| format!("cannot remove {}", definition.display()))
+    std::fs::remove_file(&definition)
+        .with_context(|| format!("cannot remove {}", definition.display()))
 }

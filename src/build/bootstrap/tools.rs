@@ -23,7 +23,9 @@ pub struct Tool {
 }
 
 fn find(names: &[&'static str], agent: &str, package: &str) -> Result<(&'static str, String)> {
-    let found = names.iter().find_map(|name| Some((*name, userns::helper(name)?)));
+    let found = names
+        .iter()
+        .find_map(|name| Some((*name, userns::helper(name)?)));
     match found {
         Some(found) => Ok(found),
         None => bail!(
@@ -43,7 +45,10 @@ fn needed<'a>(stage: &'a Stage, agent: &str, key: &str) -> Result<&'a str> {
 /// The packages of `Include`.
 fn include(stage: &Stage) -> Vec<String> {
     let text = stage.key("include").unwrap_or_default();
-    text.split([' ', '\t', ',', '\n']).filter(|w| !w.is_empty()).map(str::to_owned).collect()
+    text.split([' ', '\t', ',', '\n'])
+        .filter(|w| !w.is_empty())
+        .map(str::to_owned)
+        .collect()
 }
 
 fn owned<const N: usize>(words: [&str; N]) -> Vec<String> {
@@ -70,7 +75,10 @@ pub fn prepare(agent: &str, stage: &Stage, settings: &Settings) -> Result<Base> 
     }
     // What a mirror has changes: a base is as good as new for a day.
     let day = settings.now_s.div_euclid(86400);
-    Ok(Base { key: Some(format!("{tool:?} {day}")), kind: Kind::Tool(tool) })
+    Ok(Base {
+        key: Some(format!("{tool:?} {day}")),
+        kind: Kind::Tool(tool),
+    })
 }
 
 fn debootstrap(stage: &Stage, settings: &Settings) -> Result<Tool> {
@@ -90,7 +98,12 @@ fn debootstrap(stage: &Stage, settings: &Settings) -> Result<Tool> {
         words.push(format!("--include={include}"));
     }
     words.extend([suite, "{root}".into(), mirror]);
-    Ok(Tool { name, program, words, config: None })
+    Ok(Tool {
+        name,
+        program,
+        words,
+        config: None,
+    })
 }
 
 fn debian_arch(go: &str) -> &str {
@@ -124,19 +137,41 @@ fn yum(agent: &str, stage: &Stage) -> Result<Tool> {
     if let Some(updates) = stage.key("updateurl") {
         config.push_str(&repository("updates", updates));
     }
-    let mut words = owned(["--noplugins", "-c", "{room}/yum.conf", "--installroot", "{root}", "-y"]);
+    let mut words = owned([
+        "--noplugins",
+        "-c",
+        "{room}/yum.conf",
+        "--installroot",
+        "{root}",
+        "-y",
+    ]);
     if !version.is_empty() {
         words.push(format!("--releasever={version}"));
     }
-    let options = stage.key("setopt").unwrap_or_default().split_ascii_whitespace();
+    let options = stage
+        .key("setopt")
+        .unwrap_or_default()
+        .split_ascii_whitespace();
     words.extend(options.map(|option| format!("--setopt={option}")));
     words.extend(owned(["install", "/etc/redhat-release", "coreutils"]));
     words.extend(include(stage));
-    Ok(Tool { name, program, words, config: Some(("yum.conf", config)) })
+    Ok(Tool {
+        name,
+        program,
+        words,
+        config: Some(("yum.conf", config)),
+    })
 }
 
 fn zypper(stage: &Stage) -> Result<Tool> {
-    for key in ["product", "user", "regcode", "productpgp", "registerurl", "modules"] {
+    for key in [
+        "product",
+        "user",
+        "regcode",
+        "productpgp",
+        "registerurl",
+        "modules",
+    ] {
         if stage.key(key).is_some() {
             bail!(
                 "Bootstrap: zypper: {key}: registered SUSE products are not supported: use a MirrorURL that needs no registration"
@@ -151,7 +186,10 @@ fn zypper(stage: &Stage) -> Result<Tool> {
         "set -e\nz() {{ {program} --root \"$root\" --no-gpg-checks --non-interactive \"$@\"; }}\nroot={{root}}\nz addrepo {} base\n",
         quote(&mirror)
     );
-    let others = stage.header.iter().filter(|(key, _)| *key == "updateurl" || key.starts_with("otherurl"));
+    let others = stage
+        .header
+        .iter()
+        .filter(|(key, _)| *key == "updateurl" || key.starts_with("otherurl"));
     for (key, url) in others {
         let url = quote(&url.replace("%{OSVERSION}", version));
         script.push_str(&format!("z addrepo {url} {key}\n"));
@@ -174,13 +212,20 @@ fn arch(stage: &Stage) -> Result<Tool> {
     let mut words: Vec<String> = Vec::new();
     if let Some(conf) = stage.key("confurl") {
         if !conf.starts_with('/') {
-            bail!("Bootstrap: arch: ConfURL {conf}: give the path of a pacman.conf on this machine");
+            bail!(
+                "Bootstrap: arch: ConfURL {conf}: give the path of a pacman.conf on this machine"
+            );
         }
         words.extend(["-C".into(), conf.to_owned()]);
     }
     words.extend(owned(["-c", "-G", "-M", "{root}", "base"]));
     words.extend(include(stage));
-    Ok(Tool { name: "pacstrap", program, words, config: None })
+    Ok(Tool {
+        name: "pacstrap",
+        program,
+        words,
+        config: None,
+    })
 }
 
 /// Runs the tool.
@@ -192,7 +237,8 @@ pub fn run(tool: &Tool, root: &Path, room: &Path, settings: &Settings) -> Result
     let fill = |text: &str| text.replace("{root}", &root).replace("{room}", &place);
     if let Some((name, text)) = &tool.config {
         let path = room.join(name);
-        std::fs::write(&path, fill(text)).with_context(|| format!("cannot write {}", path.display()))?;
+        std::fs::write(&path, fill(text))
+            .with_context(|| format!("cannot write {}", path.display()))?;
     }
     let words: Vec<String> = tool.words.iter().map(|w| fill(w)).collect();
     say::info(format_args!("Running {} {}", tool.name, words.join(" ")));
@@ -207,7 +253,10 @@ pub fn run(tool: &Tool, root: &Path, room: &Path, settings: &Settings) -> Result
     }
     let status = command
         .args(&words)
-        .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+        .env(
+            "PATH",
+            "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+        )
         .env("HOME", "/root")
         .env("TMPDIR", room)
         .env("LC_ALL", "C")

@@ -85,14 +85,20 @@ enum OneOrMore {
 /// # Errors
 /// When it is not JSON, or not of that form.
 pub fn parse(file: &str, bytes: &[u8]) -> Result<Def> {
-    let parsed: OneOrMore =
-        serde_json::from_slice(bytes).with_context(|| format!("{file}: not a definition in JSON"))?;
+    let parsed: OneOrMore = serde_json::from_slice(bytes)
+        .with_context(|| format!("{file}: not a definition in JSON"))?;
     let parsed = match parsed {
         OneOrMore::More(more) => more,
         OneOrMore::One(one) => vec![*one],
     };
-    let stages = parsed.into_iter().map(|json| stage(file, json)).collect::<Result<Vec<_>>>()?;
-    let def = Def { stages, warnings: Vec::new() };
+    let stages = parsed
+        .into_iter()
+        .map(|json| stage(file, json))
+        .collect::<Result<Vec<_>>>()?;
+    let def = Def {
+        stages,
+        warnings: Vec::new(),
+    };
     if def.stages.is_empty() {
         bail!("{file}: no bootstrap specification found");
     }
@@ -101,7 +107,10 @@ pub fn parse(file: &str, bytes: &[u8]) -> Result<Def> {
 }
 
 fn stage(file: &str, json: Json) -> Result<Stage> {
-    let script = |script: JsonScript| Script { args: script.args, text: script.script };
+    let script = |script: JsonScript| Script {
+        args: script.args,
+        text: script.script,
+    };
     let mut header = BTreeMap::new();
     for (key, value) in json.header {
         let key = key.to_ascii_lowercase();
@@ -148,7 +157,12 @@ fn stage(file: &str, json: Json) -> Result<Stage> {
 }
 
 /// Keys are `appinstall NAME` and the like.
-fn apps(file: &str, stage: &mut Stage, data: &BTreeMap<String, String>, order: &[String]) -> Result<()> {
+fn apps(
+    file: &str,
+    stage: &mut Stage,
+    data: &BTreeMap<String, String>,
+    order: &[String],
+) -> Result<()> {
     let rank = |key: &str| {
         let name = key.split_whitespace().nth(1).unwrap_or_default();
         order.iter().position(|o| o == name).unwrap_or(usize::MAX)
@@ -166,5 +180,8 @@ fn apps(file: &str, stage: &mut Stage, data: &BTreeMap<String, String>, order: &
 }
 
 fn as_text(header: &BTreeMap<String, String>) -> String {
-    header.iter().map(|(key, value)| format!("{key}: {value}\n")).collect()
+    header
+        .iter()
+        .map(|(key, value)| format!("{key}: {value}\n"))
+        .collect()
 }

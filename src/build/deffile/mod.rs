@@ -184,7 +184,9 @@ pub fn parse(file: &str, bytes: &[u8], args: &[(String, String)], unused: Unused
         def.stages.push(stage);
     }
     if def.stages.is_empty() {
-        bail!("{file}: no bootstrap specification found: a definition begins with a line like Bootstrap: docker");
+        bail!(
+            "{file}: no bootstrap specification found: a definition begins with a line like Bootstrap: docker"
+        );
     }
     let known: Vec<&str> = args
         .iter()
@@ -212,7 +214,9 @@ fn split_stages(text: &str) -> Vec<(usize, String)> {
     let mut stages: Vec<(usize, String)> = Vec::new();
     let mut begun = false;
     for (number, line) in text.split_inclusive('\n').enumerate() {
-        let begins = line.get(..10).is_some_and(|w| w.eq_ignore_ascii_case("bootstrap:"));
+        let begins = line
+            .get(..10)
+            .is_some_and(|w| w.eq_ignore_ascii_case("bootstrap:"));
         if stages.is_empty() || (begins && begun) {
             stages.push((number + 1, String::new()));
         }
@@ -232,13 +236,37 @@ fn is_indented_bootstrap(line: &str) -> bool {
 
 /// Keys that a header may have; `otherurl` may have a number.
 const KEYS: [&str; 25] = [
-    "bootstrap", "from", "includecmd", "mirrorurl", "updateurl", "osversion", "include", "library", "registry",
-    "namespace", "stage", "product", "user", "regcode", "productpgp", "registerurl", "modules", "otherurl",
-    "fingerprints", "confurl", "setopt", "target", "frontend", "filename", "buildargs",
+    "bootstrap",
+    "from",
+    "includecmd",
+    "mirrorurl",
+    "updateurl",
+    "osversion",
+    "include",
+    "library",
+    "registry",
+    "namespace",
+    "stage",
+    "product",
+    "user",
+    "regcode",
+    "productpgp",
+    "registerurl",
+    "modules",
+    "otherurl",
+    "fingerprints",
+    "confurl",
+    "setopt",
+    "target",
+    "frontend",
+    "filename",
+    "buildargs",
 ];
 
 fn is_key(key: &str) -> bool {
-    let bare = key.strip_prefix("otherurl").filter(|n| n.bytes().all(|b| b.is_ascii_digit()));
+    let bare = key
+        .strip_prefix("otherurl")
+        .filter(|n| n.bytes().all(|b| b.is_ascii_digit()));
     bare.is_some() || KEYS.contains(&key)
 }
 
@@ -264,7 +292,11 @@ fn stage(file: &str, first_line: usize, text: String, warnings: &mut Vec<String>
     Ok(stage)
 }
 
-fn header(file: &str, lines: &[(usize, &str)], header: &mut BTreeMap<String, String>) -> Result<()> {
+fn header(
+    file: &str,
+    lines: &[(usize, &str)],
+    header: &mut BTreeMap<String, String>,
+) -> Result<()> {
     let mut lines = lines.iter().copied();
     while let Some((number, line)) = lines.next() {
         let at = At { file, line: number };
@@ -301,7 +333,9 @@ fn header(file: &str, lines: &[(usize, &str)], header: &mut BTreeMap<String, Str
             );
         }
         if value.is_empty() {
-            bail!("{at}: the header keyword {key} has no value: write {key}: VALUE, or leave the line out");
+            bail!(
+                "{at}: the header keyword {key} has no value: write {key}: VALUE, or leave the line out"
+            );
         }
         header.insert(key, value.to_owned());
     }
@@ -320,7 +354,10 @@ fn without_comment(line: &str) -> &str {
 /// Stages that `%files from` names must come before.
 fn check_stages(file: &str, def: &Def) -> Result<()> {
     for (number, stage) in def.stages.iter().enumerate() {
-        let before: Vec<&str> = def.stages[..number].iter().filter_map(Stage::name).collect();
+        let before: Vec<&str> = def.stages[..number]
+            .iter()
+            .filter_map(Stage::name)
+            .collect();
         if let Some(name) = stage.name().filter(|name| before.contains(name)) {
             bail!("{file}: two stages have the name {name:?}: give each one its own");
         }

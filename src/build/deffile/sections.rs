@@ -6,10 +6,27 @@ use super::{At, Files, Script, Stage};
 
 /// Names of sections; those of applications are followed by the application's name.
 const SECTIONS: [&str; 11] = [
-    "arguments", "pre", "setup", "files", "post", "test", "environment", "startscript", "runscript", "labels", "help",
+    "arguments",
+    "pre",
+    "setup",
+    "files",
+    "post",
+    "test",
+    "environment",
+    "startscript",
+    "runscript",
+    "labels",
+    "help",
 ];
 const APP_SECTIONS: [&str; 8] = [
-    "appinstall", "appfiles", "appenv", "apprun", "appstart", "apptest", "apphelp", "applabels",
+    "appinstall",
+    "appfiles",
+    "appenv",
+    "apprun",
+    "appstart",
+    "apptest",
+    "apphelp",
+    "applabels",
 ];
 
 /// Largest number of applications: each costs files and lines of the environment.
@@ -23,7 +40,12 @@ pub fn begins(line: &str) -> Option<(String, &str)> {
 }
 
 /// Reads the sections from these numbered lines, the first of which begins one.
-pub fn read(file: &str, lines: &[(usize, &str)], stage: &mut Stage, warnings: &mut Vec<String>) -> Result<()> {
+pub fn read(
+    file: &str,
+    lines: &[(usize, &str)],
+    stage: &mut Stage,
+    warnings: &mut Vec<String>,
+) -> Result<()> {
     let mut rest = lines;
     while let Some((&(number, line), tail)) = rest.split_first() {
         let len = tail
@@ -33,7 +55,8 @@ pub fn read(file: &str, lines: &[(usize, &str)], stage: &mut Stage, warnings: &m
         let (body, after) = tail.split_at(len);
         rest = after;
         let at = At { file, line: number };
-        let (name, args) = begins(line).ok_or_else(|| anyhow!("{at}: a section begins with %name"))?;
+        let (name, args) =
+            begins(line).ok_or_else(|| anyhow!("{at}: a section begins with %name"))?;
         let section = Section { at, args, body };
         if APP_SECTIONS.contains(&name.as_str()) {
             section.app(&name, stage, warnings)?;
@@ -58,7 +81,10 @@ struct Section<'a> {
 
 impl Section<'_> {
     fn text(&self) -> String {
-        self.body.iter().flat_map(|(_, line)| [line, "\n"]).collect()
+        self.body
+            .iter()
+            .flat_map(|(_, line)| [line, "\n"])
+            .collect()
     }
 
     fn append(&self, script: &mut Script) {
@@ -96,7 +122,11 @@ impl Section<'_> {
         match words.as_slice() {
             [] => Ok(None),
             ["from", name] => Ok(Some((*name).to_owned())),
-            _ => bail!("{}: %files {}: write %files, or %files from STAGE", self.at, self.args),
+            _ => bail!(
+                "{}: %files {}: write %files, or %files from STAGE",
+                self.at,
+                self.args
+            ),
         }
     }
 
@@ -104,7 +134,10 @@ impl Section<'_> {
         let mut words = self.args.splitn(2, [' ', '\t']);
         let app = words.next().filter(|n| !n.is_empty());
         let Some(app) = app else {
-            bail!("{}: %{name} has no application's name: write %{name} NAME", self.at);
+            bail!(
+                "{}: %{name} has no application's name: write %{name} NAME",
+                self.at
+            );
         };
         check_app_name(self.at, app)?;
         let args = words.next().unwrap_or_default().trim();
@@ -138,7 +171,9 @@ impl Section<'_> {
 pub fn check_app_name(at: impl std::fmt::Display, name: &str) -> Result<()> {
     let sound = |c: char| c.is_alphanumeric() || "._-+".contains(c);
     if name.starts_with('.') || name.len() > 200 || !name.chars().all(sound) {
-        bail!("{at}: {name:?} cannot be an application's name: use letters, digits, and . _ - + inside");
+        bail!(
+            "{at}: {name:?} cannot be an application's name: use letters, digits, and . _ - + inside"
+        );
     }
     Ok(())
 }
@@ -151,7 +186,10 @@ fn labels(body: &[(usize, &str)]) -> Vec<(String, String)> {
         .map(|line| {
             let mut parts = line.splitn(2, [' ', '\t']);
             let name = parts.next().unwrap_or_default();
-            (name.to_owned(), parts.next().unwrap_or_default().trim().to_owned())
+            (
+                name.to_owned(),
+                parts.next().unwrap_or_default().trim().to_owned(),
+            )
         })
         .collect()
 }

@@ -35,11 +35,17 @@ pub fn fill(
             filled.push_str(line);
             continue;
         }
-        let at = At { file, line: first_line + number };
+        let at = At {
+            file,
+            line: first_line + number,
+        };
         expand(line, &values, used, &mut Vec::new(), &mut filled)
             .map_err(|error| anyhow!("{at}: {error}"))?;
         if filled.len() > MAX_LEN {
-            bail!("{at}: the definition grows beyond {} MiB by its arguments", MAX_LEN >> 20);
+            bail!(
+                "{at}: the definition grows beyond {} MiB by its arguments",
+                MAX_LEN >> 20
+            );
         }
     }
     Ok(filled)
@@ -58,7 +64,10 @@ fn defaults(file: &str, first_line: usize, text: &str) -> Result<BTreeMap<String
         if !inside || line.is_empty() || line.starts_with('#') {
             continue;
         }
-        let at = At { file, line: first_line + number };
+        let at = At {
+            file,
+            line: first_line + number,
+        };
         let (name, value) = pair(line).map_err(|error| anyhow!("{at}: %arguments: {error}"))?;
         values.insert(name, value);
     }
@@ -85,7 +94,10 @@ pub fn pair(text: &str) -> Result<(String, String)> {
 /// # Errors
 /// Naming file and line.
 pub fn pairs(file: &str, text: &str) -> Result<Vec<(String, String)>> {
-    let lines = text.lines().enumerate().map(|(n, line)| (n + 1, line.trim()));
+    let lines = text
+        .lines()
+        .enumerate()
+        .map(|(n, line)| (n + 1, line.trim()));
     lines
         .filter(|(_, line)| !line.is_empty() && !line.starts_with('#'))
         .map(|(line, text)| pair(text).map_err(|error| anyhow!("{}: {error}", At { file, line })))
@@ -119,14 +131,20 @@ fn expand<'a>(
             );
         };
         if open.contains(&name.as_str()) || open.len() >= MAX_DEPTH {
-            bail!("build var {name} is defined by itself: {} -> {name}", open.join(" -> "));
+            bail!(
+                "build var {name} is defined by itself: {} -> {name}",
+                open.join(" -> ")
+            );
         }
         used.insert(name.clone());
         open.push(name);
         expand(value, values, used, open, out)?;
         open.pop();
         if out.len() > MAX_LEN {
-            bail!("the definition grows beyond {} MiB by its arguments", MAX_LEN >> 20);
+            bail!(
+                "the definition grows beyond {} MiB by its arguments",
+                MAX_LEN >> 20
+            );
         }
     }
     out.push_str(rest);

@@ -16,18 +16,38 @@ fn error(text: &str) -> String {
 #[test]
 fn header_keys_are_read_in_any_case_with_comments_and_continuations() {
     let table: &[(&str, &str, &str)] = &[
-        ("Bootstrap: docker\nFrom: alpine:3.20\n", "from", "alpine:3.20"),
+        (
+            "Bootstrap: docker\nFrom: alpine:3.20\n",
+            "from",
+            "alpine:3.20",
+        ),
         ("BOOTSTRAP:docker\nfRoM:\talpine\n", "from", "alpine"),
-        ("# c\n\nBootstrap: docker # here\nFrom: a # there\n", "from", "a"),
+        (
+            "# c\n\nBootstrap: docker # here\nFrom: a # there\n",
+            "from",
+            "a",
+        ),
         ("Bootstrap: docker\r\nFrom: a\r\n", "from", "a"),
-        ("Bootstrap: yum\nInclude: a \\\n  b \\\n  c\n", "include", "a b c"),
-        ("Bootstrap: zypper\nOtherURL12: http://x/y\n", "otherurl12", "http://x/y"),
+        (
+            "Bootstrap: yum\nInclude: a \\\n  b \\\n  c\n",
+            "include",
+            "a b c",
+        ),
+        (
+            "Bootstrap: zypper\nOtherURL12: http://x/y\n",
+            "otherurl12",
+            "http://x/y",
+        ),
         ("Bootstrap: docker\nFrom: a", "from", "a"),
         ("Bootstrap: docker\nFrom: a#b\n", "from", "a#b"),
         ("Bootstrap: yum\nSetOpt: a\\n\\\nb\n", "setopt", "a\nb"),
         ("  Bootstrap: docker\n  From: a\n", "from", "a"),
         ("\u{feff}Bootstrap: docker\nFrom: a\n", "from", "a"),
-        ("Bootstrap: docker\nFrom: a\nIncludeCmd: yes\n", "includecmd", "yes"),
+        (
+            "Bootstrap: docker\nFrom: a\nIncludeCmd: yes\n",
+            "includecmd",
+            "yes",
+        ),
         ("Bootstrap: yum\nInclude: a \\", "include", "a"),
     ];
     for (text, key, value) in table {
@@ -41,21 +61,66 @@ fn each_mistake_names_its_line_and_the_way_out() {
         ("", "x.def: no bootstrap specification found"),
         ("\n# nothing\n", "no bootstrap specification found"),
         ("From: a\n", "x.def:1: no bootstrap specification found"),
-        ("Bootstrap: docker\nFrm: a\n", "x.def:2: invalid header keyword found: frm: known ones are"),
-        ("Bootstrap: docker\nFrom:\n", "x.def:2: the header keyword from has no value"),
-        ("Bootstrap: docker\nhello\n", "x.def:2: \"hello\" is neither a header line"),
-        ("Bootstrap: scratch\n%bogus\n", "x.def:2: invalid section(s) specified: bogus"),
-        ("Bootstrap: scratch\n%post\n  a\n  %b\n", "x.def:4: invalid section(s) specified: b"),
-        ("Bootstrap: scratch\n%\n", "x.def:2: invalid section(s) specified: "),
-        ("Bootstrap: scratch\n%apprun\n x\n", "x.def:2: %apprun has no application's name"),
-        ("Bootstrap: scratch\n%apprun ../x\n", "x.def:2: \"../x\" cannot be an application's name"),
-        ("Bootstrap: scratch\n%files to x\n", "x.def:2: %files to x: write %files"),
-        ("Bootstrap: scratch\n%files from x\n a\n", "%files from x: there is no such stage"),
-        ("Bootstrap: scratch\n%files\n \"a\n", "x.def:3: the quote \" is not closed"),
-        ("Bootstrap: scratch\n%post\n {{ x }}\n", "x.def:3: build var x is not defined"),
-        ("Bootstrap: scratch\n%arguments\n x\n", "x.def:3: %arguments: \"x\" is not NAME=VALUE"),
-        ("Bootstrap: scratch\n%arguments\nx={{ y }}\ny={{x}}\n%post\n{{x}}\n", "is defined by itself"),
-        ("Bootstrap: scratch\nStage: a\nBootstrap: scratch\nStage: a\n", "two stages have the name"),
+        (
+            "Bootstrap: docker\nFrm: a\n",
+            "x.def:2: invalid header keyword found: frm: known ones are",
+        ),
+        (
+            "Bootstrap: docker\nFrom:\n",
+            "x.def:2: the header keyword from has no value",
+        ),
+        (
+            "Bootstrap: docker\nhello\n",
+            "x.def:2: \"hello\" is neither a header line",
+        ),
+        (
+            "Bootstrap: scratch\n%bogus\n",
+            "x.def:2: invalid section(s) specified: bogus",
+        ),
+        (
+            "Bootstrap: scratch\n%post\n  a\n  %b\n",
+            "x.def:4: invalid section(s) specified: b",
+        ),
+        (
+            "Bootstrap: scratch\n%\n",
+            "x.def:2: invalid section(s) specified: ",
+        ),
+        (
+            "Bootstrap: scratch\n%apprun\n x\n",
+            "x.def:2: %apprun has no application's name",
+        ),
+        (
+            "Bootstrap: scratch\n%apprun ../x\n",
+            "x.def:2: \"../x\" cannot be an application's name",
+        ),
+        (
+            "Bootstrap: scratch\n%files to x\n",
+            "x.def:2: %files to x: write %files",
+        ),
+        (
+            "Bootstrap: scratch\n%files from x\n a\n",
+            "%files from x: there is no such stage",
+        ),
+        (
+            "Bootstrap: scratch\n%files\n \"a\n",
+            "x.def:3: the quote \" is not closed",
+        ),
+        (
+            "Bootstrap: scratch\n%post\n {{ x }}\n",
+            "x.def:3: build var x is not defined",
+        ),
+        (
+            "Bootstrap: scratch\n%arguments\n x\n",
+            "x.def:3: %arguments: \"x\" is not NAME=VALUE",
+        ),
+        (
+            "Bootstrap: scratch\n%arguments\nx={{ y }}\ny={{x}}\n%post\n{{x}}\n",
+            "is defined by itself",
+        ),
+        (
+            "Bootstrap: scratch\nStage: a\nBootstrap: scratch\nStage: a\n",
+            "two stages have the name",
+        ),
     ];
     for (text, wanted) in table {
         let error = error(text);
@@ -69,7 +134,9 @@ fn each_mistake_names_its_line_and_the_way_out() {
 
 #[test]
 fn bodies_stay_as_they_are() {
-    let stage = one("Bootstrap: scratch\n%post -c /bin/bash\n\tdate +%Y\n  # %x {{no}}\n\n%Environment\n  A='{{.B}}'\n%help\nBootstrap is a word\n");
+    let stage = one(
+        "Bootstrap: scratch\n%post -c /bin/bash\n\tdate +%Y\n  # %x {{no}}\n\n%Environment\n  A='{{.B}}'\n%help\nBootstrap is a word\n",
+    );
     assert_eq!(stage.post.text, "\tdate +%Y\n  # %x {{no}}\n\n");
     assert_eq!(stage.post.args, "-c /bin/bash");
     assert_eq!(stage.environment.text, "  A='{{.B}}'\n");
@@ -81,7 +148,10 @@ fn repeated_sections_are_one() {
     let stage = one("Bootstrap: scratch\n%post\na\n%labels\nA b\n%POST\nb\n  %labels\nC d  e\nE\n");
     assert_eq!(stage.post.text, "a\nb\n");
     let labels = [("A", "b"), ("C", "d  e"), ("E", "")];
-    assert_eq!(stage.labels, labels.map(|(k, v)| (k.to_owned(), v.to_owned())));
+    assert_eq!(
+        stage.labels,
+        labels.map(|(k, v)| (k.to_owned(), v.to_owned()))
+    );
 }
 
 #[test]
@@ -107,11 +177,15 @@ fn lines_of_files_are_words_with_quotes() {
 
 #[test]
 fn stages_begin_at_bootstrap_lines() {
-    let def = def("# top\nBootstrap: docker\nFrom: a\nStage: one\n%post\nx\nbootstrap: scratch\nStage: two\n%files from one\n/a\n");
+    let def = def(
+        "# top\nBootstrap: docker\nFrom: a\nStage: one\n%post\nx\nbootstrap: scratch\nStage: two\n%files from one\n/a\n",
+    );
     assert_eq!(def.stages.len(), 2);
     assert_eq!(def.stages[0].post.text, "x\n");
     assert_eq!(def.stages[1].files[0].from.as_deref(), Some("one"));
-    assert!(error("Bootstrap: scratch\n%post\na\nBootstrap: scratch\nNo: x\n").starts_with("x.def:5:"));
+    assert!(
+        error("Bootstrap: scratch\n%post\na\nBootstrap: scratch\nNo: x\n").starts_with("x.def:5:")
+    );
 }
 
 #[test]
@@ -123,7 +197,11 @@ fn arguments_have_their_ranks() {
     assert_eq!(def.stages[0].post.text, "2-n\n# {{ unknown }}\n");
     let args = [("nosuch".to_owned(), "2".to_owned())];
     let error = parse("x", text.as_bytes(), &args, Unused::Refuse).unwrap_err();
-    assert!(error.to_string().starts_with("unused build args: nosuch. Use option --warn-unused"));
+    assert!(
+        error
+            .to_string()
+            .starts_with("unused build args: nosuch. Use option --warn-unused")
+    );
     let def = parse("x", text.as_bytes(), &args, Unused::Warn).unwrap();
     assert_eq!(def.warnings, ["unused build args: nosuch"]);
 }
@@ -140,12 +218,17 @@ fn defaults_that_double_do_not_fill_the_memory() {
 
 #[test]
 fn applications_keep_their_order_and_parts() {
-    let stage = one("Bootstrap: scratch\n%apprun b\nrun\n%appinstall a\ni\n%appinstall b\nj\n%appfiles a\nf g\n%applabels a\nK v\n%appenv a\ne\n%apphelp a\nh\n%apptest b\nt\n%appstart b\ns\n");
+    let stage = one(
+        "Bootstrap: scratch\n%apprun b\nrun\n%appinstall a\ni\n%appinstall b\nj\n%appfiles a\nf g\n%applabels a\nK v\n%appenv a\ne\n%apphelp a\nh\n%apptest b\nt\n%appstart b\ns\n",
+    );
     let names: Vec<&str> = stage.apps.iter().map(|a| a.name.as_str()).collect();
     assert_eq!(names, ["b", "a"]);
     assert_eq!(stage.apps[0].install, "j\n");
     assert_eq!(stage.apps[0].run.as_ref().unwrap().text, "run\n");
-    assert_eq!(stage.apps[1].files, [("f".to_owned(), Some("g".to_owned()))]);
+    assert_eq!(
+        stage.apps[1].files,
+        [("f".to_owned(), Some("g".to_owned()))]
+    );
     assert_eq!(stage.apps[1].labels.as_ref().unwrap()[0].1, "v");
 }
 
@@ -156,9 +239,27 @@ fn json_gives_the_same_as_text() {
         {"source":"a","destination":"/b"}]}],"buildScripts":{"post":{"args":"-c /bin/bash","script":"x\n"}}},
         "customData":{"apprun foo":"run\n"},"raw":"","appOrder":["foo"]}"##;
     let json = parse_json("x.json", json).unwrap().stages.remove(0);
-    let text = one("Bootstrap: scratch\nStage: s\n%labels\nA b\n%runscript\necho\n%test\ntrue\n%files\na /b\n%post -c /bin/bash\nx\n%apprun foo\nrun\n");
-    assert_eq!(Stage { text: String::new(), ..json }, Stage { text: String::new(), ..text });
-    for bad in ["", "[]", "{}", "[1]", "{\"header\":{\"x\":\"y\"}}", "{\"header\":3}"] {
+    let text = one(
+        "Bootstrap: scratch\nStage: s\n%labels\nA b\n%runscript\necho\n%test\ntrue\n%files\na /b\n%post -c /bin/bash\nx\n%apprun foo\nrun\n",
+    );
+    assert_eq!(
+        Stage {
+            text: String::new(),
+            ..json
+        },
+        Stage {
+            text: String::new(),
+            ..text
+        }
+    );
+    for bad in [
+        "",
+        "[]",
+        "{}",
+        "[1]",
+        "{\"header\":{\"x\":\"y\"}}",
+        "{\"header\":3}",
+    ] {
         assert!(parse_json("x", bad.as_bytes()).is_err(), "{bad}");
     }
 }
