@@ -14,6 +14,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod build;
+pub mod cache;
 pub mod cmd;
 pub mod digest;
 pub mod engine;
@@ -24,6 +25,7 @@ pub mod image;
 pub mod instance;
 pub mod job;
 pub mod metadir;
+pub mod net;
 pub mod oci;
 pub mod plan;
 pub mod proc;

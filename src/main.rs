@@ -42,6 +42,9 @@ fn report(error: &anyhow::Error) -> u8 {
         eprintln!("{whose} {}", say::printable(&usage.text));
         return exit::USAGE;
     }
+    if let Some(cmd::Told(status)) = error.downcast_ref() {
+        return *status;
+    }
     // The end that SIGPIPE brings where it is not ignored.
     if error.is::<say::Closed>() {
         return exit::signalled(libc::SIGPIPE);

@@ -21,6 +21,9 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("oci", &["digest", "metadir", "say", "squash"]),
+    // Images of registries are OCI images; the file that a cache's claim names is a process's.
+    ("net", &["cache", "digest", "oci", "say"]),
+    ("cache", &["digest", "proc", "say"]),
     ("squash", &["say"]),
     ("digest", &[]),
     ("plan", &["host", "image", "metadir", "proc", "shell"]),

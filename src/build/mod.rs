@@ -8,6 +8,7 @@
 
 mod apps;
 pub mod bootstrap;
+pub mod convert;
 mod copy;
 pub mod deffile;
 mod files;

@@ -6,10 +6,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 
 use super::flags::ActionArgs;
+use super::transfer::{self, RunAccess};
 use super::{Explain, Persona, Usage, explain};
 use crate::engine::network::Network;
 use crate::host::{Host, normalise};
 use crate::image::{self, Root};
+use crate::net::Reference;
 use crate::plan::limits::{self, Limits};
 use crate::plan::{
     self, Bind, EnvironmentRequest, Init, Layer, Namespaces, Ownership, Request, SubIds, Verb,
@@ -44,7 +46,7 @@ pub fn run_on(
     if let Some(refusal) = args.refusal() {
         bail!("{} is not supported: {}", refusal.option, refusal.why);
     }
-    let path = image_path(&args.image, &host)?;
+    let path = image_path(&args.image, &host, &access(&args))?;
     let image = image::open(&path)?;
     if name == "run-help" {
         return run_help(image.as_ref(), args.app.as_deref());
@@ -198,8 +200,31 @@ pub(super) fn payload(verb: Verb, args: &ActionArgs) -> Vec<OsString> {
     }
 }
 
-/// The image's path: a path that exists beats the reading of a colon as a URI.
-pub(super) fn image_path(image: &OsString, host: &Host) -> Result<PathBuf> {
+/// How a run gets an image that is elsewhere.
+pub(super) fn access(args: &ActionArgs) -> RunAccess<'_> {
+    RunAccess {
+        no_https: args.no_https,
+        docker_login: args.docker_login,
+        authfile: args.authfile.as_deref(),
+        disable_cache: args.disable_cache,
+    }
+}
+
+/// Whether an image is named by where it is elsewhere: a path that exists beats that reading.
+pub(super) fn is_elsewhere(image: &OsStr, host: &Host) -> bool {
+    let text = image.to_string_lossy();
+    text.split_once("://").is_some_and(|(scheme, _)| {
+        Reference::is_scheme(scheme) && std::fs::symlink_metadata(host.cwd.join(image)).is_err()
+    })
+}
+
+/// The image's path: a path that exists beats the reading of a colon as a URI. What is elsewhere is brought into the
+/// cache first.
+pub(super) fn image_path(
+    image: &OsString,
+    host: &Host,
+    access: &RunAccess,
+) -> Result<PathBuf> {
     if image.is_empty() {
         bail!("the name of the image is empty");
     }
@@ -214,9 +239,12 @@ pub(super) fn image_path(image: &OsString, host: &Host) -> Result<PathBuf> {
             "instance" => bail!(
                 "{text:?} is not an image: a running instance is named instance://NAME, for exec, run, shell and test"
             ),
+            scheme if Reference::is_scheme(scheme) => {
+                return transfer::fetch_for_run(image, access);
+            }
             scheme if is_transport(scheme) => {
                 bail!(
-                    "cannot fetch {text}: pulling images is not supported by this version; give an image file or a directory"
+                    "{text} cannot be run directly: make a file of it (capsid build image.sif {text})"
                 )
             }
             other => bail!("Unsupported transport type: {other}"),

@@ -38,6 +38,13 @@ const KEYS: &[(&str, &[&str])] = &[
     ("fix_perms", &["FIXPERMS"]),
     ("build_arg", &[]),
     ("build_arg_file", &[]),
+    ("dir", &["PULLDIR", "PULLFOLDER"]),
+    ("name", &["PULL_NAME"]),
+    ("pull_arch", &["PULL_ARCH"]),
+    ("pull_arch_variant", &["PULL_ARCH_VARIANT"]),
+    ("login_username", &["LOGIN_USERNAME"]),
+    ("login_password", &["LOGIN_PASSWORD"]),
+    ("add_insecure", &["ADD_INSECURE"]),
     ("env", &[]),
     ("device", &[]),
 ];

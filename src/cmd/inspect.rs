@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::Serialize;
 
+use super::transfer::RunAccess;
+use crate::host::Host;
 use crate::image::{self, Image};
 use crate::{exit, say};
 
@@ -111,6 +113,11 @@ pub fn run(mut args: InspectArgs) -> Result<u8> {
         args.list_apps,
     ];
     args.labels |= !asked.contains(&true);
+    let words = args.image.as_os_str().to_owned();
+    let host = Host::read()?;
+    if super::action::is_elsewhere(&words, &host) {
+        args.image = super::action::image_path(&words, &host, &RunAccess::default())?;
+    }
     let image = image::open(&args.image)
         .with_context(|| format!("Failed to open image {}", args.image.display()))?;
     let image = image.as_ref();

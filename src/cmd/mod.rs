@@ -15,7 +15,13 @@ pub mod flags;
 pub mod inspect;
 pub mod instance;
 pub mod job;
+mod prompt;
+pub mod pull;
+pub mod push;
+pub mod registry;
+pub mod remote;
 pub mod sif;
+pub mod transfer;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -73,13 +79,25 @@ impl std::fmt::Display for Usage {
 
 impl std::error::Error for Usage {}
 
+/// A child process has failed, and has said why: the status to end with.
+#[derive(Debug)]
+pub struct Told(pub u8);
+
+impl std::fmt::Display for Told {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str("the reason was told")
+    }
+}
+
+impl std::error::Error for Told {}
+
 /// The commands, with the line that the list of commands shows.
 const COMMANDS: &[(&str, &str)] = &[
     (
         "build",
         "Build an image from a definition file, another image or an address",
     ),
-    ("cache", "Read into memory what the start of an image needs"),
+    ("cache", "Manage what was downloaded and converted"),
     (
         "demo",
         "Make a small image from this machine's own programs, run it, show each command",
@@ -92,6 +110,10 @@ const COMMANDS: &[(&str, &str)] = &[
     ("inspect", "Show what an image says about itself"),
     ("instance", "Manage containers running as services"),
     ("job", "Services of Slurm jobs"),
+    ("pull", "Download an image to a file"),
+    ("push", "Upload an image to a registry or a library"),
+    ("registry", "Manage logins for registries"),
+    ("remote", "Manage endpoints of libraries"),
     (
         "run",
         "Run the user-defined default command within a container",
@@ -114,10 +136,6 @@ const MISSING: &[&str] = &[
     "oci",
     "overlay",
     "plugin",
-    "pull",
-    "push",
-    "registry",
-    "remote",
     "search",
     "sign",
     "verify",
@@ -179,7 +197,15 @@ pub fn main(args: &[OsString]) -> Result<u8> {
             instance::run(&words, persona)
         }
         "sif" => sif::run(rest, persona),
-        "cache" => cache::run(&parse::<cache::CacheArgs>("cache", rest)?),
+        "cache" => cache::run(rest, persona),
+        "pull" => pull::run(rest),
+        "push" => push::run(rest),
+        "registry" => registry::run(rest, persona),
+        "remote" => remote::run(rest, persona),
+        transfer::FETCH => {
+            let host = Host::read()?;
+            transfer::run_fetch(&parse_with_environment(transfer::FETCH, rest, &host)?)
+        }
         "doctor" => doctor::run(&parse::<doctor::DoctorArgs>("doctor", rest)?),
         "demo" => demo::run(&parse::<demo::DemoArgs>("demo", rest)?),
         "version" => {
@@ -485,6 +511,56 @@ fn command<A: Args>(name: &str) -> Command {
     )
 }
 
+/// Parses options that may stand anywhere, with the environment's in front.
+fn parse_with_environment<A: Args + FromArgMatches>(
+    name: &str,
+    words: &[OsString],
+    host: &Host,
+) -> Result<A> {
+    let command = command::<A>(name);
+    let matches = matches(command.clone(), name, words.to_vec())?;
+    let typed = |id: &str| {
+        matches.value_source(id) == Some(clap::parser::ValueSource::CommandLine)
+    };
+    let mut all = environment::words(&command, &host.env, &typed)?;
+    if all.is_empty() {
+        return Ok(A::from_arg_matches(&matches)?);
+    }
+    all.extend_from_slice(words);
+    Ok(A::from_arg_matches(&self::matches(command, name, all)?)?)
+}
+
+/// Answers a group of commands that was called without one of them, or with a wrong one.
+fn print_group(
+    group: &str,
+    about: &str,
+    commands: &[(&str, &str)],
+    verb: &str,
+    persona: Persona,
+) -> Result<u8> {
+    let program = program(persona);
+    let widest = commands.iter().map(|(name, _)| name.len()).max();
+    let width = widest.unwrap_or(0) + 2;
+    say::out(format_args!(
+        "{about}\n\nUsage:\n  {program} {group} <command>\n\nAvailable Commands:\n"
+    ))?;
+    for (name, about) in commands {
+        say::out(format_args!("  {name:<width$}{about}\n"))?;
+    }
+    say::out(format_args!(
+        "\nRun '{program} {group} <command> --help' for the options of a command.\n"
+    ))?;
+    match verb {
+        "help" | "--help" | "-h" => Ok(exit::OK),
+        "" => Ok(exit::USAGE),
+        other => Err(Usage {
+            command: group.into(),
+            text: format!("unknown command {other:?}"),
+        }
+        .into()),
+    }
+}
+
 fn parse<A: Args + FromArgMatches>(name: &str, words: &[OsString]) -> Result<A> {
     Ok(A::from_arg_matches(&matches(
         command::<A>(name),
@@ -495,13 +571,17 @@ fn parse<A: Args + FromArgMatches>(name: &str, words: &[OsString]) -> Result<A> 
 
 fn matches(command: Command, name: &str, words: Vec<OsString>) -> Result<clap::ArgMatches> {
     let usage = usage_line(name);
-    let (table, own) = match name.strip_prefix("instance ") {
-        Some(own) => (instance::COMMANDS, own),
-        None => match name.strip_prefix("job ") {
-            Some(own) => (job::COMMANDS, own),
-            None => (COMMANDS, name),
-        },
-    };
+    let groups = [
+        ("instance ", instance::COMMANDS),
+        ("job ", job::COMMANDS),
+        ("cache ", cache::COMMANDS),
+        ("registry ", registry::COMMANDS),
+        ("remote ", remote::COMMANDS),
+    ];
+    let (table, own) = groups
+        .iter()
+        .find_map(|(group, table)| Some((*table, name.strip_prefix(group)?)))
+        .unwrap_or((COMMANDS, name));
     let about = table.iter().find(|(n, _)| *n == own);
     let command = command
         .override_usage(usage)
@@ -577,7 +657,15 @@ fn capsid_usage_line(name: &str) -> String {
         }
         "build" => "capsid [global options...] build [build options...] <image to be made> <definition, image or address>".into(),
         "inspect" => "capsid inspect [options...] <image>".into(),
-        "cache" => "capsid cache warm <image>...".into(),
+        "cache warm" => "capsid cache warm <image>...".into(),
+        "pull" => "capsid pull [options...] [file] <URI>".into(),
+        "push" => "capsid push [options...] <file> <URI>".into(),
+        "registry login" | "registry logout" => format!("capsid {name} [options...] <URI>"),
+        "remote use" | "remote remove" => format!("capsid {name} [options...] <name>"),
+        "remote add" => "capsid remote add [options...] <name> <URI>".into(),
+        "remote login" | "remote logout" | "remote status" => {
+            format!("capsid {name} [options...] [name]")
+        }
         other => format!("capsid {other} [options...]"),
     }
 }
@@ -639,11 +727,11 @@ fn print_help(name: Option<&str>, persona: Persona) -> Result<()> {
         Some("instance") => drop(instance::run(&["help".into()], persona)?),
         Some("sif") => drop(sif::run(&["help".into()], persona)?),
         Some("job") => drop(job::run(&["help".into()], persona)?),
-        Some("cache") => drop(matches(
-            command::<cache::CacheArgs>("cache"),
-            "cache",
-            vec!["--help".into()],
-        )?),
+        Some("cache") => drop(cache::run(&["help".into()], persona)?),
+        Some("registry") => drop(registry::run(&["help".into()], persona)?),
+        Some("remote") => drop(remote::run(&["help".into()], persona)?),
+        Some("pull") => drop(pull::run(&["--help".into()])?),
+        Some("push") => drop(push::run(&["--help".into()])?),
         Some("doctor") => drop(matches(
             command::<doctor::DoctorArgs>("doctor"),
             "doctor",

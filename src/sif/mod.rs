@@ -275,6 +275,12 @@ fn arch_name(code: [u8; 3]) -> &'static str {
         .unwrap_or("unknown")
 }
 
+/// An architecture that SIF knows, by Go's name of it; `unknown` for others.
+pub fn arch(name: &str) -> &'static str {
+    let found = ARCHITECTURES.iter().find(|a| **a == name);
+    found.copied().unwrap_or("unknown")
+}
+
 fn arch_code(name: &str) -> [u8; 3] {
     let number = ARCHITECTURES.iter().position(|a| *a == name).unwrap_or(0);
     let digit = |n: usize| b'0' + u8::try_from(n % 10).unwrap_or(0);

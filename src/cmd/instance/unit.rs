@@ -6,6 +6,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cmd::action;
 use crate::cmd::flags::StartArgs;
+use crate::cmd::transfer::RunAccess;
 use crate::host::Host;
 use crate::plan::service::is_name;
 use crate::{exit, say};
@@ -39,7 +40,11 @@ pub fn run(words: &[OsString]) -> Result<u8> {
     let own = ["--system", "--run", "--foreground", "--"];
     let options = options.iter().filter(|w| !own.iter().any(|o| *w == *o));
     let program = std::env::current_exe().context("cannot tell where this program is")?;
-    let image = action::image_path(&rest[0], &host)?;
+    // An image elsewhere is fetched when the unit starts.
+    let image = match action::is_elsewhere(&rest[0], &host) {
+        true => rest[0].clone().into(),
+        false => action::image_path(&rest[0], &host, &RunAccess::default())?,
+    };
     let verb = if args.run { "run" } else { "start" };
     let mut start: Vec<String> = [
         program.as_os_str(),

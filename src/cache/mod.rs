@@ -1,0 +1,422 @@
+//! What was downloaded or converted, kept by its content: `$APPTAINER_CACHEDIR`, else `~/.apptainer/cache`.
+//!
+//! ```text
+//! blob/blobs/sha256/HEX     layers, configurations (an OCI layout's tree)
+//! oci-tmp/ oras/ library/ net/   images, by the digest that names them
+//! .tmp/                     what is being written; renamed into its place when whole
+//! .claims/                  who is fetching what ([`claim`])
+//! ```
+//!
+//! Readers need no lock: a name holds a whole file or nothing. Writers need none for correctness; claims only keep two
+//! of them from fetching the same. All of it works on network file systems.
+
+mod claim;
+pub mod usage;
+
+use std::collections::BTreeSet;
+use std::fs::{self, DirBuilder, File};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use anyhow::{Context, Result, bail};
+
+pub use claim::{Claim, Obtained};
+
+use crate::digest::Digest;
+
+/// What an entry is; the names of the directories are the peers'.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// SIFs of a library.
+    Library,
+    /// SIFs made from OCI images.
+    OciTmp,
+    /// SIFs of registries.
+    Oras,
+    /// Files of web servers.
+    Net,
+    /// Layers and configurations of OCI images.
+    Blob,
+    /// What a build has made on the way.
+    Build,
+}
+
+impl Kind {
+    /// All of them.
+    pub const ALL: [Kind; 6] = [
+        Kind::Library,
+        Kind::OciTmp,
+        Kind::Oras,
+        Kind::Net,
+        Kind::Blob,
+        Kind::Build,
+    ];
+
+    /// Its name, and that of its directory.
+    pub fn name(self) -> &'static str {
+        match self {
+            Kind::Library => "library",
+            Kind::OciTmp => "oci-tmp",
+            Kind::Oras => "oras",
+            Kind::Net => "net",
+            Kind::Blob => "blob",
+            Kind::Build => "build",
+        }
+    }
+
+    /// The directory below the cache.
+    fn directory(self) -> &'static str {
+        match self {
+            Kind::Blob => "blob/blobs/sha256",
+            other => other.name(),
+        }
+    }
+}
+
+/// A cache.
+#[derive(Debug, Clone)]
+pub struct Cache {
+    root: PathBuf,
+}
+
+/// Drafts of other machines that nobody has written to for so long are left over.
+const FORGOTTEN: Duration = Duration::from_secs(7 * 24 * 3600);
+
+impl Cache {
+    /// Opens a cache, and makes its directories for its owner alone.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn open(root: &Path) -> Result<Cache> {
+        let cache = Cache {
+            root: root.to_owned(),
+        };
+        for name in [".tmp", ".claims"]
+            .into_iter()
+            .chain(Kind::ALL.map(Kind::directory))
+        {
+            let path = root.join(name);
+            make_directories(&path).with_context(|| {
+                format!(
+                    "cannot create the cache directory {} (APPTAINER_CACHEDIR names another place)",
+                    path.display()
+                )
+            })?;
+        }
+        if rustix::fs::access(root.join(".tmp"), rustix::fs::Access::WRITE_OK).is_err() {
+            bail!(
+                "the cache {} cannot be written (APPTAINER_CACHEDIR names another place)",
+                root.display()
+            );
+        }
+        cache.remove_forgotten();
+        Ok(cache)
+    }
+
+    /// Where it is.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The directory of a kind.
+    pub fn directory(&self, kind: Kind) -> PathBuf {
+        self.root.join(kind.directory())
+    }
+
+    /// Where an entry is, or would be.
+    ///
+    /// # Errors
+    /// When `key` is no plain name.
+    pub fn place(&self, kind: Kind, key: &str) -> Result<PathBuf> {
+        let good = (1..=200).contains(&key.len())
+            && !key.starts_with('.')
+            && key
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+        if !good {
+            bail!("{key:?} cannot be a name in the cache");
+        }
+        Ok(self.directory(kind).join(key))
+    }
+
+    /// An entry that is there; it counts as used now.
+    pub fn entry(&self, kind: Kind, key: &str) -> Option<PathBuf> {
+        let path = self.place(kind, key).ok()?;
+        let used = rustix::fs::Timestamps {
+            last_access: rustix::fs::Timespec {
+                tv_sec: 0,
+                tv_nsec: rustix::fs::UTIME_NOW,
+            },
+            last_modification: rustix::fs::Timespec {
+                tv_sec: 0,
+                tv_nsec: rustix::fs::UTIME_OMIT,
+            },
+        };
+        let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
+        // A cache that others fill may not be ours to mark; then it is only there.
+        match rustix::fs::utimensat(rustix::fs::CWD, &path, &used, flags) {
+            Err(rustix::io::Errno::NOENT) => None,
+            _ => path.exists().then_some(path),
+        }
+    }
+
+    /// A blob that is there.
+    pub fn blob(&self, digest: &Digest) -> Option<PathBuf> {
+        self.entry(Kind::Blob, &digest.hex())
+    }
+
+    /// Stores bytes that are at hand as a blob.
+    ///
+    /// # Errors
+    /// When they cannot be written.
+    pub fn put(&self, bytes: &[u8]) -> Result<PathBuf> {
+        let key = Digest::of(bytes).hex();
+        if let Some(path) = self.entry(Kind::Blob, &key) {
+            return Ok(path);
+        }
+        let draft = self.draft()?;
+        io::Write::write_all(&mut &draft.file, bytes)
+            .with_context(|| format!("cannot write {}", draft.path.display()))?;
+        draft.publish(&self.place(Kind::Blob, &key)?)
+    }
+
+    /// A file to write to, which goes unless it is published.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn draft(&self) -> Result<Draft> {
+        Draft::new(&self.root.join(".tmp"))
+    }
+
+    /// A directory to write to, which goes with the value.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn draft_directory(&self) -> Result<DraftDirectory> {
+        DraftDirectory::new(&self.root.join(".tmp"))
+    }
+
+    /// Gives an entry, or the right and duty to make it: other processes wait for whoever got that, as long as it lives.
+    ///
+    /// # Errors
+    /// When claims cannot be written.
+    pub fn obtain(&self, kind: Kind, key: &str) -> Result<Obtained> {
+        self.place(kind, key)?;
+        let name = format!("{}-{key}", kind.name());
+        claim::obtain(&self.root.join(".claims"), &name, &|| self.entry(kind, key))
+    }
+
+    /// Removes drafts whose writer has died.
+    fn remove_forgotten(&self) {
+        let entries = fs::read_dir(self.root.join(".tmp")).into_iter().flatten();
+        for entry in entries.flatten() {
+            let name = entry.file_name();
+            let writer =
+                claim::Writer::parse(name.to_string_lossy().split('~').next().unwrap_or_default());
+            let forgotten = match writer.and_then(|w| w.is_alive()) {
+                Some(alive) => !alive,
+                None => entry
+                    .metadata()
+                    .and_then(|m| m.modified())
+                    .ok()
+                    .and_then(|t| SystemTime::now().duration_since(t).ok())
+                    .is_some_and(|age| age > FORGOTTEN),
+            };
+            if forgotten {
+                let path = entry.path();
+                // Another process may be quicker.
+                let _ = fs::remove_file(&path).or_else(|_| fs::remove_dir_all(&path));
+            }
+        }
+    }
+}
+
+/// Makes a directory and those above it, for their owner alone.
+fn make_directories(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
+/// Files that go when a signal ends the program.
+static DRAFTS: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+
+fn drafts() -> std::sync::MutexGuard<'static, BTreeSet<PathBuf>> {
+    DRAFTS.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Removes what this process is writing: for the end by a signal.
+pub fn remove_drafts() {
+    for path in std::mem::take(&mut *drafts()) {
+        // The program ends anyway.
+        let _ = fs::remove_file(&path).or_else(|_| fs::remove_dir_all(&path));
+    }
+}
+
+/// Whether drafts stay when something fails.
+static KEPT: AtomicBool = AtomicBool::new(false);
+
+/// `--no-cleanup`: what was being written stays when something fails, until the cache is opened again.
+pub fn keep_drafts() {
+    KEPT.store(true, Ordering::Relaxed);
+}
+
+/// Moves a whole file from a draft directory to its place, the content first.
+///
+/// # Errors
+/// When the disk is full or the place cannot be written.
+pub fn publish(from: &Path, place: &Path) -> Result<()> {
+    let what = || format!("cannot write {}", place.display());
+    File::open(from).and_then(|f| f.sync_all()).with_context(what)?;
+    fs::rename(from, place).with_context(what)
+}
+
+/// A directory that goes as a [`Draft`] does.
+pub struct DraftDirectory(PathBuf);
+
+impl DraftDirectory {
+    /// In a directory of any kind, for its owner alone.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn new(parent: &Path) -> Result<DraftDirectory> {
+        let path = draft_path(parent);
+        drafts().insert(path.clone());
+        let draft = DraftDirectory(path);
+        let made = DirBuilder::new().mode(0o700).create(&draft.0);
+        made.with_context(|| format!("cannot create a directory in {}", parent.display()))?;
+        Ok(draft)
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for DraftDirectory {
+    fn drop(&mut self) {
+        drafts().remove(&self.0);
+        if !KEPT.load(Ordering::Relaxed) {
+            // What is left goes when the cache is opened again.
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+}
+
+/// A name that tells its writer, hidden where people look.
+fn draft_path(directory: &Path) -> PathBuf {
+    let hidden = if directory.ends_with(".tmp") { "" } else { "." };
+    directory.join(format!(
+        "{hidden}{}~{}",
+        claim::Writer::own(),
+        uuid::Uuid::new_v4()
+    ))
+}
+
+/// A file that is being written. It goes with this value, with the process (by [`remove_drafts`]), or with the next
+/// process that opens the cache.
+pub struct Draft {
+    /// Open for reading and writing, empty at first.
+    pub file: File,
+    path: PathBuf,
+}
+
+impl Draft {
+    /// In a directory of any kind; the name begins with a dot.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn new(directory: &Path) -> Result<Draft> {
+        let path = draft_path(directory);
+        drafts().insert(path.clone());
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&path);
+        match file {
+            Ok(file) => Ok(Draft { file, path }),
+            Err(error) => {
+                drafts().remove(&path);
+                Err(error)
+                    .with_context(|| format!("cannot create a file in {}", directory.display()))
+            }
+        }
+    }
+
+    /// Where it is now.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Gives it its place, where it replaces what was there, and safely: the content first.
+    ///
+    /// # Errors
+    /// When the disk is full or the place cannot be written.
+    pub fn publish(self, place: &Path) -> Result<PathBuf> {
+        let what = || format!("cannot write {}", place.display());
+        self.file.sync_all().with_context(what)?;
+        fs::rename(&self.path, place).with_context(what)?;
+        if let Some(directory) = place.parent() {
+            // The name is durable a moment later at worst.
+            let _ = File::open(directory).and_then(|d| d.sync_all());
+        }
+        Ok(place.to_owned())
+    }
+}
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        drafts().remove(&self.path);
+        if !KEPT.load(Ordering::Relaxed) {
+            // Published, it is not there any more.
+            let _ = fs::remove_file(&self.path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_published_is_found_and_what_is_not_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(&dir.path().join("cache")).unwrap();
+        let path = cache.put(b"abc").unwrap();
+        assert_eq!(cache.blob(&Digest::of(b"abc")), Some(path));
+        assert_eq!(cache.blob(&Digest::of(b"abd")), None);
+        drop(cache.draft().unwrap());
+        assert_eq!(fs::read_dir(cache.root().join(".tmp")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn names_lead_nowhere_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(dir.path()).unwrap();
+        for key in ["", ".", "..", "a/b", "../x", ".tmp", "a:b"] {
+            assert!(cache.place(Kind::Net, key).is_err(), "{key}");
+        }
+    }
+
+    #[test]
+    fn drafts_of_dead_processes_go() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(dir.path()).unwrap();
+        let own = cache.draft().unwrap();
+        let mut dead = claim::Writer::own();
+        dead.started += 1;
+        let left = dir.path().join(format!(".tmp/{dead}~x"));
+        fs::write(&left, "").unwrap();
+        let other = dir.path().join(".tmp/elsewhere");
+        fs::write(&other, "").unwrap();
+        Cache::open(dir.path()).unwrap();
+        assert!(!left.exists(), "its writer has died");
+        assert!(own.path().exists(), "its writer lives");
+        assert!(other.exists(), "its writer may live");
+    }
+}

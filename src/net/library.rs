@@ -1,0 +1,654 @@
+//! Libraries: the API that Sylabs' library and compatible servers speak (`scs-library-client` documents it).
+//!
+//! ```text
+//! GET  /v1/images/ENTITY/COLLECTION/CONTAINER:TAG?arch=A        what the image is: hash, size
+//! GET  /v1/imagefile/ENTITY/COLLECTION/CONTAINER:TAG?arch=A     the file, through a redirect to a signed address
+//! GET, POST /v1/entities, /v1/collections, /v1/containers, /v1/images
+//! POST /v2/imagefile/ID, PUT signed address, PUT /v2/imagefile/ID/_complete            a file in one part
+//! POST, PUT /v2/imagefile/ID/_multipart, PUT signed addresses, PUT …/_multipart_complete    in several parts
+//! POST /v2/tags/CONTAINER                                                     tags for each architecture
+//! ```
+
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use super::download::{self, Expected};
+use super::http::{Body, Client, Method, Request, Response};
+use super::progress::Progress;
+use super::reference::LibraryName;
+use super::remotes::{Endpoint, Files, Remotes};
+use super::url::{Scheme, Url};
+use super::{Options, is_sif};
+use crate::cache::{Cache, Kind, Obtained};
+use crate::digest::{Digest, Hashing};
+use crate::say;
+
+/// Longest answer, in bytes.
+const MAX_ANSWER: u64 = 4 << 20;
+/// A file that is longer goes in parts.
+const MULTIPART: u64 = 64 << 20;
+/// More parts than this are nonsense.
+const MAX_PARTS: u64 = 10_000;
+
+/// How a library is found.
+#[derive(Debug, Clone, Default)]
+pub struct Choice {
+    /// `--library`.
+    pub url: Option<String>,
+    /// The endpoints.
+    pub files: Files,
+}
+
+/// A library, as it is reached: computed once, used for every request.
+pub struct Library<'a> {
+    client: &'a Client,
+    root: Url,
+    token: Option<String>,
+}
+
+/// What a library says of an image.
+#[derive(Deserialize, Default)]
+struct ImageInfo {
+    #[serde(default)]
+    id: String,
+    #[serde(default)]
+    hash: String,
+    #[serde(default)]
+    size: u64,
+    #[serde(default)]
+    uploaded: bool,
+}
+
+/// What has an id.
+#[derive(Deserialize)]
+struct Known {
+    id: String,
+}
+
+impl<'a> Library<'a> {
+    /// The library that a reference means.
+    ///
+    /// # Errors
+    /// When there is none, or the endpoint does not say where it is.
+    pub fn of(name: &LibraryName, options: &'a Options) -> Result<Library<'a>> {
+        let client = &options.client;
+        let choice = &options.library;
+        if let Some(host) = &name.host {
+            let root = Url::host(options.scheme, host)?;
+            let remotes = Remotes::read(&choice.files.own, &choice.files.site)?;
+            // A login is for the endpoint that it was made for.
+            let known = remotes.remotes.values().find(|e| {
+                endpoint_url(e).is_ok_and(|u| u.origin == root.origin) && !e.token.is_empty()
+            });
+            return Ok(Library {
+                client,
+                root,
+                token: known.map(|e| e.token.clone()),
+            });
+        }
+        if let Some(text) = &choice.url {
+            let root: Url = match text.contains("://") {
+                true => text.parse()?,
+                false => Url::host(options.scheme, text)?,
+            };
+            return Ok(Library {
+                client,
+                root,
+                token: None,
+            });
+        }
+        let remotes = Remotes::read(&choice.files.own, &choice.files.site)?;
+        let (name, endpoint) = remotes.get(None)?;
+        if endpoint.uri == "cloud.apptainer.org" {
+            bail!(
+                "Unable to get library client configuration: remote {name} has no library client: choose an endpoint that has one (capsid remote add NAME URI), or name a library by --library URL"
+            );
+        }
+        let root = service(client, endpoint).with_context(|| {
+            format!("Unable to get library client configuration of remote {name}")
+        })?;
+        Ok(Library {
+            client,
+            root,
+            token: Some(endpoint.token.clone()).filter(|t| !t.is_empty()),
+        })
+    }
+
+    fn url(&self, path: &str) -> Url {
+        self.root
+            .with_target(format!("{}/{path}", self.root.path().trim_end_matches('/')))
+    }
+
+    fn send(&self, mut request: Request) -> Result<Response> {
+        if request.url.origin == self.root.origin
+            && let Some(token) = &self.token
+        {
+            request.authorization = Some(format!("BEARER {token}"));
+        }
+        self.client.send(&request)
+    }
+
+    /// The `data` of an answer; `None` for 404.
+    fn call<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> Result<Option<T>> {
+        self.call_url(method, self.url(path), body)
+    }
+
+    fn call_url<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        url: Url,
+        body: Option<&Value>,
+    ) -> Result<Option<T>> {
+        let what = format!("library {}", url.redacted());
+        let text = body.map(Value::to_string).unwrap_or_default();
+        let mut request = Request::new(method, url);
+        if body.is_some() {
+            request = request.json(text.as_bytes());
+        }
+        let response = self.send(request)?;
+        if response.status == 404 {
+            return Ok(None);
+        }
+        if !response.is_success() {
+            return Err(refusal(response, &what));
+        }
+        #[derive(Deserialize)]
+        struct Answer {
+            #[serde(default)]
+            data: Value,
+        }
+        let text = response.document(MAX_ANSWER)?;
+        let answer = match text.is_empty() {
+            true => Answer { data: Value::Null },
+            false => serde_json::from_slice(&text)
+                .with_context(|| format!("{what} gives an answer that is not understood"))?,
+        };
+        serde_json::from_value(answer.data)
+            .map(Some)
+            .with_context(|| format!("{what} gives an answer that is not understood"))
+    }
+
+    /// The API version that the server names, as numbers; old servers name none.
+    fn version(&self) -> String {
+        #[derive(Deserialize)]
+        struct Version {
+            #[serde(rename = "apiVersion", default)]
+            api: String,
+        }
+        let version = self.call::<Version>(Method::Get, "version", None);
+        version.ok().flatten().map(|v| v.api).unwrap_or_default()
+    }
+}
+
+fn refusal(response: Response, what: &str) -> anyhow::Error {
+    #[derive(Deserialize)]
+    struct Answer {
+        error: Problem,
+    }
+    #[derive(Deserialize)]
+    struct Problem {
+        #[serde(default)]
+        message: String,
+    }
+    let status = response.status;
+    let answer: Option<Answer> = serde_json::from_str(&response.explanation()).ok();
+    let words = answer.map(|a| a.error.message).filter(|m| !m.is_empty());
+    let words: String = words
+        .map(|w| format!(": {w}"))
+        .unwrap_or_default()
+        .chars()
+        .take(500)
+        .collect();
+    let hint = match status {
+        401 | 403 => " (capsid remote login)",
+        _ => "",
+    };
+    anyhow!("{what}: StatusCode: {status}{words}{hint}")
+}
+
+fn endpoint_url(endpoint: &Endpoint) -> Result<Url> {
+    let scheme = match endpoint.insecure {
+        true => Scheme::Http,
+        false => Scheme::Https,
+    };
+    Url::host(scheme, endpoint.uri.trim_end_matches('/'))
+}
+
+/// Asks an endpoint where its library is.
+///
+/// # Errors
+/// When it does not say so.
+pub fn service(client: &Client, endpoint: &Endpoint) -> Result<Url> {
+    // The one endpoint whose services everybody knows.
+    if endpoint.uri == "cloud.sylabs.io" {
+        return "https://library.sylabs.io".parse();
+    }
+    let services = services(client, endpoint)?;
+    let found = services.iter().find(|(name, _)| name == "library");
+    match found {
+        Some((_, url)) => url.parse(),
+        None => bail!("library is not a service at endpoint {}", endpoint.uri),
+    }
+}
+
+/// The services of an endpoint with their addresses.
+///
+/// # Errors
+/// When it does not name them.
+pub fn services(client: &Client, endpoint: &Endpoint) -> Result<Vec<(String, String)>> {
+    let url = endpoint_url(endpoint)?.with_target("/assets/config/config.prod.json");
+    let what = format!("endpoint {}", endpoint.uri);
+    let response = client
+        .send(&Request::new(Method::Get, url))
+        .context("error making request to server")?;
+    if !response.is_success() {
+        return Err(refusal(response, &what));
+    }
+    let all: serde_json::Map<String, Value> =
+        serde_json::from_slice(&response.document(MAX_ANSWER)?)
+            .with_context(|| format!("{what} gives an answer that is not understood"))?;
+    let service = |(name, value): (&String, &Value)| {
+        let uri = value.get("uri")?.as_str().filter(|u| !u.is_empty())?;
+        Some((name.trim_end_matches("API").to_owned(), uri.to_owned()))
+    };
+    Ok(all.iter().filter_map(service).collect())
+}
+
+/// The version of a service.
+///
+/// # Errors
+/// When it does not answer.
+pub fn service_version(client: &Client, uri: &str) -> Result<String> {
+    let url: Url = format!("{}/version", uri.trim_end_matches('/')).parse()?;
+    let response = client.send(&Request::new(Method::Get, url))?;
+    if !response.is_success() {
+        return Err(refusal(response, uri));
+    }
+    let answer: Value = serde_json::from_slice(&response.document(MAX_ANSWER)?)?;
+    let version = answer.pointer("/data/version").and_then(Value::as_str);
+    Ok(version.unwrap_or("unknown").to_owned())
+}
+
+/// Asks the token service of an endpoint whether a token is good.
+///
+/// # Errors
+/// When it is not, or nobody can say.
+pub fn check_token(client: &Client, endpoint: &Endpoint, token: &str) -> Result<()> {
+    let services = services(client, endpoint)?;
+    let Some((_, uri)) = services.iter().find(|(name, _)| name == "token") else {
+        bail!("endpoint {} has no token service", endpoint.uri);
+    };
+    let url: Url = format!("{}/v1/token-status", uri.trim_end_matches('/')).parse()?;
+    let mut request = Request::new(Method::Get, url);
+    request.authorization = Some(format!("BEARER {token}"));
+    let response = client.send(&request)?;
+    match response.is_success() {
+        true => Ok(()),
+        false => Err(refusal(response, "the token is not accepted")),
+    }
+}
+
+/// Downloads an image into the cache.
+///
+/// # Errors
+/// When it is not there or damaged.
+pub fn pull(name: &LibraryName, options: &Options, cache: &Cache) -> Result<PathBuf> {
+    let library = Library::of(name, options)?;
+    let arch = &options.platform.architecture;
+    let path = format!("{}:{}", name.path().join("/"), name.tag());
+    let url = library
+        .url(&format!("v1/images/{path}"))
+        .with_query("arch", arch);
+    say::verbose(format_args!("library {}", url.redacted()));
+    let Some(info) = library.call_url::<ImageInfo>(Method::Get, url, None)? else {
+        bail!(
+            "image does not exist in the library: {path} ({arch}) at {}",
+            library.root.redacted()
+        );
+    };
+    let digest = info
+        .hash
+        .strip_prefix("sha256.")
+        .and_then(|hex| format!("sha256:{hex}").parse::<Digest>().ok());
+    if digest.is_none() && !info.hash.starts_with("sif.") {
+        bail!(
+            "the library gives {path} the hash {:?}, which is none",
+            info.hash
+        );
+    }
+    let claim = match cache.obtain(Kind::Library, &info.hash)? {
+        Obtained::Ready(path) => {
+            say::info(format_args!("Using cached image"));
+            return Ok(path);
+        }
+        Obtained::Claimed(claim) => claim,
+    };
+    let open = |part: Option<Range<u64>>| {
+        let url = library
+            .url(&format!("v1/imagefile/{path}"))
+            .with_query("arch", arch);
+        let mut request = Request::new(Method::Get, url);
+        if let Some(part) = part {
+            let last = (part.end != u64::MAX).then(|| (part.end - 1).to_string());
+            let range = format!("bytes={}-{}", part.start, last.unwrap_or_default());
+            request = request.header("Range", range);
+        }
+        let response = library.send(request)?;
+        match response.status {
+            200 | 206 => Ok(response),
+            _ => Err(refusal(response, &format!("cannot download {path}"))),
+        }
+    };
+    let expected = Expected {
+        len_bytes: Some(info.size).filter(|size| *size > 0),
+        digest,
+    };
+    let draft = cache.draft()?;
+    say::info(format_args!("Downloading library image"));
+    let progress = Progress::new("downloading", info.size);
+    download::to_draft(&format!("image {path}"), &open, expected, &draft, &progress)?;
+    drop(progress);
+    let place = draft.publish(&cache.place(Kind::Library, &info.hash)?)?;
+    drop(claim);
+    Ok(place)
+}
+
+/// Uploads a SIF, and gives its hash.
+///
+/// # Errors
+/// When the library refuses, or the file cannot be read.
+pub fn push(
+    path: &Path,
+    name: &LibraryName,
+    arch: &str,
+    description: &str,
+    options: &Options,
+) -> Result<String> {
+    let what = || format!("cannot read {}", path.display());
+    let file = File::open(path).with_context(what)?;
+    if !is_sif(&file) {
+        bail!("{} is no SIF: only SIFs can be pushed", path.display());
+    }
+    if !name.is_complete() {
+        bail!("library://{name}: a push needs library://ENTITY/COLLECTION/CONTAINER[:TAG]");
+    }
+    let mut hash = Hashing::new(io::sink());
+    io::copy(&mut &file, &mut hash).with_context(what)?;
+    let (digest, size, _) = hash.finish();
+    let hash = format!("sha256.{}", digest.hex());
+    let library = Library::of(name, options)?;
+    let version = library.version();
+    let [entity, collection, container] = name.path();
+    let entity_id = library.find_or_create(
+        "entities",
+        entity,
+        &json!({"name": entity, "description": "No description"}),
+    )?;
+    let collection_id = library.find_or_create(
+        "collections",
+        &format!("{entity}/{collection}"),
+        &json!({"name": collection, "description": "No description", "entity": entity_id}),
+    )?;
+    let place = format!("{entity}/{collection}/{container}");
+    let container_id = library.find_or_create(
+        "containers",
+        &place,
+        &json!({"name": container, "description": "No description", "collection": collection_id}),
+    )?;
+    let url = library
+        .url(&format!("v1/images/{place}:{hash}"))
+        .with_query("arch", arch);
+    let image: ImageInfo = match library.call_url(Method::Get, url, None)? {
+        Some(image) => image,
+        None => {
+            let body = json!({"hash": hash, "description": description, "container": container_id});
+            let made = library.call(Method::Post, "v1/images", Some(&body))?;
+            made.ok_or_else(|| anyhow!("the library has no place for images"))?
+        }
+    };
+    check_id(&image.id)?;
+    match image.uploaded {
+        true => say::info(format_args!(
+            "Image is already present in the library - not uploading."
+        )),
+        false => library.upload(&file, size, digest, &image.id, &version)?,
+    }
+    library.set_tags(name, arch, &container_id, &image.id, &version)?;
+    Ok(hash)
+}
+
+/// Ids become parts of addresses.
+fn check_id(id: &str) -> Result<()> {
+    let good = (1..=128).contains(&id.len())
+        && id
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"_-".contains(&b));
+    match good {
+        true => Ok(()),
+        false => bail!("the library gives the id {id:?}, which is none"),
+    }
+}
+
+/// A part that has arrived.
+#[derive(Serialize)]
+struct Done {
+    #[serde(rename = "partNumber")]
+    number: u64,
+    token: String,
+}
+
+impl Library<'_> {
+    fn find_or_create(&self, kind: &str, name: &str, body: &Value) -> Result<String> {
+        let found: Option<Known> = self.call(Method::Get, &format!("v1/{kind}/{name}"), None)?;
+        let known = match found {
+            Some(known) => known,
+            None => self
+                .call::<Known>(Method::Post, &format!("v1/{kind}"), Some(body))?
+                .ok_or_else(|| anyhow!("the library does not know of {kind}"))?,
+        };
+        check_id(&known.id)?;
+        Ok(known.id)
+    }
+
+    fn upload(
+        &self,
+        file: &File,
+        size: u64,
+        digest: Digest,
+        id: &str,
+        version: &str,
+    ) -> Result<()> {
+        let progress = Progress::new("uploading", size);
+        let sent = |bytes| progress.add(bytes);
+        let whole = Body::File {
+            file,
+            offset_bytes: 0,
+            len_bytes: size,
+            sent: &sent,
+        };
+        if !version.starts_with('2') {
+            // The API of old: the file itself to the library itself.
+            let mut request = Request::new(Method::Post, self.url(&format!("v1/imagefile/{id}")));
+            request.body = whole;
+            let response = self.send(request)?;
+            return match response.is_success() {
+                true => Ok(()),
+                false => Err(refusal(response, "the upload is refused")),
+            };
+        }
+        if size > MULTIPART && self.upload_parts(file, size, id, &sent)? {
+            return Ok(());
+        }
+        #[derive(Deserialize)]
+        struct Signed {
+            #[serde(rename = "uploadURL")]
+            url: String,
+        }
+        let path = format!("v2/imagefile/{id}");
+        let body = json!({"filesize": size, "sha256sum": digest.hex()});
+        let signed: Signed = self
+            .call(Method::Post, &path, Some(&body))?
+            .ok_or_else(|| anyhow!("the library does not take uploads"))?;
+        let with_hash = signed.url.contains("x-amz-content-sha256");
+        self.put(&signed.url, whole, with_hash.then(|| digest.hex()))?;
+        self.call::<Value>(Method::Put, &format!("{path}/_complete"), Some(&json!({})))?;
+        Ok(())
+    }
+
+    /// Puts content to a signed address, without our authorization, and gives its `ETag`.
+    fn put(&self, signed: &str, body: Body, hash: Option<String>) -> Result<String> {
+        let url = self
+            .root
+            .join(signed)
+            .context("the library gives no address")?;
+        let mut request =
+            Request::new(Method::Put, url).header("Content-Type", "application/octet-stream");
+        if let Some(hash) = hash {
+            request = request.header("x-amz-content-sha256", hash);
+        }
+        request.body = body;
+        // Not by `send`: the address itself is the permission.
+        let response = self.client.send(&request)?;
+        match response.is_success() {
+            true => Ok(response.header("ETag").unwrap_or_default().to_owned()),
+            false => bail!("the object store refuses: StatusCode: {}", response.status),
+        }
+    }
+
+    /// In parts; false when the library does not know of that.
+    fn upload_parts(
+        &self,
+        file: &File,
+        size: u64,
+        id: &str,
+        sent: &(dyn Fn(u64) + Sync),
+    ) -> Result<bool> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "camelCase")]
+        struct Begun {
+            #[serde(rename = "uploadID")]
+            upload: String,
+            total_parts: u64,
+            part_size: u64,
+            #[serde(default)]
+            options: Option<std::collections::BTreeMap<String, String>>,
+        }
+        let path = format!("v2/imagefile/{id}/_multipart");
+        let Some(begun) =
+            self.call::<Begun>(Method::Post, &path, Some(&json!({"filesize": size})))?
+        else {
+            return Ok(false);
+        };
+        let fits = begun.part_size > 0
+            && begun.total_parts <= MAX_PARTS
+            && begun
+                .part_size
+                .checked_mul(begun.total_parts)
+                .is_some_and(|all| all >= size);
+        if !fits {
+            bail!(
+                "the library wants the file in {} parts of {} bytes, which is not all of it",
+                begun.total_parts,
+                begun.part_size
+            );
+        }
+        let compliant = begun
+            .options
+            .as_ref()
+            .and_then(|o| o.get("s3compliant"))
+            .is_none_or(|v| v.is_empty() || v == "true");
+        let parts = || -> Result<Vec<Done>> {
+            let mut done = Vec::new();
+            for number in 1..=begun.total_parts {
+                let offset_bytes = (number - 1) * begun.part_size;
+                if offset_bytes >= size {
+                    break;
+                }
+                let len_bytes = begun.part_size.min(size - offset_bytes);
+                let hash = hash_of(file, offset_bytes, len_bytes)?;
+                let ask = json!({"partSize": len_bytes, "uploadID": begun.upload, "partNumber": number,
+                    "sha256sum": if compliant { hash.as_str() } else { "" }});
+                #[derive(Deserialize)]
+                struct Signed {
+                    #[serde(rename = "presignedURL")]
+                    url: String,
+                }
+                let signed: Signed = self
+                    .call(Method::Put, &path, Some(&ask))?
+                    .ok_or_else(|| anyhow!("the library has forgotten the upload"))?;
+                let body = Body::File {
+                    file,
+                    offset_bytes,
+                    len_bytes,
+                    sent,
+                };
+                let token = self
+                    .put(&signed.url, body, compliant.then_some(hash))
+                    .with_context(|| format!("part {number}"))?;
+                done.push(Done { number, token });
+            }
+            Ok(done)
+        };
+        match parts() {
+            Ok(done) => {
+                let body = json!({"uploadID": begun.upload, "completedParts": done});
+                self.call::<Value>(Method::Put, &format!("{path}_complete"), Some(&body))?;
+                Ok(true)
+            }
+            Err(error) => {
+                // The error is what matters; the library forgets the parts by itself, later.
+                let body = json!({"uploadID": begun.upload});
+                let _ = self.call::<Value>(Method::Put, &format!("{path}_abort"), Some(&body));
+                Err(error)
+            }
+        }
+    }
+
+    fn set_tags(
+        &self,
+        name: &LibraryName,
+        arch: &str,
+        container: &str,
+        image: &str,
+        version: &str,
+    ) -> Result<()> {
+        // The first release of the second API had tags without architectures.
+        let by_arch = version.starts_with('2') && version != "2.0.0-alpha.1";
+        for tag in name.tags() {
+            let (path, body) = match by_arch {
+                true => (
+                    format!("v2/tags/{container}"),
+                    json!({"Arch": arch, "Tag": tag, "ImageID": image}),
+                ),
+                false => (
+                    format!("v1/tags/{container}"),
+                    json!({"Tag": tag, "ImageID": image}),
+                ),
+            };
+            self.call::<Value>(Method::Post, &path, Some(&body))?
+                .ok_or_else(|| anyhow!("the library does not take the tag {tag}"))?;
+        }
+        Ok(())
+    }
+}
+
+fn hash_of(file: &File, offset_bytes: u64, len_bytes: u64) -> Result<String> {
+    use std::io::Seek as _;
+    let mut file = file;
+    file.seek(io::SeekFrom::Start(offset_bytes))?;
+    let mut hash = Hashing::new(io::sink());
+    io::copy(&mut file.take(len_bytes), &mut hash)?;
+    Ok(hash.finish().0.hex())
+}

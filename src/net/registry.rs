@@ -1,0 +1,505 @@
+//! A repository of a registry: requests with the authorization that it asks for (OCI distribution specification 1.1;
+//! Docker's token authentication, `distribution/docs/spec/auth/token.md`).
+
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{Context, Result, anyhow, bail};
+use serde::Deserialize;
+
+use super::credentials::Login;
+use super::http::{Client, Method, Request, Response};
+use super::reference::Repository;
+use super::url::{Scheme, Url, escape};
+use crate::digest::Digest;
+use crate::oci::{self, Descriptor, Index, MAX_DOCUMENT, Manifest, Platform};
+use crate::say;
+
+/// The manifests that are understood.
+const ACCEPTED: [&str; 4] = [
+    "application/vnd.oci.image.manifest.v1+json",
+    "application/vnd.oci.image.index.v1+json",
+    "application/vnd.docker.distribution.manifest.v2+json",
+    "application/vnd.docker.distribution.manifest.list.v2+json",
+];
+/// The host of Docker's own registry.
+const DOCKER_HOST: &str = "registry-1.docker.io";
+/// Longest answer of a token server, in bytes.
+const MAX_TOKEN: u64 = 1 << 20;
+
+/// What is done with a repository.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Access {
+    /// Reading.
+    Pull,
+    /// Reading and writing.
+    Push,
+}
+
+impl Access {
+    fn scope(self) -> &'static str {
+        match self {
+            Access::Pull => "pull",
+            Access::Push => "pull,push",
+        }
+    }
+}
+
+/// A repository, as it is reached.
+pub struct Remote<'a> {
+    client: &'a Client,
+    root: Url,
+    /// As the person wrote the registry.
+    registry: String,
+    path: String,
+    login: Option<Login>,
+    access: Access,
+    authorization: Mutex<Option<String>>,
+}
+
+/// A manifest as it was received.
+pub struct Received {
+    /// Its bytes.
+    pub text: Vec<u8>,
+    /// What it says to be.
+    pub media_type: String,
+    /// Of the bytes.
+    pub digest: Digest,
+}
+
+impl<'a> Remote<'a> {
+    /// A repository that nothing has been asked of.
+    ///
+    /// # Errors
+    /// When the registry's name is none.
+    pub fn new(
+        client: &'a Client,
+        scheme: Scheme,
+        repository: &Repository,
+        login: Option<Login>,
+        access: Access,
+    ) -> Result<Remote<'a>> {
+        Remote::at(
+            client,
+            scheme,
+            repository.registry(),
+            &repository.path(),
+            login,
+            access,
+        )
+    }
+
+    /// The same by its parts.
+    ///
+    /// # Errors
+    /// When the registry's name is none.
+    pub fn at(
+        client: &'a Client,
+        scheme: Scheme,
+        registry: &str,
+        path: &str,
+        login: Option<Login>,
+        access: Access,
+    ) -> Result<Remote<'a>> {
+        let host = match registry {
+            "docker.io" => DOCKER_HOST,
+            other => other,
+        };
+        Ok(Remote {
+            client,
+            root: Url::host(scheme, host)?,
+            registry: registry.to_owned(),
+            path: path.to_owned(),
+            login,
+            access,
+            authorization: Mutex::default(),
+        })
+    }
+
+    /// For messages.
+    pub fn name(&self) -> String {
+        format!("{}/{}", self.registry, self.path)
+    }
+
+    /// An address below the repository.
+    pub fn url(&self, rest: &str) -> Url {
+        self.root.with_target(format!("/v2/{}/{rest}", self.path))
+    }
+
+    /// Checks that the registry knows us.
+    ///
+    /// # Errors
+    /// When it does not, or is none.
+    pub fn ping(&self) -> Result<()> {
+        let request = Request::new(Method::Get, self.root.with_target("/v2/"));
+        let response = self.send(request)?;
+        match response.is_success() {
+            true => Ok(()),
+            false => Err(self.refusal(response, format!("cannot log in to {}", self.registry))),
+        }
+    }
+
+    /// Sends a request, with the authorization that the registry has asked for.
+    ///
+    /// # Errors
+    /// When there is no answer.
+    pub fn send(&self, mut request: Request) -> Result<Response> {
+        // An upload may go elsewhere, and a secret does not.
+        let ours = request.url.origin == self.root.origin;
+        if ours {
+            request.authorization = self.held();
+        }
+        let response = self.client.send(&request)?;
+        if response.status != 401 || !ours || response.url.origin != self.root.origin {
+            return Ok(response);
+        }
+        let challenges = response.headers("WWW-Authenticate");
+        let Some(authorization) = self.authorize(&challenges)? else {
+            return Ok(response);
+        };
+        if request.authorization.as_ref() == Some(&authorization) {
+            return Ok(response);
+        }
+        *self
+            .authorization
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = Some(authorization.clone());
+        request.authorization = Some(authorization);
+        self.client.send(&request)
+    }
+
+    fn held(&self) -> Option<String> {
+        self.authorization
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// What the challenges ask for; `None` when nothing is at hand.
+    fn authorize(&self, challenges: &[String]) -> Result<Option<String>> {
+        for challenge in challenges {
+            let (kind, parameters) = challenge.split_once(' ').unwrap_or((challenge, ""));
+            if kind.eq_ignore_ascii_case("bearer") {
+                return self.token(&parameters_of(parameters)).map(Some);
+            }
+        }
+        let basic = |challenge: &String| {
+            challenge
+                .get(..5)
+                .is_some_and(|kind| kind.eq_ignore_ascii_case("basic"))
+        };
+        if challenges.iter().any(basic) {
+            return Ok(self.login.as_ref().and_then(Login::basic));
+        }
+        Ok(None)
+    }
+
+    /// Asks the token server that the registry has named.
+    fn token(&self, parameters: &[(String, String)]) -> Result<String> {
+        let value = |name: &str| {
+            let found = parameters.iter().find(|(n, _)| n == name);
+            found.map(|(_, value)| value.as_str())
+        };
+        let realm = value("realm").ok_or_else(|| {
+            anyhow!(
+                "registry {} asks for a token, and does not say whose",
+                self.registry
+            )
+        })?;
+        let realm = self.root.join(realm).context("cannot ask for a token")?;
+        if realm.origin.scheme == Scheme::Http && self.root.origin.scheme == Scheme::Https {
+            bail!(
+                "registry {} asks for a token of {}, which is not protected: refused",
+                self.registry,
+                realm.redacted()
+            );
+        }
+        let scope = match value("scope") {
+            Some(scope) => scope.to_owned(),
+            None if self.path.is_empty() => String::new(),
+            None => format!("repository:{}:{}", self.path, self.access.scope()),
+        };
+        let service = value("service").unwrap_or_default();
+        let form;
+        let request = match &self.login {
+            Some(Login::Identity(token)) => {
+                form = format!(
+                    "grant_type=refresh_token&client_id=capsid&service={}&scope={}&refresh_token={}",
+                    escape(service),
+                    escape(&scope),
+                    escape(token)
+                );
+                let mut request = Request::new(Method::Post, realm)
+                    .header("Content-Type", "application/x-www-form-urlencoded");
+                request.body = super::http::Body::Bytes(form.as_bytes());
+                request
+            }
+            login => {
+                let mut url = realm;
+                if !service.is_empty() {
+                    url = url.with_query("service", service);
+                }
+                if !scope.is_empty() {
+                    url = url.with_query("scope", &scope);
+                }
+                let mut request = Request::new(Method::Get, url);
+                request.authorization = login.as_ref().and_then(Login::basic);
+                request
+            }
+        };
+        let response = self.client.send(&request)?;
+        if !response.is_success() {
+            return Err(self.refusal(
+                response,
+                format!("cannot get a token for {}", self.registry),
+            ));
+        }
+        #[derive(Deserialize)]
+        struct Answer {
+            token: Option<String>,
+            access_token: Option<String>,
+        }
+        let answer: Option<Answer> = serde_json::from_slice(&response.document(MAX_TOKEN)?).ok();
+        let token = answer
+            .and_then(|a| a.token.or(a.access_token))
+            .filter(|t| !t.is_empty() && t.bytes().all(|b| b.is_ascii_graphic()));
+        match token {
+            Some(token) => Ok(format!("Bearer {token}")),
+            None => bail!("the token server of {} gave no token", self.registry),
+        }
+    }
+
+    /// What an answer that is no success means, in the registry's own words.
+    pub fn refusal(&self, response: Response, what: String) -> anyhow::Error {
+        let status = response.status;
+        let words = registry_words(&response.explanation());
+        let words = match (status, words) {
+            (401, None) => "unauthorized: authentication required".into(),
+            (403, None) => "denied: requested access to the resource is denied".into(),
+            (404, None) => "not found (StatusCode: 404)".into(),
+            (429, None) => "toomanyrequests: the registry limits how much is pulled".into(),
+            (status, None) => format!("StatusCode: {status}"),
+            (_, Some(words)) => words,
+        };
+        let hint = match (status, &self.login) {
+            (401 | 403, None) => format!(
+                " (no login is known: capsid registry login docker://{})",
+                self.registry
+            ),
+            (401 | 403, Some(_)) => " (with the login that is known)".into(),
+            _ => String::new(),
+        };
+        anyhow!("{what}: {words}{hint}")
+    }
+
+    /// Reads a manifest by tag or digest.
+    ///
+    /// # Errors
+    /// When there is none, it is too large, or it is not what its digest says.
+    pub fn manifest(&self, version: &str) -> Result<Received> {
+        let request = Request::new(Method::Get, self.url(&format!("manifests/{version}")))
+            .header("Accept", ACCEPTED.join(", "));
+        let response = self.send(request)?;
+        let what = format!("reading manifest {version} in {}", self.name());
+        match response.status {
+            200 => {}
+            404 => {
+                let words = registry_words(&response.explanation());
+                let words = words.unwrap_or_else(|| "manifest unknown".into());
+                bail!("{what}: {words}");
+            }
+            _ => return Err(self.refusal(response, what)),
+        }
+        let declared = response.header("Content-Type").map(|text| {
+            let kind = text.split(';').next().unwrap_or_default();
+            kind.trim().to_owned()
+        });
+        let promised = response.header("Docker-Content-Digest").map(str::to_owned);
+        let text = response
+            .document(MAX_DOCUMENT)
+            .with_context(|| what.clone())?;
+        let digest = Digest::of(&text);
+        for wanted in [promised.as_deref(), Some(version)].into_iter().flatten() {
+            if let Ok(wanted) = wanted.parse::<Digest>()
+                && wanted != digest
+            {
+                bail!("{what}: it has the digest {digest}, and should have {wanted}");
+            }
+        }
+        #[derive(Deserialize)]
+        struct Kind {
+            #[serde(rename = "mediaType")]
+            media_type: Option<String>,
+        }
+        let kind: Kind = serde_json::from_slice(&text)
+            .with_context(|| format!("{what}: it is not a JSON document"))?;
+        Ok(Received {
+            media_type: kind.media_type.or(declared).unwrap_or_default(),
+            text,
+            digest,
+        })
+    }
+
+    /// The manifest for a machine, through an index where there is one.
+    ///
+    /// # Errors
+    /// As [`Remote::manifest`], and when the image is not there for that machine.
+    pub fn manifest_for(&self, version: &str, platform: &Platform) -> Result<(Manifest, Received)> {
+        let mut received = self.manifest(version)?;
+        let what = || format!("reading manifest {version} in {}", self.name());
+        if is_index(&received.media_type) {
+            let index: Index = serde_json::from_slice(&received.text).with_context(what)?;
+            let manifests: Vec<&Descriptor> = index.manifests.iter().collect();
+            let chosen = oci::platform::choose(&manifests, platform).with_context(what)?;
+            received = self.manifest(&chosen.digest.to_string())?;
+        }
+        if received
+            .media_type
+            .starts_with("application/vnd.docker.distribution.manifest.v1")
+        {
+            bail!(
+                "{}: manifests of version 1 are too old: push the image again",
+                what()
+            );
+        }
+        let manifest: Manifest = serde_json::from_slice(&received.text).with_context(what)?;
+        if manifest.schema_version != 2 {
+            bail!(
+                "{}: its schema version is {}, not 2",
+                what(),
+                manifest.schema_version
+            );
+        }
+        Ok((manifest, received))
+    }
+
+    /// Asks for a blob, or a part of it.
+    ///
+    /// # Errors
+    /// When it does not come.
+    pub fn blob(&self, blob: &Descriptor, part: Option<Range<u64>>) -> Result<Response> {
+        let url = self.url(&format!("blobs/{}", blob.digest));
+        let mut request = Request::new(Method::Get, url);
+        if let Some(part) = part {
+            let last = (part.end != u64::MAX).then(|| (part.end - 1).to_string());
+            let range = format!("bytes={}-{}", part.start, last.unwrap_or_default());
+            request = request.header("Range", range);
+        }
+        let response = self.send(request)?;
+        match response.status {
+            200 | 206 => Ok(response),
+            _ => Err(self.refusal(
+                response,
+                format!("reading blob {} in {}", blob.digest, self.name()),
+            )),
+        }
+    }
+}
+
+fn is_index(media_type: &str) -> bool {
+    media_type == ACCEPTED[1] || media_type == ACCEPTED[3]
+}
+
+/// The errors of a registry's answer, as `code: message`.
+fn registry_words(text: &str) -> Option<String> {
+    #[derive(Deserialize)]
+    struct Answer {
+        #[serde(default)]
+        errors: Vec<Problem>,
+        details: Option<String>,
+    }
+    #[derive(Deserialize)]
+    struct Problem {
+        #[serde(default)]
+        code: String,
+        #[serde(default)]
+        message: String,
+    }
+    let answer: Answer = serde_json::from_str(text).ok()?;
+    let words: Vec<String> = answer
+        .errors
+        .iter()
+        .take(3)
+        .map(|problem| {
+            let code = problem.code.to_lowercase().replace('_', " ");
+            match (code.is_empty(), problem.message.is_empty()) {
+                (_, true) => code,
+                (true, _) => problem.message.clone(),
+                _ if problem.message.to_lowercase() == code => code,
+                _ => format!("{code}: {}", problem.message),
+            }
+        })
+        .filter(|words| !words.is_empty())
+        .map(|words| words.chars().take(500).collect())
+        .collect();
+    match words.is_empty() {
+        true => answer.details.filter(|d| !d.is_empty()),
+        false => Some(words.join("; ")),
+    }
+}
+
+/// The `name="value"` pairs of a challenge.
+fn parameters_of(text: &str) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    let mut rest = text.trim();
+    while let Some((name, after)) = rest.split_once('=') {
+        let name = name.trim_matches([',', ' ']).to_ascii_lowercase();
+        let (value, tail) = match after.strip_prefix('"') {
+            Some(quoted) => match quoted.split_once('"') {
+                Some((value, tail)) => (value, tail),
+                None => (quoted, ""),
+            },
+            None => after.split_once(',').unwrap_or((after, "")),
+        };
+        found.push((name, value.to_owned()));
+        rest = tail;
+    }
+    found
+}
+
+/// Warns when a configuration is for another machine than asked for.
+pub fn check_platform(config: &oci::ImageConfig, wanted: &Platform) {
+    if !config.architecture.is_empty() && config.architecture != wanted.architecture {
+        say::warn(format_args!(
+            "the image is for {}, not for {}: the registry has no other",
+            config.architecture, wanted.architecture
+        ));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn challenges_are_read() {
+        let pairs =
+            parameters_of(r#"realm="https://a/t?x=y",service="s, t",scope="repository:a/b:pull""#);
+        let value = |n: &str| {
+            pairs
+                .iter()
+                .find(|(name, _)| name == n)
+                .map(|(_, v)| v.as_str())
+        };
+        assert_eq!(value("realm"), Some("https://a/t?x=y"));
+        assert_eq!(value("service"), Some("s, t"));
+        assert_eq!(value("scope"), Some("repository:a/b:pull"));
+        assert!(parameters_of("").is_empty());
+        assert_eq!(parameters_of("a=\"b").len(), 1);
+    }
+
+    #[test]
+    fn registries_explain_themselves() {
+        let words = |text: &str| registry_words(text);
+        assert_eq!(
+            words(r#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown","detail":{}}]}"#).as_deref(),
+            Some("manifest unknown")
+        );
+        assert_eq!(
+            words(r#"{"errors":[{"code":"DENIED","message":"requested access to the resource is denied"}]}"#).as_deref(),
+            Some("denied: requested access to the resource is denied")
+        );
+        assert_eq!(words("<html>"), None);
+        assert_eq!(words("{}"), None);
+    }
+}
