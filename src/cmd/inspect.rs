@@ -159,6 +159,38 @@ pub fn run(mut args: InspectArgs) -> Result<u8> {
     Ok(exit::OK)
 }
 
+/// What `inspect --all --json` says of an image, for the SIF's own object `inspect-metadata.json`.
+///
+/// # Errors
+/// When the image cannot be read.
+pub fn describe(path: &Path) -> Result<Vec<u8>> {
+    let image = image::open(path)?;
+    let image = image.as_ref();
+    let args = InspectArgs {
+        labels: true,
+        deffile: true,
+        runscript: true,
+        startscript: true,
+        test: true,
+        environment: true,
+        helpfile: true,
+        ..InspectArgs::default()
+    };
+    let mut found = Attributes {
+        own: of_image(image, &args)?,
+        ..Attributes::default()
+    };
+    for app in names(image, APPS)? {
+        let parts = of_app(image, &app, &args)?;
+        found.apps.insert(app, parts);
+    }
+    let whole = Whole {
+        data: Data { attributes: found },
+        kind: "container",
+    };
+    serde_json::to_vec(&whole).context("cannot write what the image says about itself")
+}
+
 fn print_parts(parts: &Parts) -> Result<()> {
     for (name, value) in &parts.labels {
         print(&format!("{name}: {value}"))?;

@@ -5,6 +5,7 @@
 //! are split before clap sees them.
 
 pub mod action;
+pub mod build;
 pub mod cache;
 pub mod demo;
 pub mod doctor;
@@ -94,6 +95,10 @@ impl std::error::Error for Told {}
 
 /// The commands, with the line that the list of commands shows.
 const COMMANDS: &[(&str, &str)] = &[
+    (
+        "build",
+        "Build an image from a definition file, another image or an address",
+    ),
     ("cache", "Manage what was downloaded and converted"),
     (
         "demo",
@@ -128,7 +133,6 @@ const COMMANDS: &[(&str, &str)] = &[
 
 /// Commands of the peers that this version does not have, with the reason.
 const MISSING: &[&str] = &[
-    "build",
     "capability",
     "checkpoint",
     "config",
@@ -182,6 +186,11 @@ pub fn main(args: &[OsString]) -> Result<u8> {
             let host = Host::read()?;
             let args = parse_action(name, rest, &host)?;
             action::run_on(name, args, globals.explain, persona, host)
+        }
+        "build" => {
+            let host = Host::read()?;
+            let (args, words) = parse_interspersed::<build::BuildArgs>("build", rest, &host)?;
+            build::run(&args, &words, host, APPTAINER_VERSION)
         }
         "inspect" => inspect::run(parse::<inspect::InspectArgs>("inspect", rest)?),
         "instance" => instance::run(rest, persona),
@@ -377,6 +386,40 @@ fn parse_with_image<A: Args + FromArgMatches>(
         .into());
     }
     Ok((args, words))
+}
+
+/// Parses options that may stand before, between and behind the other words, with the environment's in front. Gives the
+/// other words too.
+fn parse_interspersed<A: Args + FromArgMatches>(
+    name: &str,
+    words: &[OsString],
+    host: &Host,
+) -> Result<(A, Vec<OsString>)> {
+    let command = command::<A>(name);
+    let (mut options, mut denied, mut others) = (Vec::new(), Vec::new(), Vec::new());
+    let mut words = words.to_vec();
+    loop {
+        let literal = words.first().is_some_and(|w| *w == "--");
+        let (more, no, word, rest) = split_at_image(&command, &words);
+        options.extend(more);
+        denied.extend(no);
+        let Some(word) = word else { break };
+        others.push(word);
+        if literal {
+            others.extend(rest);
+            break;
+        }
+        words = rest;
+    }
+    let matches = matches(command.clone(), name, options.clone())?;
+    let typed = |id: &str| {
+        denied.iter().any(|d| d == id)
+            || matches.value_source(id) == Some(clap::parser::ValueSource::CommandLine)
+    };
+    let mut all = environment::words(&command, &host.env, &typed)?;
+    all.extend(options);
+    let args = A::from_arg_matches(&self::matches(command, name, all)?)?;
+    Ok((args, others))
 }
 
 /// Options, switches that were denied, image, and what belongs to the payload. `--flag=true` and `--flag=false` of
@@ -616,6 +659,7 @@ fn capsid_usage_line(name: &str) -> String {
         "shell" | "test" | "run-help" => {
             format!("capsid [global options...] {name} [{name} options...] <container>")
         }
+        "build" => "capsid [global options...] build [build options...] <image to be made> <definition, image or address>".into(),
         "inspect" => "capsid inspect [options...] <image>".into(),
         "cache warm" => "capsid cache warm <image>...".into(),
         "pull" => "capsid pull [options...] [file] <URI>".into(),
@@ -672,6 +716,11 @@ fn print_help(name: Option<&str>, persona: Persona) -> Result<()> {
         Some(name @ ("exec" | "run" | "shell" | "test" | "run-help")) => drop(matches(
             command::<ActionArgs>(name),
             name,
+            vec!["--help".into()],
+        )?),
+        Some("build") => drop(matches(
+            command::<build::BuildArgs>("build"),
+            "build",
             vec!["--help".into()],
         )?),
         Some("inspect") => drop(matches(

@@ -1,0 +1,57 @@
+//! `Bootstrap: busybox`: one static program under all its names, from `MirrorURL`.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+
+use super::Base;
+use crate::build::Settings;
+use crate::build::deffile::Stage;
+use crate::build::tree::Tree;
+
+/// Fetches the program.
+///
+/// # Errors
+/// When it cannot be fetched.
+pub fn prepare(stage: &Stage, _settings: &Settings) -> Result<Base> {
+    let Some(url) = stage.key("mirrorurl") else {
+        bail!(
+            "Bootstrap: busybox needs a line MirrorURL: in the header, the directory that holds busybox-ARCH"
+        );
+    };
+    bail!("cannot fetch {url}: downloads are not supported by this version")
+}
+
+/// Makes a root file system of it.
+///
+/// # Errors
+/// When it does not run, or a file cannot be written.
+pub fn unpack(program: &Path, root: &Path) -> Result<()> {
+    let tree = Tree::open(root)?;
+    let bytes =
+        std::fs::read(program).with_context(|| format!("cannot read {}", program.display()))?;
+    tree.write(Path::new("/bin/busybox"), &bytes, 0o755)?;
+    let listed = std::process::Command::new(root.join("bin/busybox"))
+        .arg("--list")
+        .output()
+        .context("the busybox that was fetched does not run on this machine")?;
+    if !listed.status.success() {
+        bail!("the busybox that was fetched cannot list its programs");
+    }
+    for name in String::from_utf8_lossy(&listed.stdout).lines() {
+        let sound =
+            !name.is_empty() && !name.contains('/') && name != "busybox" && !name.starts_with('.');
+        if sound {
+            let link = root.join("bin").join(name);
+            std::os::unix::fs::symlink("busybox", &link)
+                .with_context(|| format!("cannot create {}", link.display()))?;
+        }
+    }
+    tree.write(
+        Path::new("/etc/passwd"),
+        b"root:!:0:0:root:/root:/bin/sh\n",
+        0o644,
+    )?;
+    tree.write(Path::new("/etc/group"), b"root:x:0:\n", 0o644)?;
+    tree.write(Path::new("/etc/hosts"), b"127.0.0.1 localhost\n", 0o644)
+}

@@ -1,0 +1,107 @@
+//! `Bootstrap: docker`, `oci`, `oci-archive`, `docker-archive`, `docker-daemon`: layers.
+
+use std::os::fd::AsFd as _;
+use std::path::Path;
+
+use anyhow::{Context, Result, bail};
+use rustix::fs::{Mode, OFlags};
+
+use super::{Base, Kind};
+use crate::build::deffile::Stage;
+use crate::build::{Settings, ids::Ids};
+use crate::engine::emulate;
+use crate::oci::config::Origin;
+use crate::oci::layers::{Owners, Place};
+use crate::oci::{self, Image};
+use crate::{metadir, say};
+
+/// Finds the image and reads its documents.
+///
+/// # Errors
+/// When it cannot be fetched or understood.
+pub fn prepare(
+    agent: &str,
+    from: &str,
+    stage: &Stage,
+    room: &Path,
+    settings: &Settings,
+) -> Result<Base> {
+    say::info(format_args!("Fetching OCI image..."));
+    let image = open(agent, from, stage, room, settings)?;
+    let key = Some(image.digest.to_string());
+    let origin = Origin {
+        bootstrap: agent.to_owned(),
+        from: from.to_owned(),
+    };
+    Ok(Base {
+        kind: Kind::Layers(Box::new(image), origin),
+        key,
+    })
+}
+
+fn open(agent: &str, from: &str, stage: &Stage, room: &Path, settings: &Settings) -> Result<Image> {
+    let platform = &settings.platform;
+    // What follows the last colon is a tag, unless the path itself is there.
+    let (path, reference) = match from.rsplit_once(':') {
+        Some((path, tag)) if !settings.host.cwd.join(from).exists() && !tag.contains('/') => {
+            (path, Some(tag))
+        }
+        _ => (from, None),
+    };
+    let path = settings.host.cwd.join(path);
+    match agent {
+        "oci" => oci::layout::open(&path, reference, platform),
+        "oci-archive" => oci::archive::open_oci(&path, reference, platform, room),
+        "docker-archive" => oci::archive::open_docker(&path, reference, platform, room),
+        "docker-daemon" => {
+            oci::archive::open_docker_daemon(from.trim_start_matches('/'), platform, room)
+        }
+        _ => registry(from, stage),
+    }
+}
+
+/// An image of a registry.
+fn registry(from: &str, _stage: &Stage) -> Result<Image> {
+    bail!("cannot fetch docker://{from}: registries are not supported by this version")
+}
+
+/// Unpacks the layers, with what the image's configuration says.
+///
+/// # Errors
+/// When a layer cannot be read, or a file not be written.
+pub fn unpack(
+    image: &Image,
+    origin: &Origin,
+    root: &Path,
+    settings: &Settings,
+    record: &mut emulate::Owners,
+) -> Result<()> {
+    say::info(format_args!("Extracting OCI image..."));
+    let mut note = |place: &Place, uid: u32, gid: u32| -> Result<()> {
+        if (uid, gid) != (0, 0) {
+            let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let fd = rustix::fs::openat(place.directory, place.name, flags, Mode::empty())?;
+            let owner = emulate::Owner {
+                uid,
+                gid,
+                device: None,
+            };
+            record
+                .set(fd.as_fd(), owner)
+                .context("cannot note an owner")?;
+        }
+        Ok(())
+    };
+    let mut owners = match settings.ids {
+        Ids::All | Ids::Mapped(_) => Owners::Change,
+        Ids::Emulated => Owners::Record(&mut note),
+        Ids::Single => Owners::Writer,
+    };
+    oci::layers::unpack(image, root, &mut owners, |_, _| Ok(()))?;
+    say::info(format_args!("Inserting Apptainer configuration..."));
+    metadir::write(root, &oci::config::metadata(image, origin, settings.time_s))?;
+    // The stage's own definition is written later, and a registry's image was made from none.
+    let definition = root.join(metadir::DIRECTORY).join("Singularity");
+    std::fs::remove_file(&definition)
+        .with_context(|| format!("cannot remove {}", definition.display()))
+}

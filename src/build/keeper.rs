@@ -1,0 +1,248 @@
+//! The processes of a build, so that nothing outlives it.
+//!
+//! ```text
+//!  capsid build        hands signals on, waits, tells the error
+//!    └─ keeper         root of the user namespace; removes what is left, whoever dies
+//!         └─ worker    process 1 of a pid namespace: bootstraps, runs the sections, packs
+//! ```
+//!
+//! The keeper survives the worker and the caller: it can remove files of subordinate ids, which the caller cannot. With the
+//! worker the kernel ends everything that sections have left running (`pid_namespaces(7)`).
+
+use std::io::{PipeReader, PipeWriter, Read as _, Write as _};
+use std::os::fd::AsFd as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::CloneFlags;
+use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+use rustix::mount::{MountPropagationFlags, mount_change};
+
+use crate::engine::sys::{self, Fork};
+use crate::engine::userns;
+use crate::engine::wait::{self, End};
+use crate::plan::IdMap;
+use crate::{exit, say};
+
+/// Longest error text that a process hands to its parent, in bytes: it must fit into a pipe.
+const MAX_TEXT: usize = 32 << 10;
+
+/// Does `work` as root of a user namespace with these ids. Whatever happens, `leftovers` are removed afterwards.
+///
+/// # Errors
+/// Those of the work, or when the namespace cannot be made.
+pub fn run(ids: &IdMap, leftovers: &[PathBuf], work: impl FnOnce() -> Result<u8>) -> Result<u8> {
+    let (alive, here) = std::io::pipe().context("cannot create a pipe")?;
+    let (mut told, tell) = std::io::pipe().context("cannot create a pipe")?;
+    let mask = wait::block()?;
+    let keeper = match sys::fork()? {
+        Fork::Parent(keeper) => keeper,
+        Fork::Child => {
+            drop((here, told));
+            keep(ids, leftovers, &mask, &alive, tell, work)
+        }
+    };
+    drop((alive, tell));
+    let end = wait::until_exit(keeper, false);
+    let mut text = String::new();
+    // Also waits for a worker whose keeper was killed.
+    let read = told
+        .by_ref()
+        .take(MAX_TEXT as u64)
+        .read_to_string(&mut text);
+    drop(here);
+    mask.thread_set_mask()
+        .context("cannot restore the signal mask")?;
+    if leftovers.iter().any(|path| path.symlink_metadata().is_ok()) {
+        let swept = in_child(|| {
+            userns::create(ids, CloneFlags::empty())?;
+            remove(leftovers);
+            Ok(0)
+        });
+        if let Err(error) = swept {
+            say::warn(format_args!("cannot remove what the build left: {error:#}"));
+        }
+    }
+    read.context("cannot hear from the build")?;
+    match end? {
+        End::Exited(_) if !text.is_empty() => bail!("{text}"),
+        End::Exited(status) => Ok(status),
+        end @ End::Signalled(signal) => {
+            say::error(format_args!(
+                "the build was ended by {signal}: nothing of it is left"
+            ));
+            Ok(wait::end_like(end))
+        }
+    }
+}
+
+/// The keeper.
+fn keep(
+    ids: &IdMap,
+    leftovers: &[PathBuf],
+    mask: &SigSet,
+    alive: &PipeReader,
+    tell: PipeWriter,
+    work: impl FnOnce() -> Result<u8>,
+) -> ! {
+    let begun = userns::create(ids, CloneFlags::CLONE_NEWNS)
+        .and_then(|()| sys::fork_into_pid_namespace(sys::Parent::Own));
+    let worker = match begun {
+        Ok(Fork::Parent(worker)) => worker,
+        Ok(Fork::Child) => {
+            sys::die_with(None);
+            let _ = mask.thread_set_mask();
+            end(tell, || {
+                prepare_worker()?;
+                work()
+            })
+        }
+        Err(error) => end(tell, || Err(error)),
+    };
+    drop(tell);
+    let end = watch(worker, alive);
+    remove(leftovers);
+    sys::exit_now(wait::end_like(end))
+}
+
+/// Waits for the worker, and ends it when a signal says so or the caller is gone.
+fn watch(worker: Pid, alive: &PipeReader) -> End {
+    let mut set = SigSet::empty();
+    let ending = [
+        Signal::SIGINT,
+        Signal::SIGTERM,
+        Signal::SIGHUP,
+        Signal::SIGQUIT,
+    ];
+    for signal in ending.into_iter().chain([Signal::SIGCHLD]) {
+        set.add(signal);
+    }
+    let signals = SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).ok();
+    let mut killed_by = None;
+    loop {
+        match waitpid(worker, Some(WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::Exited(_, status)) => {
+                let own = End::Exited(status.to_le_bytes()[0]);
+                return killed_by.map_or(own, End::Signalled);
+            }
+            Ok(WaitStatus::Signaled(_, signal, _)) => {
+                return End::Signalled(killed_by.unwrap_or(signal));
+            }
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(_) => return End::Exited(exit::FATAL),
+        }
+        let mut fds = vec![PollFd::new(alive.as_fd(), PollFlags::POLLIN)];
+        fds.extend(
+            signals
+                .as_ref()
+                .map(|s| PollFd::new(s.as_fd(), PollFlags::POLLIN)),
+        );
+        let _ = poll(&mut fds, PollTimeout::from(1000u16));
+        let orphaned = fds[0].any().unwrap_or(false);
+        let read = signals
+            .as_ref()
+            .and_then(|s| s.read_signal().ok().flatten());
+        let read = read.and_then(|info| Signal::try_from(info.ssi_signo.cast_signed()).ok());
+        let wanted = read.filter(|signal| ending.contains(signal));
+        let wanted = wanted.or(orphaned.then_some(Signal::SIGKILL));
+        if let Some(signal) = wanted {
+            killed_by.get_or_insert(signal);
+            let _ = kill(worker, Signal::SIGKILL);
+            if orphaned {
+                let _ = waitpid(worker, None);
+                return End::Signalled(Signal::SIGKILL);
+            }
+        }
+    }
+}
+
+/// The worker's own mounts, and a procfs that shows its own processes.
+fn prepare_worker() -> Result<()> {
+    mount_change(
+        "/",
+        MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
+    )
+    .context("cannot make the mounts private")?;
+    let proc = sys::new_filesystem("proc", &[])?;
+    let place = sys::open_path(Path::new("/proc"))?;
+    sys::attach(proc.as_fd(), place.as_fd()).context("cannot mount /proc")
+}
+
+/// Ends this process with what `work` gives; its error goes to whoever listens.
+fn end(mut tell: PipeWriter, work: impl FnOnce() -> Result<u8>) -> ! {
+    let done = catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|_| Err(anyhow!("this is a bug in capsid")));
+    let status = done.unwrap_or_else(|error| {
+        let text = format!("{error:#}");
+        let end = text.floor_char_boundary(MAX_TEXT);
+        let _ = tell.write_all(&text.as_bytes()[..end]);
+        exit::FATAL
+    });
+    sys::exit_now(status)
+}
+
+/// Runs `work` in a child process, which may change its namespaces or become a program, and gives its status.
+///
+/// # Errors
+/// Those of the work.
+pub fn in_child(work: impl FnOnce() -> Result<u8>) -> Result<u8> {
+    let (mut told, tell) = std::io::pipe().context("cannot create a pipe")?;
+    match sys::fork()? {
+        Fork::Child => {
+            drop(told);
+            end(tell, work)
+        }
+        Fork::Parent(child) => {
+            drop(tell);
+            let mut text = String::new();
+            told.by_ref()
+                .take(MAX_TEXT as u64)
+                .read_to_string(&mut text)
+                .context("cannot hear from a child process")?;
+            let status = loop {
+                match waitpid(child, None) {
+                    Ok(WaitStatus::Exited(_, status)) => break status.to_le_bytes()[0],
+                    Ok(WaitStatus::Signaled(_, signal, _)) => break exit::signalled(signal as i32),
+                    Ok(_) | Err(nix::Error::EINTR) => {}
+                    Err(error) => return Err(error).context("cannot wait for a child process"),
+                }
+            };
+            if text.is_empty() {
+                Ok(status)
+            } else {
+                bail!("{text}")
+            }
+        }
+    }
+}
+
+/// Removes files and directories, whatever their permissions.
+fn remove(paths: &[PathBuf]) {
+    for path in paths {
+        let removed = match path.symlink_metadata() {
+            Ok(meta) if meta.is_dir() => std::fs::remove_dir_all(path),
+            Ok(_) => std::fs::remove_file(path),
+            Err(_) => continue,
+        };
+        if let Err(error) = removed {
+            say::warn(format_args!("cannot remove {}: {error}", path.display()));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn child_gives_its_status_or_its_error() {
+        assert_eq!(in_child(|| Ok(7)).unwrap(), 7);
+        let error = in_child(|| bail!("cannot do it")).unwrap_err();
+        assert_eq!(error.to_string(), "cannot do it");
+    }
+}
