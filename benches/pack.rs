@@ -1,14 +1,14 @@
 //! Packing a directory into a squashfs, and unpacking it.
 //!
 //! `cargo bench --bench pack` measures with criterion. For a comparison of whole processes, `tree DIRECTORY IMAGE
-//! [COMPRESSION] [THREADS] [BLOCK]` packs once: `benches/compare/pack` runs it beside `mksquashfs`.
+//! [COMPRESSION] [THREADS] [BLOCK]` packs once: run it beside `mksquashfs`.
 #![allow(missing_docs)]
 
 use std::fs::File;
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
-use capsid::squash::{Options, Scan, Unpack, Writer, scan, unpack};
+use capsid::squash::{Options, Scan, Specials, Unpack, Writer, scan, unpack};
 use capsid_fuse::Archive;
 use criterion::{BenchmarkId, Criterion, Throughput};
 
@@ -20,7 +20,13 @@ fn pack(root: &Path, image: &Path, options: &Options) -> Result<()> {
         .truncate(true)
         .open(image)?;
     let mut writer = Writer::new(out, options)?;
-    let tree = scan(root, &mut writer, &Scan::default())?;
+    // All that mksquashfs takes, too.
+    let all = Scan {
+        specials: Specials::Keep,
+        xattr: &|_| true,
+        ..Scan::default()
+    };
+    let tree = scan(root, &mut writer, &all)?;
     writer.finish(&tree)?;
     Ok(())
 }

@@ -251,7 +251,9 @@ fn size(bytes: u64) -> String {
 }
 
 fn info(object: &Descriptor) -> Result<()> {
-    let field = |name: &str, value: &str| field(&format!("  {name}"), 18, value);
+    // Two columns behind the longest name.
+    let width = if object.partition.is_some() { 19 } else { 15 };
+    let field = |name: &str, value: &str| field(&format!("  {name}"), width, value);
     field("Data Type", type_name(object.data_type))?;
     field("ID", &object.id.to_string())?;
     field("Group ID", &group(object))?;
@@ -260,7 +262,9 @@ fn info(object: &Descriptor) -> Result<()> {
     field("Size", &object.len_bytes.to_string())?;
     field("Created At", &time(object.times_s.0))?;
     field("Modified At", &time(object.times_s.1))?;
-    field("Name", &object.name)?;
+    if !object.name.is_empty() {
+        field("Name", &object.name)?;
+    }
     if let Some(partition) = object.partition {
         field("Filesystem Type", fs_name(partition.fs))?;
         field("Partition Type", part_name(partition.part))?;
