@@ -29,7 +29,8 @@ fn golden(name: &str, text: &str) {
 fn help_texts() {
     let env = Env::new();
     for command in [
-        "exec", "run", "shell", "test", "run-help", "inspect", "doctor", "demo", "cache",
+        "exec", "run", "shell", "test", "run-help", "inspect", "doctor", "demo", "cache", "pull",
+        "push", "registry", "remote",
     ] {
         let out = env.run([command, "--help"]);
         assert_eq!(out.status, 0, "{out}");
@@ -47,6 +48,20 @@ fn help_texts() {
         let out = env.run(["job", command, "--help"]);
         assert_eq!(out.status, 0, "{out}");
         golden(&format!("help-job-{command}"), &out.stdout);
+    }
+    for (group, commands) in [
+        ("cache", ["list", "clean", "warm"].as_slice()),
+        ("registry", &["login", "logout", "list"]),
+        (
+            "remote",
+            &["list", "use", "add", "remove", "login", "logout", "status"],
+        ),
+    ] {
+        for command in commands {
+            let out = env.run([group, command, "--help"]);
+            assert_eq!(out.status, 0, "{out}");
+            golden(&format!("help-{group}-{command}"), &out.stdout);
+        }
     }
     golden("help-job", &env.run(["job", "--help"]).stdout);
     golden("help-instance", &env.run(["instance", "--help"]).stdout);

@@ -79,7 +79,13 @@ pub fn to_directory(
 pub fn objects(image: &Image, contents: &Contents) -> Result<Vec<(DataType, String, Content)>> {
     let whole: serde_json::Value = document(&*image.blobs, &image.manifest.config)?;
     let config = serde_json::to_vec(&whole["config"]).context("cannot write the configuration")?;
-    let json = |name: &str, bytes| (DataType::GenericJson, name.to_owned(), Content::Bytes(bytes));
+    let json = |name: &str, bytes| {
+        (
+            DataType::GenericJson,
+            name.to_owned(),
+            Content::Bytes(bytes),
+        )
+    };
     Ok(vec![
         json("inspect-metadata.json", metadir::summary(contents)?),
         json("oci-config.json", config),

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use super::fetch::{self, RunAccess};
 use super::flags::ActionArgs;
-use super::transfer::{self, RunAccess};
 use super::{Explain, Persona, Usage, explain};
 use crate::engine::network::Network;
 use crate::host::{Host, normalise};
@@ -217,11 +217,7 @@ pub(super) fn is_elsewhere(image: &OsStr, host: &Host) -> bool {
 
 /// The image's path: a path that exists beats the reading of a colon as a URI. What is elsewhere is brought into the
 /// cache first.
-pub(super) fn image_path(
-    image: &OsString,
-    host: &Host,
-    access: &RunAccess,
-) -> Result<PathBuf> {
+pub(super) fn image_path(image: &OsString, host: &Host, access: &RunAccess) -> Result<PathBuf> {
     if image.is_empty() {
         bail!("the name of the image is empty");
     }
@@ -237,7 +233,7 @@ pub(super) fn image_path(
                 "{text:?} is not an image: a running instance is named instance://NAME, for exec, run, shell and test"
             ),
             scheme if Reference::is_scheme(scheme) => {
-                return transfer::fetch_for_run(image, access);
+                return fetch::fetch_for_run(image, access);
             }
             scheme if is_transport(scheme) => {
                 bail!(

@@ -10,6 +10,7 @@ pub mod demo;
 pub mod doctor;
 pub mod environment;
 pub mod explain;
+pub mod fetch;
 pub mod flags;
 pub mod inspect;
 pub mod instance;
@@ -193,9 +194,9 @@ pub fn main(args: &[OsString]) -> Result<u8> {
         "push" => push::run(rest),
         "registry" => registry::run(rest, persona),
         "remote" => remote::run(rest, persona),
-        transfer::FETCH => {
+        fetch::FETCH => {
             let host = Host::read()?;
-            transfer::run_fetch(&parse_with_environment(transfer::FETCH, rest, &host)?)
+            fetch::run_fetch(&parse_with_environment(fetch::FETCH, rest, &host)?)
         }
         "doctor" => doctor::run(&parse::<doctor::DoctorArgs>("doctor", rest)?),
         "demo" => demo::run(&parse::<demo::DemoArgs>("demo", rest)?),
@@ -476,9 +477,7 @@ fn parse_with_environment<A: Args + FromArgMatches>(
 ) -> Result<A> {
     let command = command::<A>(name);
     let matches = matches(command.clone(), name, words.to_vec())?;
-    let typed = |id: &str| {
-        matches.value_source(id) == Some(clap::parser::ValueSource::CommandLine)
-    };
+    let typed = |id: &str| matches.value_source(id) == Some(clap::parser::ValueSource::CommandLine);
     let mut all = environment::words(&command, &host.env, &typed)?;
     if all.is_empty() {
         return Ok(A::from_arg_matches(&matches)?);

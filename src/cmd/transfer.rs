@@ -1,16 +1,13 @@
 //! What `pull`, `push` and running an image by its address share: options, the cache's place, the way from a reference
 //! to a file of the cache.
 
-use std::ffi::{OsStr, OsString};
-use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::{SigSet, Signal, raise};
 
-use super::{Told, environment, prompt};
+use super::{environment, prompt};
 use crate::build::convert;
 use crate::cache::usage::parse_size;
 use crate::cache::{self, Cache, DraftDirectory, Kind, Obtained};
@@ -26,8 +23,6 @@ use crate::{exit, say, squash};
 
 /// The name of conversions by this version: another one makes them anew.
 const CONVERTER: &str = "v1";
-/// The hidden command that fetches an image for a run.
-pub const FETCH: &str = "__fetch";
 
 /// How to get somewhere; options of several commands.
 #[derive(clap::Args, Debug, Default, Clone)]
@@ -53,7 +48,11 @@ pub struct Machine {
     #[arg(id = "pull_arch", long = "arch", value_name = "ARCH")]
     pub arch: Option<String>,
     /// Its variant: 7 or v7
-    #[arg(id = "pull_arch_variant", long = "arch-variant", value_name = "VARIANT")]
+    #[arg(
+        id = "pull_arch_variant",
+        long = "arch-variant",
+        value_name = "VARIANT"
+    )]
     pub variant: Option<String>,
     /// Both as OS/ARCH[/VARIANT]
     #[arg(long, value_name = "PLATFORM", conflicts_with_all = ["pull_arch", "pull_arch_variant"])]
@@ -174,9 +173,8 @@ pub fn options(
     {
         bail!("--authfile {}: no such file", file.display());
     }
-    let given = |key: &str| {
-        environment::lookup(&host.env, key).map(|v| v.to_string_lossy().into_owned())
-    };
+    let given =
+        |key: &str| environment::lookup(&host.env, key).map(|v| v.to_string_lossy().into_owned());
     credentials.given = match access.docker_login {
         true => Some(Login::Password {
             username: prompt::line("Enter Docker Username: ")?,
@@ -224,7 +222,9 @@ pub fn choice(host: &Host, library: Option<&str>) -> Choice {
 /// What the environment says of the network.
 pub fn settings(host: &Host) -> Settings {
     let proxy = |names: [&str; 4]| {
-        let found = names.iter().find_map(|n| host.var(n).filter(|v| !v.is_empty()));
+        let found = names
+            .iter()
+            .find_map(|n| host.var(n).filter(|v| !v.is_empty()));
         found.map(|v| v.to_string_lossy().into_owned())
     };
     let home = &host.user.home;
@@ -245,7 +245,12 @@ pub fn settings(host: &Host) -> Settings {
 ///
 /// # Errors
 /// When it cannot be had.
-pub fn fetch(reference: &Reference, options: &Options, cache: &Cache, host: &Host) -> Result<PathBuf> {
+pub fn fetch(
+    reference: &Reference,
+    options: &Options,
+    cache: &Cache,
+    host: &Host,
+) -> Result<PathBuf> {
     let path = match reference {
         Reference::Docker(repository) => {
             let resolved = net::oci::resolve(repository, options)?;
@@ -319,7 +324,11 @@ fn seconds(text: &str) -> Option<i64> {
         return None;
     }
     // Days of a year that begins in March, so that the leap day is the last one.
-    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let (year, month) = if month > 2 {
+        (year, month - 3)
+    } else {
+        (year - 1, month + 9)
+    };
     let days = 365 * year + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 + day - 1;
     Some((days - 719_468) * 86400 + hour * 3600 + minute * 60 + second)
 }
@@ -387,97 +396,6 @@ impl Store {
             _temporary: Some(directory),
         })
     }
-}
-
-/// What a run says of how to get its image.
-#[derive(Debug, Default)]
-pub struct RunAccess<'a> {
-    /// `--no-https`
-    pub no_https: bool,
-    /// `--docker-login`
-    pub docker_login: bool,
-    /// `--authfile`
-    pub authfile: Option<&'a Path>,
-    /// `--disable-cache`
-    pub disable_cache: bool,
-}
-
-/// Brings an image into the cache for a run, in a process of its own: what becomes the payload has loaded no TLS, has no
-/// threads, and never had a secret in its memory.
-///
-/// # Errors
-/// When it cannot be had; the process has said why.
-pub fn fetch_for_run(reference: &OsStr, access: &RunAccess) -> Result<PathBuf> {
-    if access.disable_cache {
-        bail!(
-            "--disable-cache is not supported here, where the image is run from the cache: capsid pull --disable-cache makes a file"
-        );
-    }
-    let mut words: Vec<OsString> = vec![FETCH.into()];
-    if access.no_https {
-        words.push("--no-https".into());
-    }
-    if access.docker_login {
-        words.push("--docker-login".into());
-    }
-    if let Some(file) = access.authfile {
-        words.extend(["--authfile".into(), file.as_os_str().to_owned()]);
-    }
-    words.push("--".into());
-    words.push(reference.to_owned());
-    let program = std::env::args_os().next().unwrap_or_else(|| "capsid".into());
-    let child = Command::new("/proc/self/exe")
-        .arg0(program)
-        .args(words)
-        .env("APPTAINER_MESSAGELEVEL", say::level().to_string())
-        .stdin(match access.docker_login {
-            true => Stdio::inherit(),
-            false => Stdio::null(),
-        })
-        .stdout(Stdio::piped())
-        .stderr(Stdio::inherit())
-        .output()
-        .context("cannot start the download")?;
-    if !child.status.success() {
-        let by_signal = child.status.signal().map(exit::signalled);
-        return Err(Told(by_signal.unwrap_or(exit::FATAL)).into());
-    }
-    use std::os::unix::ffi::OsStringExt as _;
-    let mut path = child.stdout;
-    path.truncate(path.trim_ascii_end().len());
-    Ok(PathBuf::from(OsString::from_vec(path)))
-}
-
-/// Options of the hidden command.
-#[derive(clap::Args, Debug)]
-pub struct FetchArgs {
-    #[command(flatten)]
-    access: Access,
-    /// What to fetch
-    reference: String,
-}
-
-/// Runs the hidden command: prints where in the cache the image is.
-///
-/// # Errors
-/// When it cannot be had.
-pub fn run_fetch(args: &FetchArgs) -> Result<u8> {
-    use std::os::unix::ffi::OsStrExt as _;
-    let host = Host::read()?;
-    guard_drafts()?;
-    let what = || format!("Unable to handle {} uri", args.reference);
-    let reference: Reference = args.reference.parse().with_context(what)?;
-    let library = environment::lookup(&host.env, "LIBRARY").map(OsStr::to_string_lossy);
-    let options = options(&host, &args.access, &Machine::default(), library.as_deref())?;
-    let cache = Cache::open(&cache_root(&host)).with_context(what)?;
-    let path = fetch(&reference, &options, &cache, &host).with_context(what)?;
-    // A path is bytes; the one who reads it takes them as they are.
-    let text = path.as_os_str().as_bytes();
-    match std::str::from_utf8(text) {
-        Ok(text) => say::out(format_args!("{text}\n"))?,
-        Err(_) => bail!("the cache's path {} is not UTF-8", path.display()),
-    }
-    Ok(exit::OK)
 }
 
 #[cfg(test)]
