@@ -72,15 +72,22 @@ impl Staging {
             count: 0,
         })
     }
+
+    /// Removes the directory, and what is left in it: contents that have no place, or all after an error.
+    fn remove(&self) {
+        let directory = || rustix::fs::unlinkat(&self.root, &self.name, AtFlags::REMOVEDIR);
+        if matches!(directory(), Err(Errno::NOTEMPTY | Errno::EXIST)) {
+            for number in 0..self.count {
+                let _ = rustix::fs::unlinkat(&self.directory, number.to_string(), AtFlags::empty());
+            }
+            let _ = directory();
+        }
+    }
 }
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        for number in 0..self.count {
-            // Most have been renamed.
-            let _ = rustix::fs::unlinkat(&self.directory, number.to_string(), AtFlags::empty());
-        }
-        let _ = rustix::fs::unlinkat(&self.root, &self.name, AtFlags::REMOVEDIR);
+        self.remove();
     }
 }
 
@@ -148,6 +155,8 @@ pub fn write(tree: &Tree, staging: &Staging, owners: &mut Owners) -> Result<()> 
         writing.fill(id, &path, &mut directories)?;
         at += 1;
     }
+    // It would change the root's time later.
+    staging.remove();
     for (id, path) in directories.iter().rev() {
         let opened = writing.open(path)?;
         let place = Place {
