@@ -114,7 +114,7 @@ impl Registry {
         let root = t.path("registry");
         let config = t.path("registry.yml");
         let text = format!(
-            "version: 0.1\nlog: {{level: info}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: '127.0.0.1:0'}}\n{auth}",
+            "version: 0.1\nlog: {{level: info}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp:\n  addr: '127.0.0.1:0'\n{auth}",
             root.display()
         );
         fs::write(&config, text).unwrap();
@@ -324,6 +324,125 @@ fn logins_are_checked_kept_used_and_forgotten() {
         .env("APPTAINER_DOCKER_USERNAME", "ada")
         .env("APPTAINER_DOCKER_PASSWORD", "s3cret-word");
     output(&mut by_environment).ok();
+}
+
+/// A certificate authority, and a certificate of its for 127.0.0.1, in the scratch directory.
+fn certificates(t: &Env) {
+    fs::write(
+        t.path("leaf.ext"),
+        "subjectAltName=IP:127.0.0.1\nbasicConstraints=CA:FALSE\n",
+    )
+    .unwrap();
+    let script = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout ca.key -out ca.crt -subj /CN=test-ca -days 2 &&
+        openssl req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout leaf.key -out leaf.csr -subj /CN=test &&
+        openssl x509 -req -in leaf.csr -CA ca.crt -CAkey ca.key -CAcreateserial -out leaf.crt -days 2 -extfile leaf.ext";
+    output(
+        Command::new("sh")
+            .args(["-c", script])
+            .current_dir(t.path("")),
+    )
+    .ok();
+}
+
+#[test]
+fn own_certificate_authorities_are_trusted_where_they_are_named() {
+    let t = Env::new();
+    certificates(&t);
+    let tls = format!(
+        "  tls: {{certificate: {}, key: {}}}\n",
+        t.path("leaf.crt").display(),
+        t.path("leaf.key").display()
+    );
+    let registry = Registry::start(&t, &tls);
+    registry.fill(&t, &[]);
+    let uri = format!("docker://{}/test/image:v1", registry.address);
+    run(&t, &["pull", "x.sif", &uri]).fatal(&["signed by an unknown authority", "SSL_CERT_FILE"]);
+    let mut by_variable = command(&t, &["pull", "x.sif", &uri]);
+    by_variable.env("SSL_CERT_FILE", t.path("ca.crt"));
+    output(&mut by_variable).ok();
+    let directory = common::home()
+        .join(".config/containers/certs.d")
+        .join(&registry.address);
+    fs::create_dir_all(&directory).unwrap();
+    fs::copy(t.path("ca.crt"), directory.join("ca.crt")).unwrap();
+    let by_directory = run(&t, &["pull", "y.sif", &uri]);
+    fs::remove_dir_all(&directory).unwrap();
+    by_directory.ok();
+}
+
+#[test]
+fn credential_helpers_are_asked() {
+    let t = Env::new();
+    let image = image(&t);
+    let server = registry(&image, |asked| {
+        let known = asked.header("authorization") == Some("Basic YWRhOnB3");
+        (!known).then(|| Answer::new(401, "{}").header("WWW-Authenticate", "Basic realm=\"x\""))
+    });
+    let helper = format!(
+        "#!/bin/sh\nread host\n[ \"$1 $host\" = 'get {}' ] && echo '{{\"Username\":\"ada\",\"Secret\":\"pw\"}}'\n",
+        server.address
+    );
+    common::script(&t.path("bin/docker-credential-test"), &helper);
+    fs::create_dir_all(t.path("config")).unwrap();
+    fs::write(
+        t.path("config/docker-config.json"),
+        r#"{"credsStore": "test"}"#,
+    )
+    .unwrap();
+    let uri = format!("docker://{}/test/image:v1", server.address);
+    let mut pull = command(&t, &["pull", "--no-https", "x.sif", &uri]);
+    pull.env("PATH", format!("{}:/usr/bin:/bin", t.path("bin").display()));
+    output(&mut pull).ok();
+    run(&t, &["pull", "--no-https", "y.sif", &uri]).fatal(&["authentication required"]);
+}
+
+#[test]
+fn image_of_another_machine_is_chosen_from_an_index() {
+    let t = Env::new();
+    let image = image(&t);
+    let one = image.manifest.clone();
+    let digest = Digest::of(&one).to_string();
+    let named = format!("/v2/test/image/manifests/{digest}");
+    let index = json!({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [
+        {"mediaType": "application/vnd.oci.image.manifest.v1+json", "digest": digest, "size": one.len(),
+         "platform": {"os": "linux", "architecture": "arm64", "variant": "v8"}}]});
+    let server = registry(&image, move |asked| {
+        if asked.target == named {
+            return Some(Answer::new(200, one.clone()));
+        }
+        asked
+            .target
+            .ends_with("/manifests/v1")
+            .then(|| Answer::new(200, index.to_string()))
+    });
+    let uri = format!("docker://{}/test/image:v1", server.address);
+    run(
+        &t,
+        &["pull", "--no-https", "--arch", "arm64", "x.sif", &uri],
+    )
+    .ok();
+    run(
+        &t,
+        &[
+            "pull",
+            "--no-https",
+            "--platform",
+            "linux/arm64/v8",
+            "y.sif",
+            &uri,
+        ],
+    )
+    .ok();
+    run(
+        &t,
+        &["pull", "--no-https", "--arch", "s390x", "z.sif", &uri],
+    )
+    .fatal(&["there is no image for linux/s390x", "linux/arm64"]);
+    run(
+        &t,
+        &["pull", "--no-https", "--arch", "nonsense", "z.sif", &uri],
+    )
+    .fatal(&["is not a known architecture"]);
 }
 
 #[test]

@@ -279,6 +279,7 @@ pub fn fetch(
             convert::to_sif(&image, &draft, &origin, stamp, squash::Options::default())?;
             let place = cache.place(Kind::OciTmp, &key)?;
             cache::publish(&draft, &place)?;
+            directory.remove();
             drop(claim);
             place
         }
@@ -369,10 +370,17 @@ pub fn guard_drafts() -> Result<()> {
 pub struct Store {
     /// The cache.
     pub cache: Cache,
-    _temporary: Option<DraftDirectory>,
+    temporary: Option<DraftDirectory>,
 }
 
 impl Store {
+    /// All went well: nothing is kept of what was for this command only.
+    pub fn close(self) {
+        if let Some(directory) = self.temporary {
+            directory.remove();
+        }
+    }
+
     /// Opens the person's cache, or one for this command only.
     ///
     /// # Errors
@@ -384,7 +392,7 @@ impl Store {
                 Ok(cache) => {
                     return Ok(Store {
                         cache,
-                        _temporary: None,
+                        temporary: None,
                     });
                 }
                 Err(error) => say::warn(format_args!("the cache is not used: {error:#}")),
@@ -393,7 +401,7 @@ impl Store {
         let directory = DraftDirectory::new(&scratch(host))?;
         Ok(Store {
             cache: Cache::open(directory.path())?,
-            _temporary: Some(directory),
+            temporary: Some(directory),
         })
     }
 }

@@ -1,6 +1,6 @@
 //! A small HTTP server on a port that the kernel chooses, answering by a function, and remembering what it was asked.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 
@@ -113,7 +113,7 @@ impl Server {
     }
 }
 
-fn serve(mut stream: TcpStream, log: &Mutex<Vec<Asked>>, answer: &(dyn Fn(&Asked) -> Answer)) {
+fn serve(mut stream: TcpStream, log: &Mutex<Vec<Asked>>, answer: &dyn Fn(&Asked) -> Answer) {
     let mut reader = BufReader::new(stream.try_clone().expect("a copy"));
     while let Some(asked) = read(&mut reader) {
         log.lock().expect("no thread has died").push(asked.clone());
