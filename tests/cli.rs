@@ -29,7 +29,8 @@ fn golden(name: &str, text: &str) {
 fn help_texts() {
     let env = Env::new();
     for command in [
-        "exec", "run", "shell", "test", "run-help", "inspect", "doctor", "demo", "cache",
+        "exec", "run", "shell", "test", "run-help", "inspect", "doctor", "demo", "cache", "pull",
+        "push", "registry", "remote",
     ] {
         let out = env.run([command, "--help"]);
         assert_eq!(out.status, 0, "{out}");
@@ -51,6 +52,20 @@ fn help_texts() {
     for words in [&["overlay", "create", "--help"][..], &["sif", "--help"]] {
         let name = words[..words.len() - 1].join("-");
         golden(&format!("help-{name}"), env.run(words).ok());
+    }
+    for (group, commands) in [
+        ("cache", ["list", "clean", "warm"].as_slice()),
+        ("registry", &["login", "logout", "list"]),
+        (
+            "remote",
+            &["list", "use", "add", "remove", "login", "logout", "status"],
+        ),
+    ] {
+        for command in commands {
+            let out = env.run([group, command, "--help"]);
+            assert_eq!(out.status, 0, "{out}");
+            golden(&format!("help-{group}-{command}"), &out.stdout);
+        }
     }
     golden("help-job", &env.run(["job", "--help"]).stdout);
     golden("help-instance", &env.run(["instance", "--help"]).stdout);

@@ -296,6 +296,12 @@ impl DraftDirectory {
     pub fn path(&self) -> &Path {
         &self.0
     }
+
+    /// Removes it in any case: all went well.
+    pub fn remove(self) {
+        // What is left goes when the cache is opened again.
+        let _ = fs::remove_dir_all(&self.0);
+    }
 }
 
 impl Drop for DraftDirectory {
@@ -310,7 +316,11 @@ impl Drop for DraftDirectory {
 
 /// A name that tells its writer, hidden where people look.
 fn draft_path(directory: &Path) -> PathBuf {
-    let hidden = if directory.ends_with(".tmp") { "" } else { "." };
+    let hidden = if directory.file_name() == Some(".tmp".as_ref()) {
+        ""
+    } else {
+        "."
+    };
     directory.join(format!(
         "{hidden}{}~{}",
         claim::Writer::own(),

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use super::fetch::{self, RunAccess};
 use super::flags::ActionArgs;
-use super::transfer::{self, RunAccess};
 use super::{Explain, Persona, Usage, explain};
 use crate::engine::network::Network;
 use crate::host::{Host, normalise};
@@ -236,7 +236,7 @@ pub(super) fn image_path(image: &OsString, host: &Host, access: &RunAccess) -> R
                 "{text:?} is not an image: a running instance is named instance://NAME, for exec, run, shell and test"
             ),
             scheme if Reference::is_scheme(scheme) => {
-                return transfer::fetch_for_run(image, access);
+                return fetch::fetch_for_run(image, access);
             }
             scheme if is_transport(scheme) => {
                 bail!(

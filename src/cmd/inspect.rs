@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use super::transfer::RunAccess;
+use super::fetch::RunAccess;
 use crate::host::Host;
 use crate::image::{self, Image};
 use crate::{exit, say};

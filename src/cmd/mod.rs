@@ -11,6 +11,7 @@ pub mod demo;
 pub mod doctor;
 pub mod environment;
 pub mod explain;
+pub mod fetch;
 pub mod flags;
 pub mod inspect;
 pub mod instance;
@@ -208,9 +209,9 @@ pub fn main(args: &[OsString]) -> Result<u8> {
         "push" => push::run(rest),
         "registry" => registry::run(rest, persona),
         "remote" => remote::run(rest, persona),
-        transfer::FETCH => {
+        fetch::FETCH => {
             let host = Host::read()?;
-            transfer::run_fetch(&parse_with_environment(transfer::FETCH, rest, &host)?)
+            fetch::run_fetch(&parse_with_environment(fetch::FETCH, rest, &host)?)
         }
         "doctor" => doctor::run(&parse::<doctor::DoctorArgs>("doctor", rest)?),
         "demo" => demo::run(&parse::<demo::DemoArgs>("demo", rest)?),

@@ -99,6 +99,7 @@ pub fn run(words: &[OsString]) -> Result<u8> {
             publish(&path, &target, host.umask)?;
         }
     }
+    store.close();
     Ok(exit::OK)
 }
 
@@ -200,5 +201,7 @@ fn sandbox(
     if args.force && target.exists() {
         fs::rename(target, draft.path().join("old")).with_context(what)?;
     }
-    fs::rename(&root, target).with_context(what)
+    fs::rename(&root, target).with_context(what)?;
+    draft.remove();
+    Ok(())
 }

@@ -80,8 +80,12 @@ impl Credentials {
             return Ok(Some(given.clone()));
         }
         for file in &self.files {
-            let Some(logins) = LoginFile::read(file)? else {
-                continue;
+            let logins = match LoginFile::read(file) {
+                Ok(Some(logins)) => logins,
+                Ok(None) => continue,
+                // In a user namespace the home directory may be another user's.
+                Err(error) if is_denied(&error) && self.files.len() > 1 => continue,
+                Err(error) => return Err(error),
             };
             let found = logins
                 .find(registry, path)
@@ -279,6 +283,11 @@ pub fn write_secret(path: &Path, text: &[u8]) -> Result<()> {
         let _ = fs::remove_file(&draft);
     }
     written.with_context(what)
+}
+
+fn is_denied(error: &anyhow::Error) -> bool {
+    let cause = error.downcast_ref::<std::io::Error>();
+    cause.is_some_and(|e| e.kind() == std::io::ErrorKind::PermissionDenied)
 }
 
 /// A registry's name without its other names.

@@ -150,7 +150,7 @@ impl Transfer<'_> {
         let mut empty = 0;
         loop {
             let before = part.start;
-            let asked = (part.start > 0).then(|| part.start..part.end);
+            let asked = (part.start > 0).then_some(part.start..part.end);
             let response = match first.take() {
                 Some(response) => response,
                 None => (self.open)(asked)?,
@@ -230,7 +230,7 @@ impl Transfer<'_> {
 
     /// Whether more content may follow behind this range.
     fn is_part(&self, part: &Range<u64>) -> bool {
-        part.end % PART == 0
+        part.end.is_multiple_of(PART)
     }
 
     fn store(

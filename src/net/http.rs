@@ -17,6 +17,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use ureq::http;
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig};
 
+use super::proxy;
 use super::url::{Origin, Scheme, Url};
 use crate::say;
 
@@ -215,6 +216,7 @@ impl Response {
 pub struct Client {
     settings: Settings,
     agents: Mutex<BTreeMap<Origin, ureq::Agent>>,
+    sessions: Mutex<BTreeMap<String, String>>,
 }
 
 impl Client {
@@ -223,7 +225,24 @@ impl Client {
         Client {
             settings,
             agents: Mutex::default(),
+            sessions: Mutex::default(),
         }
+    }
+
+    /// The authorization that was given last for what `key` names.
+    pub fn session(&self, key: &str) -> Option<String> {
+        let sessions = self.sessions.lock();
+        sessions
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(key)
+            .cloned()
+    }
+
+    /// Remembers an authorization for what `key` names, as long as this client lives.
+    pub fn remember(&self, key: &str, authorization: &str) {
+        let sessions = self.sessions.lock();
+        let mut sessions = sessions.unwrap_or_else(PoisonError::into_inner);
+        sessions.insert(key.to_owned(), authorization.to_owned());
     }
 
     /// Sends a request and follows redirects, more than once where that may help. Any status of the final answer is a
@@ -440,38 +459,11 @@ impl Client {
         let Some(proxy) = proxy.as_ref().filter(|p| !p.is_empty()) else {
             return Ok(None);
         };
-        if origin.is_loopback() || bypasses(&self.settings.no_proxy, origin) {
+        if origin.is_loopback() || proxy::bypasses(&self.settings.no_proxy, origin) {
             return Ok(None);
         }
         ureq::Proxy::new(proxy).map(Some)
     }
-}
-
-/// Whether `NO_PROXY` names a host: `*`, names with their subdomains, addresses, either with a port.
-fn bypasses(list: &str, origin: &Origin) -> bool {
-    let host = origin.host.trim_matches(['[', ']']);
-    list.split(',').map(str::trim).any(|entry| {
-        let entry = entry.to_ascii_lowercase();
-        if entry == "*" {
-            return true;
-        }
-        let (name, port) = match entry.rsplit_once(':') {
-            Some((name, port)) if !name.contains(':') || name.ends_with(']') => (name, Some(port)),
-            _ => (entry.as_str(), None),
-        };
-        if port.is_some_and(|port| port != origin.port.to_string()) {
-            return false;
-        }
-        let name = name
-            .trim_matches(['[', ']'])
-            .trim_start_matches('*')
-            .trim_start_matches('.');
-        !name.is_empty()
-            && (host == name
-                || host
-                    .strip_suffix(name)
-                    .is_some_and(|front| front.ends_with('.')))
-    })
 }
 
 /// A part of a file as a stream.
@@ -544,29 +536,4 @@ fn explain(error: ureq::Error, method: Method, url: &Url) -> anyhow::Error {
 
 fn unknown_issuer() -> String {
     "tls: the certificate is signed by an unknown authority: name its certificate in SSL_CERT_FILE, or put it into ~/.config/containers/certs.d/HOST:PORT/ca.crt".into()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn no_proxy_names_hosts() {
-        let origin = |text: &str| text.parse::<Url>().unwrap().origin;
-        for (list, url, direct) in [
-            ("*", "http://a/", true),
-            ("a.org", "http://a.org/", true),
-            ("a.org", "http://x.a.org/", true),
-            (".a.org", "http://x.a.org/", true),
-            ("*.a.org", "http://x.a.org/", true),
-            ("a.org", "http://ba.org/", false),
-            ("x, a.org:81", "http://a.org:81/", true),
-            ("a.org:81", "http://a.org/", false),
-            ("10.0.0.1", "http://10.0.0.1:5/", true),
-            ("", "http://a/", false),
-            (",", "http://a/", false),
-        ] {
-            assert_eq!(bypasses(list, &origin(url)), direct, "{list} {url}");
-        }
-    }
 }

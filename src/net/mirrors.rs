@@ -5,6 +5,7 @@
 //! `insecure`, `pull-from-mirror`. Names without a registry always mean `docker.io`, as Apptainer has it.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
@@ -61,7 +62,15 @@ impl Mirrors {
         for file in files {
             let text = match fs::read_to_string(file) {
                 Ok(text) => text,
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                // In a user namespace the home directory may be another user's.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        ErrorKind::NotFound | ErrorKind::PermissionDenied
+                    ) =>
+                {
+                    continue;
+                }
                 Err(error) => {
                     return Err(error).with_context(|| format!("cannot read {}", file.display()));
                 }

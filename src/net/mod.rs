@@ -10,6 +10,7 @@ pub mod library;
 pub mod mirrors;
 pub mod oci;
 mod progress;
+mod proxy;
 pub mod reference;
 pub mod registry;
 pub mod remotes;

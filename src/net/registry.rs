@@ -2,7 +2,6 @@
 //! Docker's token authentication, `distribution/docs/spec/auth/token.md`).
 
 use std::ops::Range;
-use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde::Deserialize;
@@ -54,7 +53,8 @@ pub struct Remote<'a> {
     path: String,
     login: Option<Login>,
     access: Access,
-    authorization: Mutex<Option<String>>,
+    /// What an authorization is for.
+    session: String,
 }
 
 /// A manifest as it was received.
@@ -105,14 +105,15 @@ impl<'a> Remote<'a> {
             "docker.io" => DOCKER_HOST,
             other => other,
         };
+        let root = Url::host(scheme, host)?;
         Ok(Remote {
+            session: format!("{root} {path} {}", access.scope()),
             client,
-            root: Url::host(scheme, host)?,
+            root,
             registry: registry.to_owned(),
             path: path.to_owned(),
             login,
             access,
-            authorization: Mutex::default(),
         })
     }
 
@@ -147,7 +148,7 @@ impl<'a> Remote<'a> {
         // An upload may go elsewhere, and a secret does not.
         let ours = request.url.origin == self.root.origin;
         if ours {
-            request.authorization = self.held();
+            request.authorization = self.client.session(&self.session);
         }
         let response = self.client.send(&request)?;
         if response.status != 401 || !ours || response.url.origin != self.root.origin {
@@ -160,19 +161,9 @@ impl<'a> Remote<'a> {
         if request.authorization.as_ref() == Some(&authorization) {
             return Ok(response);
         }
-        *self
-            .authorization
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = Some(authorization.clone());
+        self.client.remember(&self.session, &authorization);
         request.authorization = Some(authorization);
         self.client.send(&request)
-    }
-
-    fn held(&self) -> Option<String> {
-        self.authorization
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
     }
 
     /// What the challenges ask for; `None` when nothing is at hand.

@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+pub mod http;
+
 /// A scratch directory and a runtime directory for one test.
 pub struct Env {
     dir: TempDir,

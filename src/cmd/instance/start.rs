@@ -80,7 +80,7 @@ fn start(
     refuse(name, &args)?;
     let patience = args.wait.as_deref().map(seconds).transpose()?;
     let action = &args.action;
-    let path = action::image_path(&action.image, &host, &action::access(&action))?;
+    let path = action::image_path(&action.image, &host, &action::access(action))?;
     let image = image::open(&path)?;
     let facts = image.facts();
     image::check_arch(facts.arch.as_deref(), host.arch)?;

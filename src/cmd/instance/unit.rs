@@ -5,8 +5,8 @@ use std::ffi::OsString;
 use anyhow::{Context, Result, bail};
 
 use crate::cmd::action;
+use crate::cmd::fetch::RunAccess;
 use crate::cmd::flags::StartArgs;
-use crate::cmd::transfer::RunAccess;
 use crate::host::Host;
 use crate::plan::service::is_name;
 use crate::{exit, say};
