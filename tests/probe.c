@@ -154,7 +154,7 @@ static void nothing(int signal) {
 }
 
 static void signals(const char *path) {
-    struct sigaction action = {.sa_handler = nothing};
+    struct sigaction action = {.sa_handler = nothing, .sa_flags = SA_RESTART};
     struct itimerval often = {{0, 300}, {0, 300}};
     struct stat s;
     close(open(path, O_CREAT | O_WRONLY, 0644));
