@@ -197,13 +197,24 @@ fn machine_that_lacks_something_gets_the_remedy() {
     ];
     let out = common::output(&mut env.command_as("/usr/bin/unshare".as_ref(), words));
     out.fatal(&["user namespace", "sysctl -w user.max_user_namespaces"]);
-    // Without the helpers, or without a range, root is alone inside, and is told so.
+    // Without the helpers, or without a range, others are emulated, or root is alone inside; and it is told so.
     let fakeroot = ["exec", "--fakeroot", image, "id", "-u"];
     for lack in [
         "mount --bind /dev/null /usr/bin/newuidmap",
         "mount --bind /dev/null /etc/subuid",
     ] {
         let out = spoilt(&env, lack, &fakeroot);
+        assert_eq!(out.ok(), "0", "{lack}");
+        assert!(out.stderr.contains("INFO:    no subordinate ids"), "{out}");
+        let alone = [
+            "exec",
+            "--fakeroot",
+            "--ignore-fakeroot-command",
+            image,
+            "id",
+            "-u",
+        ];
+        let out = spoilt(&env, lack, &alone);
         assert_eq!(out.ok(), "0", "{lack}");
         assert!(out.stderr.contains("WARNING: no subordinate ids"), "{out}");
     }

@@ -9,7 +9,7 @@ use nix::sched::CloneFlags;
 use serde::Serialize;
 
 use crate::engine::sys::{self, Fork};
-use crate::engine::{cgroup, network, rootfs, runtime, userns};
+use crate::engine::{cgroup, emulate, network, rootfs, runtime, userns};
 use crate::host::Host;
 use crate::plan::IdMap;
 use crate::{exit, say};
@@ -85,6 +85,7 @@ pub fn run(args: &DoctorArgs) -> Result<u8> {
         let skipped = |check| Check::new(check, State::Warn, "needs user namespaces", None);
         checks.extend(["FUSE", "overlayfs", "subordinate ids"].map(skipped));
     }
+    checks.push(building(&host, &checks));
     checks.extend([
         runtime_directory(&host),
         cgroups(),
@@ -249,7 +250,7 @@ fn subordinate_ids(host: &Host) -> Check {
     const NAME: &str = "subordinate ids";
     for helper in ["newuidmap", "newgidmap"] {
         if userns::helper(helper).is_none() {
-            let detail = format!("{helper} is missing: --fakeroot has only one user inside");
+            let detail = format!("{helper} is missing");
             return Check::new(
                 NAME,
                 State::Warn,
@@ -263,12 +264,7 @@ fn subordinate_ids(host: &Host) -> Check {
         None => {
             let remedy =
                 format!("usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}");
-            Check::new(
-                NAME,
-                State::Warn,
-                format!("none for {user}: --fakeroot has only one user inside"),
-                Some(&remedy),
-            )
+            Check::new(NAME, State::Warn, format!("none for {user}"), Some(&remedy))
         }
         Some(sub) if host.uid != 0 => {
             let map = IdMap::Ranges {
@@ -295,6 +291,37 @@ fn subordinate_ids(host: &Host) -> Check {
             }
         }
         Some(_) => Check::new(NAME, State::Ok, "root needs none", None),
+    }
+}
+
+/// How `%post` of a build, and `--fakeroot`, come to files of users other than root.
+fn building(host: &Host, checks: &[Check]) -> Check {
+    const NAME: &str = "owners in builds";
+    let good = |name: &str| {
+        checks
+            .iter()
+            .any(|c| c.check == name && c.state == State::Ok)
+    };
+    if host.uid == 0 {
+        return Check::new(NAME, State::Ok, "kept by the kernel: this is root", None);
+    }
+    if good("subordinate ids") {
+        let detail = "kept by the kernel, with subordinate ids";
+        return Check::new(NAME, State::Ok, detail, None);
+    }
+    match emulate::check() {
+        Ok(()) => Check::new(
+            NAME,
+            State::Ok,
+            "emulated by capsid (seccomp), as there are no subordinate ids",
+            None,
+        ),
+        Err(error) => Check::new(
+            NAME,
+            State::Warn,
+            format!("none but root: no subordinate ids, and {error:#}"),
+            Some("give the user subordinate ids (see above)"),
+        ),
     }
 }
 

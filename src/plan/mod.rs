@@ -297,7 +297,7 @@ pub fn plan(
         .filter(|b| b.nested)
         .map(|b| b.target.to_string_lossy().into_owned())
         .collect();
-    let (environment, more, infos) = env::plan(&env::Request {
+    let (environment, more, mut infos) = env::plan(&env::Request {
         host: &host.env,
         cleanenv: request.environment.clean,
         no_env: &request.environment.no_env,
@@ -318,6 +318,12 @@ pub fn plan(
     if matches!(ids, IdMap::Root { .. }) && request.ownership == Ownership::Kernel {
         warnings.push(
             "no subordinate ids for this user: only root exists inside (see capsid doctor)".into(),
+        );
+    }
+    if request.ownership == Ownership::Emulated {
+        infos.push(
+            "no subordinate ids for this user: owners other than root are emulated, and forgotten at the end"
+                .into(),
         );
     }
     let plan = Plan {

@@ -84,7 +84,7 @@ impl Ids {
     pub fn set_two(self, real: u32, effective: u32, privileged: bool) -> Result<Ids, Refused> {
         let real_ok = real == KEEP || real == self.real || real == self.effective;
         let effective_ok = effective == KEEP || self.has(effective);
-        if !privileged && !(real_ok && effective_ok) {
+        if !(privileged || real_ok && effective_ok) {
             return Err(Refused::Permission);
         }
         let or = |new: u32, old: u32| if new == KEEP { old } else { new };

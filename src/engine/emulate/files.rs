@@ -64,11 +64,6 @@ impl Tracee<'_> {
             }
             Call::MakeNode(at, mode, device) => self.make_node(&at, mode, device),
             Call::MakeLink(at, target) => {
-                let (_, gid) = self.owner_of_new(&at)?;
-                let owner = (self.credentials().uid.fs, gid);
-                if owner == (0, 0) {
-                    return None;
-                }
                 let target = self.read_path(target)?;
                 self.make(&at, &New::Link(target))
             }
@@ -119,7 +114,7 @@ impl Tracee<'_> {
         let before = before.unwrap_or_default();
         let keeps = uid == KEEP || uid == before.uid;
         let own = before.uid == caller.uid.fs && (gid == KEEP || caller.is_in(gid));
-        if !caller.is_privileged() && !(keeps && own) {
+        if !(caller.is_privileged() || keeps && own) {
             return Some(Answer::Error(libc::EPERM));
         }
         if !self.is_pending() {

@@ -207,6 +207,7 @@ fn open_file(fd: u64) -> At {
     at(fd, 0, libc::AT_EMPTY_PATH)
 }
 
+#[cfg(target_arch = "x86_64")]
 fn plain(path: u64) -> At {
     at(libc::AT_FDCWD as u64, path, 0)
 }

@@ -8,7 +8,8 @@
 //! ```text
 //!  capsid (user namespace of the container, mounts and processes of the host)
 //!    ├─ main thread       waits for process 1, hands signals on
-//!    ├─ owners ×2…64      answer, with the container's root as their own
+//!    ├─ owners ×1…64      answer, with the container's root as their own
+//!    ├─ owners-watch      starts more of them when they do not suffice
 //!    └─ appinit           process 1 of a pid namespace; installed the filter and sent its descriptor
 //!         └─ payload      and all that it starts: the filter is inherited
 //! ```

@@ -1,13 +1,15 @@
 //! The threads that answer.
 //!
-//! A thread that works on a question may wait for the file system, and a file system may be served by the container itself
-//! (FUSE), so there is always one more thread that waits for questions, up to a limit. What fails here is left to the
+//! One thread answers: that is twice as quick as several that take turns, as each would have to be woken. But a thread that
+//! works on a question may wait for the file system, and a file system may be served by the container itself (FUSE), so
+//! a second thread watches, and starts further ones when nothing moves or when questions never stop. What fails here is left to the
 //! kernel, which gives the program the error that it would have without us. A bug that ends a thread ends this process,
 //! and with it the container: a program must not wait for ever.
 
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -38,12 +40,24 @@ pub struct Shared {
     pub has_credentials: AtomicBool,
     /// Some process may have a root or mounts of its own.
     pub is_apart: AtomicBool,
-    idle: AtomicUsize,
+    /// Threads that work on a question.
+    busy: AtomicUsize,
+    /// Threads that answer.
     threads: AtomicUsize,
+    /// Questions answered.
+    answered: AtomicUsize,
 }
 
-/// Most threads. Each further one is there because all others wait for something.
+/// Most threads. Each further one is there because all others wait for something,
 const MAX_THREADS: usize = 64;
+/// or, up to so many, because one cannot keep up with a container of many processes.
+const MAX_HELPERS: usize = 8;
+/// How often the watch looks. A container that blocks its supervisor waits for a few of these.
+const LOOK: Duration = Duration::from_millis(10);
+/// All threads worked on the same questions at so many looks: they wait.
+const STUCK_LOOKS: u32 = 5;
+/// A question waited at so many looks: there are too many.
+const CROWDED_LOOKS: u32 = 20;
 /// What a thread needs: the deepest call keeps a path of 4 KiB and three structures.
 const STACK_BYTES: usize = 256 << 10;
 
@@ -66,8 +80,9 @@ impl Shared {
             table: Mutex::default(),
             has_credentials: AtomicBool::new(false),
             is_apart: AtomicBool::new(false),
-            idle: AtomicUsize::new(0),
+            busy: AtomicUsize::new(0),
             threads: AtomicUsize::new(0),
+            answered: AtomicUsize::new(0),
         }
     }
 
@@ -92,13 +107,19 @@ pub fn start(shared: &Arc<Shared>) -> Result<()> {
     spawn(shared, move |result| {
         let _ = ready.send(result);
     })?;
-    first.recv().context("the supervisor's thread is gone")?
+    first.recv().context("the supervisor's thread is gone")??;
+    let own = Arc::clone(shared);
+    std::thread::Builder::new()
+        .name("owners-watch".into())
+        .stack_size(STACK_BYTES)
+        .spawn(move || watch(&own))
+        .map(drop)
+        .context("cannot start a thread")
 }
 
 fn spawn(shared: &Arc<Shared>, ready: impl FnOnce(Result<()>) + Send + 'static) -> Result<()> {
     let own = Arc::clone(shared);
     shared.threads.fetch_add(1, Ordering::AcqRel);
-    shared.idle.fetch_add(1, Ordering::AcqRel);
     let spawned = std::thread::Builder::new()
         .name("owners".into())
         .stack_size(STACK_BYTES)
@@ -113,9 +134,37 @@ fn spawn(shared: &Arc<Shared>, ready: impl FnOnce(Result<()>) + Send + 'static) 
         });
     if spawned.is_err() {
         shared.threads.fetch_sub(1, Ordering::AcqRel);
-        shared.idle.fetch_sub(1, Ordering::AcqRel);
     }
     spawned.map(drop).context("cannot start a thread")
+}
+
+/// Starts further threads when those that there are do not suffice; ends when nobody can ask any more.
+fn watch(shared: &Arc<Shared>) {
+    let _guard = Guard;
+    let most = std::thread::available_parallelism().map_or(1, usize::from) / 2;
+    let (mut before, mut stuck, mut crowded) = (0, 0, 0);
+    loop {
+        std::thread::sleep(LOOK);
+        let mut set = [PollFd::new(shared.listener.as_fd(), PollFlags::POLLIN)];
+        let _ = poll(&mut set, PollTimeout::ZERO);
+        let seen = set[0].revents().unwrap_or(PollFlags::empty());
+        if seen.contains(PollFlags::POLLHUP) {
+            return;
+        }
+        let threads = shared.threads.load(Ordering::Acquire);
+        let answered = shared.answered.load(Ordering::Acquire);
+        let waits = seen.contains(PollFlags::POLLIN);
+        let still = answered == before && shared.busy.load(Ordering::Acquire) == threads;
+        before = answered;
+        stuck = if waits && still { stuck + 1 } else { 0 };
+        crowded = if waits { crowded + 1 } else { 0 };
+        let helpful = crowded >= CROWDED_LOOKS && threads < most.min(MAX_HELPERS);
+        if (stuck >= STUCK_LOOKS && threads < MAX_THREADS) || helpful {
+            // Without a further thread the others go on alone.
+            let _ = spawn(shared, |_| ());
+            (stuck, crowded) = (0, 0);
+        }
+    }
 }
 
 /// Ends the process when its thread panics.
@@ -154,15 +203,12 @@ fn serve(shared: &Arc<Shared>) {
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
             Err(_) => return,
         };
-        let last = shared.idle.fetch_sub(1, Ordering::AcqRel) == 1;
-        if last && shared.threads.load(Ordering::Acquire) < MAX_THREADS {
-            // Without a further thread this one goes on alone.
-            let _ = spawn(shared, |_| ());
-        }
+        shared.busy.fetch_add(1, Ordering::AcqRel);
         let answer = decide(shared, note);
         // ENOENT: it was killed, or a signal took it out of the call.
         let _ = sys::answer(listener, note.id, answer);
-        shared.idle.fetch_add(1, Ordering::AcqRel);
+        shared.busy.fetch_sub(1, Ordering::AcqRel);
+        shared.answered.fetch_add(1, Ordering::AcqRel);
     }
 }
 
