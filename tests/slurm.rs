@@ -483,27 +483,33 @@ fn hanging_file_systems_hold_nobody_up() {
     let image = slurm.env.squashfs(&tree, "hangs.squashfs", &[]);
     let mount = slurm.env.path("mount");
     fs::create_dir(&mount).unwrap();
-    let mut server = Command::new("squashfuse_ll")
-        .args(["-f".as_ref(), image.as_os_str(), mount.as_os_str()])
-        .spawn()
-        .unwrap();
-    common::wait_until("the mount", || mount.join("services.toml").exists());
-    let pid = nix::unistd::Pid::from_raw(i32::try_from(server.id()).unwrap());
+    // The mount is made on the node: as a home directory whose server does not answer any more.
+    let holder = slurm.submit(
+        &["-w", "n1"],
+        &format!(
+            "squashfuse_ll -f {} {1} & wait_for() {{ until [ -e $1 ]; do sleep 0.1; done; }}
+wait_for {1}/services.toml; touch mounted; wait_for stop; kill -STOP %1; touch stopped; wait_for over; kill -CONT %1; fusermount3 -u {1}; wait",
+            image.display(),
+            mount.display()
+        ),
+    );
+    let there = |name: &str| slurm.env.work().join(name).exists();
+    slurm.until(&holder, "the mount", || there("mounted"));
     let comment = format!(
         "--comment=capsid:services={}/services.toml",
         mount.display()
     );
     let before = slurm.submit(
-        &[&comment],
-        "srun -n1 $CAPSID exec instance://db echo here; echo up; sleep 1000",
+        &["-w", "n1", &comment],
+        "srun -n1 $CAPSID exec instance://db echo here; sleep 1000",
     );
     slurm.until(&before, "the service", || {
         slurm.said(&before).contains("here")
     });
-    // As a home directory whose server does not answer.
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGSTOP).unwrap();
-    let after = slurm.submit(&[&comment], "echo fine; sleep 1000");
-    slurm.until(&after, "the job", || slurm.said(&after).contains("fine"));
+    write(&slurm.env.work().join("stop"), "");
+    slurm.until(&holder, "the hanging", || there("stopped"));
+    let after = slurm.submit(&["-w", "n1", &comment], "sleep 1000");
+    slurm.until(&after, "the job", || slurm.took("prolog", &after).is_some());
     slurm.run(&["scancel", &before, &after]).ok();
     for job in [&before, &after] {
         slurm.ended(job);
@@ -514,9 +520,8 @@ fn hanging_file_systems_hold_nobody_up() {
         );
     }
     slurm.assert_nodes_are_well();
-    server.kill().unwrap();
-    server.wait().unwrap();
-    let _ = output(Command::new("fusermount3").args(["-uz".as_ref(), mount.as_os_str()]));
+    write(&slurm.env.work().join("over"), "");
+    slurm.ended(&holder);
 }
 
 #[test]

@@ -60,7 +60,7 @@ int main(void) {
     if (PMI2_KVS_Put(key, value) || PMI2_KVS_Fence()) return 2;
     snprintf(key, sizeof key, "k%d", (rank + 1) % size);
     if (PMI2_KVS_Get(NULL, PMI2_ID_NULL, key, value, sizeof value, &len)) return 3;
-    printf("rank %d of %d hears %s\\n", rank, size, value);
+    printf("rank %d of %d hears %s\n", rank, size, value);
     return PMI2_Finalize();
 }
 "#,
@@ -104,7 +104,7 @@ int main(void) {
     if (PMIx_Put(PMIX_GLOBAL, "key", &mine) || PMIx_Commit() || PMIx_Fence(&job, 1, &info, 1)) return 3;
     PMIX_LOAD_PROCID(&next, me.nspace, (me.rank + 1) % size);
     if (PMIx_Get(&next, "key", NULL, 0, &value)) return 4;
-    printf("rank %u of %u hears %s\\n", me.rank, size, value->data.string);
+    printf("rank %u of %u hears %s\n", me.rank, size, value->data.string);
     return PMIx_Finalize(NULL, 0);
 }
 "#,
@@ -146,7 +146,7 @@ int main(void) {
     if (rank == 0) {
         strcpy(words, "one copy is enough");
         char draft[80]; snprintf(draft, sizeof draft, "%s.new", file);
-        FILE *f = fopen(draft, "w"); fprintf(f, "%d %p\\n", getpid(), (void *)words); fclose(f); rename(draft, file);
+        FILE *f = fopen(draft, "w"); fprintf(f, "%d %p\n", getpid(), (void *)words); fclose(f); rename(draft, file);
         for (int i = 0; i < 300 && access(file, F_OK) == 0; i++) usleep(100000);
         return 0;
     }
@@ -155,7 +155,7 @@ int main(void) {
     if (!f || fscanf(f, "%d %p", &pid, &there) != 2) return 1;
     struct iovec mine = {words, sizeof words}, theirs = {there, sizeof words};
     ssize_t got = process_vm_readv(pid, &mine, 1, &theirs, 1, 0);
-    if (got < 0) perror("process_vm_readv"); else printf("%s\\n", words);
+    if (got < 0) perror("process_vm_readv"); else printf("%s\n", words);
     remove(file);
     return got != sizeof words;
 }
@@ -173,13 +173,11 @@ int main(void) {
 fn slurms_own_containers_run_here() {
     let slurm = Slurm::new("cgroup");
     let bundle: PathBuf = slurm.env.path("bundle");
-    let root = slurm.env.path("tree").display().to_string();
     write(
         &bundle.join("config.json"),
-        &format!(
-            r#"{{"ociVersion":"1.0.0","root":{{"path":"{root}"}},"process":{{"cwd":"/opt","args":["sh"],"env":["PATH=/bin","FOO=bar"]}}}}"#
-        ),
+        r#"{"ociVersion":"1.0.0","root":{"path":"rootfs"},"process":{"cwd":"/opt","args":["sh"],"env":["PATH=/bin","FOO=bar"]}}"#,
     );
+    std::os::unix::fs::symlink(slurm.env.path("tree"), bundle.join("rootfs")).unwrap();
     let container = format!("--container={}", bundle.display());
     let words = "echo $FOO in $SLURM_JOB_ID; pwd; cat hello.txt; echo \"$0\"; exit 3";
     let out = slurm.run(&["srun", "-n1", &container, "sh", "-c", words, "it's $x"]);

@@ -218,10 +218,16 @@ impl Slurm {
             common::home().join(".apptainer/instances"),
         ];
         let pattern = format!("*/{node}/*/job-{job}/{name}.out");
-        let out = output(Command::new("find").args(homes).args(["-path", &pattern]));
-        out.stdout
-            .lines()
-            .map(|path| fs::read_to_string(path).unwrap())
-            .collect()
+        let read = |home: &PathBuf| -> String {
+            let mut find = Command::new("find");
+            let out = output(find.arg(home).args(["-path", &pattern]));
+            let paths = out.stdout.lines();
+            paths
+                .map(|path| fs::read_to_string(path).unwrap())
+                .collect()
+        };
+        // In the home directory there may be older ones, of a job with the same number.
+        let logs = homes.iter().map(read);
+        logs.into_iter().find(|l| !l.is_empty()).unwrap_or_default()
     }
 }
