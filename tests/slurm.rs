@@ -1,230 +1,20 @@
 //! Services of Slurm jobs, with real Slurm: `tests/slurm-cluster` starts it, as root, before (`tests/run` does).
 //!
-//! Three clusters of two nodes: `cgroup` and `linuxproc` (how Slurm follows processes) with the scripts of `slurm/`, and
+//! Four clusters of two nodes: `cgroup`, `linuxproc` and `pgid` (how Slurm follows processes) with the scripts of `slurm/`, and
 //! `bare` without. A cluster that is not there makes the tests fail.
 #![allow(clippy::unwrap_used)]
 
+#[path = "common/slurm.rs"]
+mod cluster;
 mod common;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use common::{Env, Output, output, script, write};
-
-/// Answers by HTTP on `$PORT`, and says when it is asked to stop.
-const SERVICE: &str = "#!/bin/sh
-echo started \"$@\"
-trap 'echo stopping; sleep 0.2; echo stopped; exit 0' TERM INT
-if [ -n \"$PORT\" ]; then httpd -f -p $PORT -h /opt & fi
-while :; do sleep 0.05; done
-";
-
-/// A cluster, and a directory with an image for jobs in it.
-struct Slurm {
-    cluster: &'static str,
-    top: PathBuf,
-    env: Env,
-    image: String,
-}
-
-impl Slurm {
-    fn new(cluster: &'static str) -> Slurm {
-        let top = std::env::var_os("CAPSID_SLURM")
-            .expect("CAPSID_SLURM is not set: run tests/run as root, or tests/slurm-cluster");
-        let env = Env::new();
-        let tree = env.tree("tree");
-        script(&tree.join(".singularity.d/startscript"), SERVICE);
-        let image = env.sif(&tree, "service.sif").display().to_string();
-        let slurm = Slurm {
-            cluster,
-            top: top.into(),
-            env,
-            image,
-        };
-        let up = slurm.run(&["sinfo", "-h", "-N", "-o", "%t"]);
-        assert_eq!(
-            up.ok().lines().count(),
-            2,
-            "the cluster {cluster} is not up: {up}"
-        );
-        slurm
-    }
-
-    /// A command of Slurm, as the user.
-    fn command(&self, words: &[&str]) -> Command {
-        let mut command = self.env.command_as(Path::new(words[0]), &words[1..]);
-        command
-            .env("SLURM_CONF", self.top.join(self.cluster).join("slurm.conf"))
-            .env("APPTAINER_CONFIGDIR", self.env.path("config"))
-            .env("CAPSID", env!("CARGO_BIN_EXE_capsid"))
-            .env("IMAGE", &self.image);
-        if self.cluster == "bare" {
-            // Each node has its own /run/user, as different machines do.
-            command.env_remove("XDG_RUNTIME_DIR");
-        }
-        command
-    }
-
-    fn run(&self, words: &[&str]) -> Output {
-        let mut all = vec!["timeout", "100"];
-        all.extend_from_slice(words);
-        output(&mut self.command(&all))
-    }
-
-    /// Submits a batch script; gives the number of the job.
-    fn submit(&self, options: &[&str], text: &str) -> String {
-        let file = self.env.work().join(format!("{}.sh", uuid::Uuid::new_v4()));
-        script(&file, &format!("#!/bin/bash\n{text}\n"));
-        let out = self.env.work().join("out.%j").display().to_string();
-        let mut words = vec!["sbatch", "--parsable", "--open-mode=append", "-o", &out];
-        words.extend_from_slice(options);
-        let file = file.display().to_string();
-        words.push(&file);
-        self.run(&words).ok().to_owned()
-    }
-
-    /// What a job has said so far.
-    fn said(&self, job: &str) -> String {
-        fs::read_to_string(self.env.work().join(format!("out.{job}"))).unwrap_or_default()
-    }
-
-    fn state(&self, job: &str) -> String {
-        let out = self.run(&["scontrol", "show", "job", "-o", job]);
-        let word = out
-            .stdout
-            .split_whitespace()
-            .find_map(|w| w.strip_prefix("JobState="));
-        word.unwrap_or_default().to_owned()
-    }
-
-    #[track_caller]
-    fn until(&self, job: &str, what: &str, mut done: impl FnMut() -> bool) {
-        let begin = Instant::now();
-        while !done() {
-            assert!(
-                begin.elapsed() < Duration::from_secs(120),
-                "waited for {what} in vain; job {job} is {}, and said: {}",
-                self.state(job),
-                self.said(job)
-            );
-            std::thread::sleep(Duration::from_millis(50));
-        }
-    }
-
-    /// Waits until a job is over, its Epilog included, and nothing of it is left. Gives what it said.
-    #[track_caller]
-    fn ended(&self, job: &str) -> String {
-        const OVER: [&str; 6] = [
-            "COMPLETED",
-            "CANCELLED",
-            "FAILED",
-            "TIMEOUT",
-            "NODE_FAIL",
-            "DEADLINE",
-        ];
-        self.until(job, "the end of the job", || {
-            OVER.contains(&self.state(job).as_str())
-        });
-        let begin = Instant::now();
-        while let Some(left) = self.left(job) {
-            assert!(
-                begin.elapsed() < Duration::from_secs(10),
-                "job {job} left {left}; it said: {}",
-                self.said(job)
-            );
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        self.said(job)
-    }
-
-    /// Something of a job that is still there.
-    fn left(&self, job: &str) -> Option<String> {
-        for node in ["n1", "n2"] {
-            let private = self.top.join(self.cluster).join("private").join(node);
-            for entry in fs::read_dir(private.join("run/capsid")).unwrap().flatten() {
-                let name = entry.file_name().into_string().unwrap();
-                if name.starts_with(&format!("job-{job}"))
-                    && name.trim_start_matches("job-").split('.').next() == Some(job)
-                {
-                    return Some(format!("{name} on {node}"));
-                }
-            }
-        }
-        let conf = format!(
-            "SLURM_CONF={}\0",
-            self.top.join(self.cluster).join("slurm.conf").display()
-        );
-        let id = format!("SLURM_JOB_ID={job}\0");
-        for (pid, line) in common::processes() {
-            let env = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
-            let env = String::from_utf8_lossy(&env);
-            let name = format!("[{job}]");
-            if env.contains(&conf) && env.contains(&id)
-                || line.starts_with("capsid-job") && line.contains(&name) && env.contains(&conf)
-            {
-                return Some(format!("process {pid}: {line}"));
-            }
-        }
-        let own = fs::read_to_string("/proc/self/cgroup").unwrap();
-        let own = own
-            .lines()
-            .find_map(|l| l.split_once(":freezer:"))
-            .map_or("/", |(_, p)| p);
-        let uid = nix::unistd::getuid();
-        for node in ["n1", "n2"] {
-            let cgroups = format!(
-                "/sys/fs/cgroup/freezer{}/{}/{}-{node}/slurm_{node}/uid_{uid}/job_{job}",
-                own.trim_end_matches('/'),
-                self.top.file_name().unwrap().display(),
-                self.cluster
-            );
-            if Path::new(&cgroups).exists() {
-                return Some(cgroups);
-            }
-        }
-        None
-    }
-
-    /// No node has been drained, and no trouble has been noted.
-    #[track_caller]
-    fn assert_nodes_are_well(&self) {
-        let nodes = self.run(&["sinfo", "-h", "-N", "-o", "%t %E"]);
-        assert!(
-            !nodes.ok().contains("drain") && !nodes.ok().contains("Prolog"),
-            "{nodes}"
-        );
-    }
-
-    /// What Prolog or Epilog of a job took, milliseconds.
-    fn took(&self, script: &str, job: &str) -> Option<f64> {
-        let times = fs::read_to_string(self.top.join(self.cluster).join("times")).unwrap();
-        let line = times.lines().find_map(|l| {
-            l.strip_prefix(&format!("{script} {job} "))?
-                .split(' ')
-                .next()?
-                .parse::<f64>()
-                .ok()
-        });
-        line.map(|us| us / 1000.0)
-    }
-
-    /// Where the logs of a job's instance are.
-    fn log(&self, job: &str, name: &str) -> String {
-        // Services of a job's comment do not know the environment of the one who submitted it.
-        let homes = [
-            self.env.path("config"),
-            common::home().join(".apptainer/instances"),
-        ];
-        let pattern = format!("*/job-{job}/{name}.out");
-        let out = output(Command::new("find").args(homes).args(["-path", &pattern]));
-        out.stdout
-            .lines()
-            .map(|path| fs::read_to_string(path).unwrap())
-            .collect()
-    }
-}
+use cluster::Slurm;
+use common::{Env, output, script, write};
 
 fn free_port() -> u16 {
     let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
@@ -246,7 +36,7 @@ $CAPSID instance stop db && srun -n1 $CAPSID instance start $IMAGE db && $CAPSID
     }
     if slurm.cluster == "cgroup" {
         assert_eq!(
-            said.matches("/step_extern").count(),
+            said.matches("/step_batch").count(),
             3,
             "the instance is the job's: {said}"
         );
@@ -271,8 +61,16 @@ fn instance_of_a_step_lives_as_long_as_its_job_without_cgroups() {
 }
 
 #[test]
-fn cancelled_jobs_leave_nothing() {
-    for cluster in ["cgroup", "linuxproc"] {
+fn instance_of_a_step_lives_as_long_as_its_job_with_process_groups() {
+    survives_steps(&Slurm::new("pgid"));
+}
+
+/// The log of a service that was given the time to stop.
+const ORDERLY: &str = "stopping\nstopped\n";
+
+#[test]
+fn cancelled_jobs_leave_nothing_and_their_services_stop_in_order() {
+    for cluster in ["cgroup", "linuxproc", "pgid"] {
         let slurm = Slurm::new(cluster);
         let job = slurm.submit(
             &["-N2"],
@@ -281,16 +79,26 @@ fn cancelled_jobs_leave_nothing() {
         slurm.until(&job, "the instance", || slurm.said(&job).contains("up"));
         slurm.run(&["scancel", &job]).ok();
         slurm.ended(&job);
-        let log = slurm.log(&job, "db");
-        assert!(log.contains("started"), "{log}");
-        println!("{cluster}: {log}");
+        let (first, second) = (
+            slurm.log_on("n1", &job, "db"),
+            slurm.log_on("n2", &job, "db"),
+        );
+        assert!(
+            first.starts_with("started") && first.ends_with(ORDERLY),
+            "{cluster}: {first}"
+        );
+        // Slurm kills the extern step, where they are on other nodes, at once; without cgroups the Epilog finds them.
+        assert!(
+            second.starts_with("started") && (cluster == "cgroup" || second.ends_with(ORDERLY)),
+            "{cluster}: {second}"
+        );
         slurm.assert_nodes_are_well();
     }
 }
 
 #[test]
-fn jobs_at_their_time_limit_leave_nothing() {
-    let clusters = ["cgroup", "linuxproc"].map(Slurm::new);
+fn jobs_at_their_time_limit_leave_nothing_and_their_services_stop_in_order() {
+    let clusters = ["cgroup", "linuxproc", "pgid"].map(Slurm::new);
     let jobs = clusters.each_ref().map(|slurm| {
         slurm.submit(
             &["-t", "1"],
@@ -303,11 +111,70 @@ fn jobs_at_their_time_limit_leave_nothing() {
             said.contains("up") && slurm.state(job) == "TIMEOUT",
             "{said}"
         );
-        // Slurm 22.05 kills the extern step at the time limit before any script of ours runs: a service has no time to stop.
         let log = slurm.log(job, "db");
-        assert!(log.starts_with("started"), "{log}");
-        println!("{}: {log}", slurm.cluster);
+        assert!(log.ends_with(ORDERLY), "{}: {log}", slurm.cluster);
     }
+}
+
+#[test]
+fn services_of_all_nodes_stop_in_order_and_are_accounted_for() {
+    let slurm = Slurm::new("cgroup");
+    let text = "srun -N2 -n2 $CAPSID instance start $IMAGE db; $CAPSID instance start $IMAGE early
+$CAPSID instance stats --no-stream --json early | grep limit_of; $CAPSID instance stop early; true";
+    let job = slurm.submit(&["-N2", "--comment=capsid:report"], text);
+    let quiet = slurm.submit(&["-N1"], text.replace("2", "1").as_str());
+    slurm.ended(&job);
+    for node in ["n1", "n2"] {
+        let log = slurm.log_on(node, &job, "db");
+        assert!(log.ends_with(ORDERLY), "{node}: {log}");
+    }
+    let said = slurm.said(&job);
+    let lines = said
+        .lines()
+        .filter(|l| l.starts_with("CAPSID: db: exit 0, 00:00:"));
+    assert_eq!(lines.count(), 2, "one for each node: {said}");
+    assert!(said.contains("CAPSID: early: exit 0, 00:00:"), "{said}");
+    let peaks = said.matches(", peak ").count();
+    assert!(peaks == 3 && said.contains(" MiB\n"), "{said}");
+    // Nobody asked for it there.
+    let said = slurm.ended(&quiet);
+    assert!(!said.contains("CAPSID: "), "{said}");
+}
+
+#[test]
+fn requeued_job_begins_anew() {
+    // Slurm 22.05 runs no Prolog in a second run that begins at once; later ones, and this one after a while, do.
+    let slurm = Slurm::new("cgroup");
+    let job = slurm.submit(
+        &["--requeue", "-n1", "--comment=capsid:services=../services.toml"],
+        "srun -n1 $CAPSID instance start $IMAGE db || exit 1
+srun -n1 $CAPSID exec instance://db echo run ${SLURM_RESTART_COUNT:-0}
+srun -n1 $CAPSID exec instance://declared echo declared ${SLURM_RESTART_COUNT:-0}; [ -n \"${SLURM_RESTART_COUNT:-}\" ] || sleep 1000",
+    );
+    write(
+        &slurm.env.path("services.toml"),
+        "[[service]]\nname = \"declared\"\nimage = \"service.sif\"\n",
+    );
+    let said = |words: &str| slurm.said(&job).contains(words);
+    slurm.until(&job, "the first run", || said("declared 0"));
+    slurm.run(&["scontrol", "requeue", &job]).ok();
+    slurm.until(&job, "the second run", || {
+        // It waits two minutes by itself.
+        slurm.run(&[
+            "scontrol",
+            "update",
+            &format!("JobId={job}"),
+            "StartTime=now",
+        ]);
+        said("declared 1")
+    });
+    let said = slurm.ended(&job);
+    assert!(
+        said.contains("run 1\n") && !said.contains("WARNING"),
+        "{said}"
+    );
+    assert!(slurm.log(&job, "db").contains("stopping\nstopped\nstarted"));
+    slurm.assert_nodes_are_well();
 }
 
 #[test]
@@ -470,21 +337,29 @@ srun -N1 -n1 $CAPSID exec instance://db $psql 127.0.0.1 -p $CAPSID_SERVICE_DB_PO
 srun -N2 -n2 $CAPSID exec ../postgres.sif $psql $CAPSID_SERVICE_DB_HOST -p $CAPSID_SERVICE_DB_PORT -c 'select sum(i) from t'",
     );
     let said = slurm.ended(&job);
+    let is_shut_down = || {
+        let tool = "/usr/lib/postgresql/15/bin/pg_controldata";
+        let control = output(Command::new(tool).arg(data.join("data")));
+        let mut lines = control.ok().lines();
+        let state = lines.find(|l| l.starts_with("Database cluster state"));
+        assert!(state.unwrap().ends_with(" shut down"), "{state:?}");
+        assert!(!data.join("data/postmaster.pid").exists());
+    };
     assert!(said.contains("CREATE TABLE\nINSERT 0 2\n"), "{said}");
     assert_eq!(
         said.matches("42\n").count(),
         2,
         "both nodes reach it: {said}"
     );
-    let control =
-        output(Command::new("/usr/lib/postgresql/15/bin/pg_controldata").arg(data.join("data")));
-    let state = control
-        .ok()
-        .lines()
-        .find(|l| l.starts_with("Database cluster state"))
-        .unwrap();
-    assert!(state.ends_with(" shut down"), "{state}");
-    assert!(!data.join("data/postmaster.pid").exists());
+    is_shut_down();
+    let job = slurm.submit(
+        &["-N1", "--comment=capsid:services=../services.toml"],
+        "srun -n1 $CAPSID exec instance://db true && echo up; sleep 1000",
+    );
+    slurm.until(&job, "the database", || slurm.said(&job).contains("up"));
+    slurm.run(&["scancel", &job]).ok();
+    slurm.ended(&job);
+    is_shut_down();
 }
 
 #[test]
@@ -595,6 +470,102 @@ fn job_that_ends_while_slurmd_is_down_leaves_nothing() {
     );
     ask("start");
     slurm.ended(&job);
+}
+
+#[test]
+fn hanging_file_systems_hold_nobody_up() {
+    let slurm = Slurm::new("cgroup");
+    let tree = slurm.env.path("hangs");
+    fs::create_dir(&tree).unwrap();
+    fs::copy(&slurm.image, tree.join("service.sif")).unwrap();
+    let declared = "[[service]]\nname = \"db\"\nimage = \"service.sif\"\n";
+    write(&tree.join("services.toml"), declared);
+    let image = slurm.env.squashfs(&tree, "hangs.squashfs", &[]);
+    let mount = slurm.env.path("mount");
+    fs::create_dir(&mount).unwrap();
+    // The mount is made on the node: as a home directory whose server does not answer any more.
+    let holder = slurm.submit(
+        &["-w", "n1"],
+        &format!(
+            "squashfuse_ll -f {} {1} & wait_for() {{ until [ -e $1 ]; do sleep 0.1; done; }}
+wait_for {1}/services.toml; touch mounted; wait_for stop; kill -STOP %1; touch stopped; wait_for over; kill -CONT %1; fusermount3 -u {1}; wait",
+            image.display(),
+            mount.display()
+        ),
+    );
+    let there = |name: &str| slurm.env.work().join(name).exists();
+    slurm.until(&holder, "the mount", || there("mounted"));
+    let comment = format!(
+        "--comment=capsid:services={}/services.toml",
+        mount.display()
+    );
+    let before = slurm.submit(
+        &["-w", "n1", &comment],
+        "srun -n1 $CAPSID exec instance://db echo here; sleep 1000",
+    );
+    slurm.until(&before, "the service", || {
+        slurm.said(&before).contains("here")
+    });
+    write(&slurm.env.work().join("stop"), "");
+    slurm.until(&holder, "the hanging", || there("stopped"));
+    let after = slurm.submit(&["-w", "n1", &comment], "sleep 1000");
+    slurm.until(&after, "the job", || slurm.took("prolog", &after).is_some());
+    slurm.run(&["scancel", &before, &after]).ok();
+    for job in [&before, &after] {
+        slurm.ended(job);
+        let (prolog, epilog) = (slurm.took("prolog", job), slurm.took("epilog", job));
+        assert!(
+            prolog.unwrap() < 4000.0 && epilog.unwrap() < 15_000.0,
+            "{prolog:?} {epilog:?}"
+        );
+    }
+    slurm.assert_nodes_are_well();
+    write(&slurm.env.work().join("over"), "");
+    slurm.ended(&holder);
+}
+
+#[test]
+fn instances_outlive_a_killed_slurmd() {
+    let slurm = Slurm::new("cgroup");
+    let ask =
+        |verb: &str| fs::write(slurm.top.join("control"), format!("{verb} cgroup n2\n")).unwrap();
+    let job = slurm.submit(
+        &["-w", "n2", "-n1"],
+        "srun -n1 $CAPSID instance start $IMAGE db; echo up; while [ ! -e go ]; do sleep 0.1; done
+srun -n1 $CAPSID exec instance://db echo still here",
+    );
+    slurm.until(&job, "the instance", || slurm.said(&job).contains("up"));
+    ask("kill");
+    std::thread::sleep(Duration::from_secs(1));
+    ask("start");
+    std::thread::sleep(Duration::from_secs(1));
+    write(&slurm.env.work().join("go"), "");
+    let said = slurm.ended(&job);
+    assert!(said.ends_with("still here\n"), "{said}");
+    assert!(slurm.log(&job, "db").ends_with(ORDERLY));
+    slurm.assert_nodes_are_well();
+}
+
+#[test]
+fn records_of_another_boot_are_nobodys() {
+    let slurm = Slurm::new("cgroup");
+    // The record as it is after a reboot, where the numbers of processes belong to others.
+    let text = "d=/run/capsid/job-$SLURM_JOB_ID/capsid; f=$d/instance-$SLURM_JOB_ID.db
+srun -n1 $CAPSID instance start $IMAGE db; cp -p $f $d/saved
+sed 's/\"boot\":\"[0-9a-f]*/\"boot\":\"0/' $d/saved >$d/new; chmod 600 $d/new; mv $d/new $f
+$CAPSID instance list | tail -n +2 | wc -l; $CAPSID exec instance://db true; echo status $?
+$CAPSID instance start $IMAGE db && srun -n1 $CAPSID exec instance://db echo anew";
+    let job = slurm.submit(&["-n1"], text);
+    let said = slurm.ended(&job);
+    for words in [
+        "\n0\n",
+        "no instance found with name db",
+        "status 255\n",
+        "anew\n",
+    ] {
+        assert!(said.contains(words), "{words:?}: {said}");
+    }
+    slurm.assert_nodes_are_well();
 }
 
 #[test]

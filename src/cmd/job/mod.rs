@@ -1,5 +1,6 @@
 //! `job begin|end|sweep` for the scripts of Slurm, `job status|start|stop|env|services` for people.
 
+mod oci;
 mod stop;
 
 use std::ffi::OsString;
@@ -12,6 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+pub use self::oci::OciRunArgs;
 pub use self::stop::StopArgs;
 use super::{Persona, Usage};
 use crate::engine::sys;
@@ -46,6 +48,10 @@ pub const COMMANDS: &[(&str, &str)] = &[
     (
         "end",
         "For Slurm's Epilog (root): end what is left of a job",
+    ),
+    (
+        "oci-run",
+        "For RunTimeRun of Slurm's oci.conf: run the program of a bundle",
     ),
     ("sweep", "For root: end what is left of jobs that are over"),
 ];
@@ -130,6 +136,7 @@ pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
         "status" => status(&super::parse("job status", rest)?),
         "start" => start(&super::parse("job start", rest)?),
         "stop" => stop::run(&super::parse("job stop", rest)?),
+        "oci-run" => oci::run(&super::parse("job oci-run", rest)?),
         "env" => {
             super::parse::<NoArgs>("job env", rest)?;
             env()

@@ -271,7 +271,13 @@ impl Supervisor<'_> {
             self.read(file, self.own_batch());
         }
         for id in self.peers.keys().copied().collect::<Vec<_>>() {
-            if let Some((what, fds)) = self.peers.get_mut(&id).and_then(|p| p.waiting.take()) {
+            // Who wants the list waits until it is read.
+            let pending = self.list.pending;
+            let waiting = self.peers.get_mut(&id).and_then(|p| {
+                p.waiting
+                    .take_if(|(what, _)| !pending || *what != What::List)
+            });
+            if let Some((what, fds)) = waiting {
                 self.serve_request(id, what, fds);
             }
         }

@@ -1,0 +1,233 @@
+//! A cluster of real Slurm, as `tests/slurm-cluster` starts it before (`tests/run` does), and a directory with an image.
+#![allow(dead_code)] // each test binary uses its own part
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::common::{self, Env, Output, output, script};
+
+/// Answers by HTTP on `$PORT`, and says when it is asked to stop.
+const SERVICE: &str = "#!/bin/sh
+echo started \"$@\"
+trap 'echo stopping; sleep 0.2; echo stopped; exit 0' TERM INT
+if [ -n \"$PORT\" ]; then httpd -f -p $PORT -h /opt & fi
+while :; do sleep 0.05; done
+";
+
+/// A cluster, and a directory with an image for jobs in it.
+pub struct Slurm {
+    pub cluster: &'static str,
+    pub top: PathBuf,
+    pub env: Env,
+    pub image: String,
+}
+
+impl Slurm {
+    pub fn new(cluster: &'static str) -> Slurm {
+        let top = std::env::var_os("CAPSID_SLURM")
+            .expect("CAPSID_SLURM is not set: run tests/run as root, or tests/slurm-cluster");
+        let env = Env::new();
+        let tree = env.tree("tree");
+        script(&tree.join(".singularity.d/startscript"), SERVICE);
+        let image = env.sif(&tree, "service.sif").display().to_string();
+        let slurm = Slurm {
+            cluster,
+            top: top.into(),
+            env,
+            image,
+        };
+        let up = slurm.run(&["sinfo", "-h", "-N", "-o", "%t"]);
+        assert_eq!(
+            up.ok().lines().count(),
+            2,
+            "the cluster {cluster} is not up: {up}"
+        );
+        slurm
+    }
+
+    /// A command of Slurm, as the user.
+    pub fn command(&self, words: &[&str]) -> Command {
+        let mut command = self.env.command_as(Path::new(words[0]), &words[1..]);
+        command
+            .env("SLURM_CONF", self.top.join(self.cluster).join("slurm.conf"))
+            .env("APPTAINER_CONFIGDIR", self.env.path("config"))
+            .env("CAPSID", env!("CARGO_BIN_EXE_capsid"))
+            .env("IMAGE", &self.image);
+        if self.cluster == "bare" {
+            // Each node has its own /run/user, as different machines do.
+            command.env_remove("XDG_RUNTIME_DIR");
+        }
+        command
+    }
+
+    pub fn run(&self, words: &[&str]) -> Output {
+        let mut all = vec!["timeout", "100"];
+        all.extend_from_slice(words);
+        output(&mut self.command(&all))
+    }
+
+    /// Submits a batch script; gives the number of the job.
+    pub fn submit(&self, options: &[&str], text: &str) -> String {
+        let file = self.env.work().join(format!("{}.sh", uuid::Uuid::new_v4()));
+        script(&file, &format!("#!/bin/bash\n{text}\n"));
+        let out = self.env.work().join("out.%j").display().to_string();
+        let mut words = vec!["sbatch", "--parsable", "--open-mode=append", "-o", &out];
+        words.extend_from_slice(options);
+        let file = file.display().to_string();
+        words.push(&file);
+        self.run(&words).ok().to_owned()
+    }
+
+    /// What a job has said so far.
+    pub fn said(&self, job: &str) -> String {
+        fs::read_to_string(self.env.work().join(format!("out.{job}"))).unwrap_or_default()
+    }
+
+    pub fn state(&self, job: &str) -> String {
+        let out = self.run(&["scontrol", "show", "job", "-o", job]);
+        let word = out
+            .stdout
+            .split_whitespace()
+            .find_map(|w| w.strip_prefix("JobState="));
+        word.unwrap_or_default().to_owned()
+    }
+
+    #[track_caller]
+    pub fn until(&self, job: &str, what: &str, mut done: impl FnMut() -> bool) {
+        let begin = Instant::now();
+        while !done() {
+            assert!(
+                begin.elapsed() < Duration::from_secs(120),
+                "waited for {what} in vain; job {job} is {}, and said: {}",
+                self.state(job),
+                self.said(job)
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// Waits until a job is over, its Epilog included, and nothing of it is left. Gives what it said.
+    #[track_caller]
+    pub fn ended(&self, job: &str) -> String {
+        const OVER: [&str; 6] = [
+            "COMPLETED",
+            "CANCELLED",
+            "FAILED",
+            "TIMEOUT",
+            "NODE_FAIL",
+            "DEADLINE",
+        ];
+        self.until(job, "the end of the job", || {
+            OVER.contains(&self.state(job).as_str())
+        });
+        let begin = Instant::now();
+        while let Some(left) = self.left(job) {
+            assert!(
+                begin.elapsed() < Duration::from_secs(10),
+                "job {job} left {left}; it said: {}",
+                self.said(job)
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        self.said(job)
+    }
+
+    /// Something of a job that is still there.
+    pub fn left(&self, job: &str) -> Option<String> {
+        for node in ["n1", "n2"] {
+            let private = self.top.join(self.cluster).join("private").join(node);
+            for entry in fs::read_dir(private.join("run/capsid")).unwrap().flatten() {
+                let name = entry.file_name().into_string().unwrap();
+                if name.starts_with(&format!("job-{job}"))
+                    && name.trim_start_matches("job-").split('.').next() == Some(job)
+                {
+                    return Some(format!("{name} on {node}"));
+                }
+            }
+        }
+        let conf = format!(
+            "SLURM_CONF={}\0",
+            self.top.join(self.cluster).join("slurm.conf").display()
+        );
+        let id = format!("SLURM_JOB_ID={job}\0");
+        for (pid, line) in common::processes() {
+            let env = fs::read(format!("/proc/{pid}/environ")).unwrap_or_default();
+            let env = String::from_utf8_lossy(&env);
+            let name = format!("[{job}]");
+            if env.contains(&conf) && env.contains(&id)
+                || line.starts_with("capsid-job") && line.contains(&name) && env.contains(&conf)
+            {
+                return Some(format!("process {pid}: {line}"));
+            }
+        }
+        let own = fs::read_to_string("/proc/self/cgroup").unwrap();
+        let own = own
+            .lines()
+            .find_map(|l| l.split_once(":freezer:"))
+            .map_or("/", |(_, p)| p);
+        let uid = nix::unistd::getuid();
+        for node in ["n1", "n2"] {
+            let cgroups = format!(
+                "/sys/fs/cgroup/freezer{}/{}/{}-{node}/slurm_{node}/uid_{uid}/job_{job}",
+                own.trim_end_matches('/'),
+                self.top.file_name().unwrap().display(),
+                self.cluster
+            );
+            if Path::new(&cgroups).exists() {
+                return Some(cgroups);
+            }
+        }
+        None
+    }
+
+    /// No node has been drained, and no trouble has been noted.
+    #[track_caller]
+    pub fn assert_nodes_are_well(&self) {
+        let nodes = self.run(&["sinfo", "-h", "-N", "-o", "%t %E"]);
+        assert!(
+            !nodes.ok().contains("drain") && !nodes.ok().contains("Prolog"),
+            "{nodes}"
+        );
+    }
+
+    /// What Prolog or Epilog of a job took, milliseconds.
+    pub fn took(&self, script: &str, job: &str) -> Option<f64> {
+        let times = fs::read_to_string(self.top.join(self.cluster).join("times")).unwrap();
+        let line = times.lines().find_map(|l| {
+            l.strip_prefix(&format!("{script} {job} "))?
+                .split(' ')
+                .next()?
+                .parse::<f64>()
+                .ok()
+        });
+        line.map(|us| us / 1000.0)
+    }
+
+    /// What a job's instance wrote, on every node.
+    pub fn log(&self, job: &str, name: &str) -> String {
+        self.log_on("n*", job, name)
+    }
+
+    /// The same on one node.
+    pub fn log_on(&self, node: &str, job: &str, name: &str) -> String {
+        // Services of a job's comment do not know the environment of the one who submitted it.
+        let homes = [
+            self.env.path("config"),
+            common::home().join(".apptainer/instances"),
+        ];
+        let pattern = format!("*/{node}/*/job-{job}/{name}.out");
+        let read = |home: &PathBuf| -> String {
+            let mut find = Command::new("find");
+            let out = output(find.arg(home).args(["-path", &pattern]));
+            let paths = out.stdout.lines();
+            paths
+                .map(|path| fs::read_to_string(path).unwrap())
+                .collect()
+        };
+        // In the home directory there may be older ones, of a job with the same number.
+        let logs = homes.iter().map(read);
+        logs.into_iter().find(|l| !l.is_empty()).unwrap_or_default()
+    }
+}
