@@ -269,7 +269,9 @@ pub fn keep_drafts() {
 /// When the disk is full or the place cannot be written.
 pub fn publish(from: &Path, place: &Path) -> Result<()> {
     let what = || format!("cannot write {}", place.display());
-    File::open(from).and_then(|f| f.sync_all()).with_context(what)?;
+    File::open(from)
+        .and_then(|f| f.sync_all())
+        .with_context(what)?;
     fs::rename(from, place).with_context(what)
 }
 

@@ -220,11 +220,7 @@ pub(super) fn is_elsewhere(image: &OsStr, host: &Host) -> bool {
 
 /// The image's path: a path that exists beats the reading of a colon as a URI. What is elsewhere is brought into the
 /// cache first.
-pub(super) fn image_path(
-    image: &OsString,
-    host: &Host,
-    access: &RunAccess,
-) -> Result<PathBuf> {
+pub(super) fn image_path(image: &OsString, host: &Host, access: &RunAccess) -> Result<PathBuf> {
     if image.is_empty() {
         bail!("the name of the image is empty");
     }

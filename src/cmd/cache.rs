@@ -80,7 +80,13 @@ pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
         "list" => list(&parse_with_environment(&command, rest, &host)?, &host),
         "clean" => clean(&parse_with_environment(&command, rest, &host)?, &host),
         "warm" => warm(&parse_with_environment(&command, rest, &host)?),
-        other => super::print_group("cache", "Manage what was downloaded and converted", COMMANDS, other, persona),
+        other => super::print_group(
+            "cache",
+            "Manage what was downloaded and converted",
+            COMMANDS,
+            other,
+            persona,
+        ),
     }
 }
 
@@ -193,9 +199,9 @@ fn clean(args: &CleanArgs, host: &Host) -> Result<u8> {
         say::info(format_args!("Handle cleanup canceled"));
         return Ok(exit::OK);
     }
-    let before = args
-        .days
-        .and_then(|days| SystemTime::now().checked_sub(Duration::from_secs(u64::from(days) * 86400)));
+    let before = args.days.and_then(|days| {
+        SystemTime::now().checked_sub(Duration::from_secs(u64::from(days) * 86400))
+    });
     let mut gone = Vec::new();
     for kind in kinds {
         let mut entries = cache.list(&[kind])?;
@@ -207,7 +213,11 @@ fn clean(args: &CleanArgs, host: &Host) -> Result<u8> {
             ));
         }
         for entry in entries {
-            say::info(format_args!("Removing {} cache entry: {}", kind.name(), entry.name));
+            say::info(format_args!(
+                "Removing {} cache entry: {}",
+                kind.name(),
+                entry.name
+            ));
             if !args.dry_run {
                 cache.remove(&entry)?;
             }

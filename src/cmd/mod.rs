@@ -519,9 +519,7 @@ fn parse_with_environment<A: Args + FromArgMatches>(
 ) -> Result<A> {
     let command = command::<A>(name);
     let matches = matches(command.clone(), name, words.to_vec())?;
-    let typed = |id: &str| {
-        matches.value_source(id) == Some(clap::parser::ValueSource::CommandLine)
-    };
+    let typed = |id: &str| matches.value_source(id) == Some(clap::parser::ValueSource::CommandLine);
     let mut all = environment::words(&command, &host.env, &typed)?;
     if all.is_empty() {
         return Ok(A::from_arg_matches(&matches)?);

@@ -11,7 +11,9 @@ const MAX_ANSWER: u64 = 64 << 10;
 
 fn terminal() -> Result<File> {
     let opened = File::options().read(true).write(true).open("/dev/tty");
-    opened.context("there is no terminal to ask on (--password-stdin reads a password from a file or pipe)")
+    opened.context(
+        "there is no terminal to ask on (--password-stdin reads a password from a file or pipe)",
+    )
 }
 
 /// Asks for a line.
@@ -43,7 +45,9 @@ pub fn secret(question: &str) -> Result<String> {
 
 fn read_line(terminal: &File) -> Result<String> {
     let mut text = String::new();
-    BufReader::new(terminal).take(MAX_ANSWER).read_line(&mut text)?;
+    BufReader::new(terminal)
+        .take(MAX_ANSWER)
+        .read_line(&mut text)?;
     Ok(text.trim_end_matches(['\r', '\n']).to_owned())
 }
 
@@ -73,7 +77,10 @@ pub fn confirm(question: &str) -> Result<bool> {
     // Where nobody sees the question, nobody answers.
     let _ = write!(stderr, "{question} [y/N] ").and_then(|()| stderr.flush());
     let mut text = String::new();
-    std::io::stdin().lock().take(MAX_ANSWER).read_line(&mut text)?;
+    std::io::stdin()
+        .lock()
+        .take(MAX_ANSWER)
+        .read_line(&mut text)?;
     if !std::io::stdin().is_terminal() {
         let _ = writeln!(stderr);
     }

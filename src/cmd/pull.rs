@@ -94,7 +94,8 @@ pub fn run(words: &[OsString]) -> Result<u8> {
     match args.sandbox {
         true => sandbox(&reference, &options, &store, &target, &args).with_context(what)?,
         false => {
-            let path = transfer::fetch(&reference, &options, &store.cache, &host).with_context(what)?;
+            let path =
+                transfer::fetch(&reference, &options, &store.cache, &host).with_context(what)?;
             publish(&path, &target, host.umask)?;
         }
     }
@@ -107,7 +108,10 @@ fn context(uri: &str) -> String {
         "docker" => "While making image from oci registry: error fetching image to cache".into(),
         "oras" => "While pulling image from oci registry: error fetching image to cache".into(),
         "library" => "While pulling library image: error fetching image".into(),
-        _ => format!("While pulling from {}", uri.split('?').next().unwrap_or_default()),
+        _ => format!(
+            "While pulling from {}",
+            uri.split('?').next().unwrap_or_default()
+        ),
     }
 }
 
@@ -133,7 +137,11 @@ fn check_target(args: &PullArgs, target: &Path) -> Result<()> {
             bail!(
                 "{} is {}: --force does not replace it",
                 target.display(),
-                if meta.is_dir() { "a directory" } else { "a file" }
+                if meta.is_dir() {
+                    "a directory"
+                } else {
+                    "a file"
+                }
             );
         }
     }
@@ -174,7 +182,9 @@ fn sandbox(
     args: &PullArgs,
 ) -> Result<()> {
     let Reference::Docker(repository) = reference else {
-        bail!("--sandbox: {reference} is a SIF: pull it, then capsid build --sandbox DIRECTORY FILE");
+        bail!(
+            "--sandbox: {reference} is a SIF: pull it, then capsid build --sandbox DIRECTORY FILE"
+        );
     };
     let image = net::image(reference, options, &store.cache)?;
     let draft = DraftDirectory::new(directory_of(target))?;

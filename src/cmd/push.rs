@@ -71,7 +71,10 @@ pub fn run(words: &[OsString]) -> Result<u8> {
         }
         Reference::Library(name) => {
             let sif = read(&file)?;
-            let signed = sif.objects.iter().any(|o| o.data_type == DataType::Signature);
+            let signed = sif
+                .objects
+                .iter()
+                .any(|o| o.data_type == DataType::Signature);
             if !signed && !args.allow_unsigned {
                 bail!(
                     "Unable to push image to library: {} is not signed: sign it, or push it with --allow-unsigned",
@@ -87,7 +90,10 @@ pub fn run(words: &[OsString]) -> Result<u8> {
             "a SIF cannot be pushed as a Docker image: push it as oras://{}",
             uri.trim_start_matches("docker:").trim_start_matches("//")
         ),
-        Reference::Http(_) => bail!("push to {} is not supported: oras:// and library:// are", uri),
+        Reference::Http(_) => bail!(
+            "push to {} is not supported: oras:// and library:// are",
+            uri
+        ),
     }
     Ok(exit::OK)
 }
@@ -95,7 +101,8 @@ pub fn run(words: &[OsString]) -> Result<u8> {
 fn read(path: &Path) -> Result<Sif> {
     let what = || format!("cannot read {}", path.display());
     let file = File::open(path).with_context(what)?;
-    Sif::read(&file).with_context(|| format!("{} is no SIF: only SIFs can be pushed", path.display()))
+    Sif::read(&file)
+        .with_context(|| format!("{} is no SIF: only SIFs can be pushed", path.display()))
 }
 
 fn annotations(texts: &[String]) -> Result<Vec<(String, String)>> {

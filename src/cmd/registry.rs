@@ -9,14 +9,17 @@ use serde::Serialize;
 use super::transfer::{self, Access, Machine};
 use super::{Persona, Usage, parse_with_environment, prompt};
 use crate::host::Host;
+use crate::net::Login;
 use crate::net::registry::{self, Remote};
 use crate::net::url::split_authority;
-use crate::net::Login;
 use crate::{exit, say};
 
 /// The commands below `registry`.
 pub const COMMANDS: &[(&str, &str)] = &[
-    ("login", "Log in to a registry: docker://HOST or oras://HOST"),
+    (
+        "login",
+        "Log in to a registry: docker://HOST or oras://HOST",
+    ),
     ("logout", "Forget a login"),
     ("list", "List the registries that a login is known for"),
 ];
@@ -25,10 +28,20 @@ pub const COMMANDS: &[(&str, &str)] = &[
 #[derive(clap::Args, Debug)]
 pub struct LoginArgs {
     /// Who
-    #[arg(id = "login_username", short = 'u', long = "username", value_name = "NAME")]
+    #[arg(
+        id = "login_username",
+        short = 'u',
+        long = "username",
+        value_name = "NAME"
+    )]
     username: Option<String>,
     /// The password; other users of the machine can see it: better --password-stdin
-    #[arg(id = "login_password", short = 'p', long = "password", value_name = "PASSWORD")]
+    #[arg(
+        id = "login_password",
+        short = 'p',
+        long = "password",
+        value_name = "PASSWORD"
+    )]
     password: Option<String>,
     /// Read the password from standard input
     #[arg(long)]
@@ -75,16 +88,33 @@ pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
     let rest = words.get(1..).unwrap_or_default();
     let host = Host::read()?;
     match verb {
-        "login" => login(&parse_with_environment("registry login", rest, &host)?, &host),
-        "logout" => logout(&parse_with_environment("registry logout", rest, &host)?, &host),
-        "list" => list(&parse_with_environment("registry list", rest, &host)?, &host),
-        other => super::print_group("registry", "Manage logins for registries", COMMANDS, other, persona),
+        "login" => login(
+            &parse_with_environment("registry login", rest, &host)?,
+            &host,
+        ),
+        "logout" => logout(
+            &parse_with_environment("registry logout", rest, &host)?,
+            &host,
+        ),
+        "list" => list(
+            &parse_with_environment("registry list", rest, &host)?,
+            &host,
+        ),
+        other => super::print_group(
+            "registry",
+            "Manage logins for registries",
+            COMMANDS,
+            other,
+            persona,
+        ),
     }
 }
 
 /// The host of `docker://HOST` or `oras://HOST`.
 fn registry_of(uri: &str) -> Result<String> {
-    let name = uri.strip_prefix("docker://").or_else(|| uri.strip_prefix("oras://"));
+    let name = uri
+        .strip_prefix("docker://")
+        .or_else(|| uri.strip_prefix("oras://"));
     let Some(name) = name else {
         bail!("{uri:?} names no registry: write docker://HOST or oras://HOST");
     };
@@ -145,7 +175,10 @@ fn login(args: &LoginArgs, host: &Host) -> Result<u8> {
         .with_context(|| format!("Unable to log in to {}", args.uri))?;
     let credentials = transfer::credentials(host, args.authfile.as_deref())?;
     credentials.store(&registry, &login)?;
-    say::info(format_args!("Token stored in {}", credentials.store.display()));
+    say::info(format_args!(
+        "Token stored in {}",
+        credentials.store.display()
+    ));
     Ok(exit::OK)
 }
 

@@ -22,7 +22,10 @@ pub const COMMANDS: &[(&str, &str)] = &[
     ("remove", "Remove an endpoint"),
     ("login", "Store a token for an endpoint"),
     ("logout", "Forget the token of an endpoint"),
-    ("status", "Ask the services of an endpoint whether they work"),
+    (
+        "status",
+        "Ask the services of an endpoint whether they work",
+    ),
     (
         "get-login-password",
         "Not supported: registry login takes a library's own password",
@@ -112,15 +115,33 @@ pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
     match verb {
         "list" => list(&parse_with_environment(&command, rest, &host)?, &files),
         "use" => choose(&parse_with_environment(&command, rest, &host)?, &files),
-        "add" => add(&parse_with_environment(&command, rest, &host)?, &files, &host),
+        "add" => add(
+            &parse_with_environment(&command, rest, &host)?,
+            &files,
+            &host,
+        ),
         "remove" => remove(&parse_with_environment(&command, rest, &host)?, &files),
-        "login" => login(&parse_with_environment(&command, rest, &host)?, &files, &host),
+        "login" => login(
+            &parse_with_environment(&command, rest, &host)?,
+            &files,
+            &host,
+        ),
         "logout" => logout(&parse_with_environment(&command, rest, &host)?, &files),
-        "status" => status(&parse_with_environment(&command, rest, &host)?, &files, &host),
+        "status" => status(
+            &parse_with_environment(&command, rest, &host)?,
+            &files,
+            &host,
+        ),
         "get-login-password" | "add-keyserver" | "remove-keyserver" => {
             bail!("remote {verb} is not supported by this version of capsid")
         }
-        other => super::print_group("remote", "Manage endpoints of libraries", COMMANDS, other, persona),
+        other => super::print_group(
+            "remote",
+            "Manage endpoints of libraries",
+            COMMANDS,
+            other,
+            persona,
+        ),
     }
 }
 
@@ -184,7 +205,9 @@ fn list(args: &ListArgs, files: &Files) -> Result<u8> {
 
 fn refuse_global(global: bool) -> Result<()> {
     if global {
-        bail!("--global and --exclusive are not supported: an administrator edits /etc/apptainer/remote.yaml");
+        bail!(
+            "--global and --exclusive are not supported: an administrator edits /etc/apptainer/remote.yaml"
+        );
     }
     Ok(())
 }
@@ -193,7 +216,10 @@ fn choose(args: &NameArgs, files: &Files) -> Result<u8> {
     refuse_global(args.global || args.exclusive)?;
     let mut remotes = read(files)?;
     let (name, _) = remotes.get(Some(&args.name))?;
-    let exclusive = remotes.remotes.iter().find(|(_, e)| e.system && e.exclusive);
+    let exclusive = remotes
+        .remotes
+        .iter()
+        .find(|(_, e)| e.system && e.exclusive);
     if let Some((only, _)) = exclusive.filter(|(only, _)| *only != name) {
         bail!("the administrator allows the remote {only} only");
     }
@@ -284,7 +310,10 @@ fn login(args: &LoginArgs, files: &Files, host: &Host) -> Result<u8> {
     own.system = false;
     remotes.remotes.insert(name.clone(), own);
     remotes.write(&files.own)?;
-    say::info(format_args!("Access Token Verified! Token stored in {}", files.own.display()));
+    say::info(format_args!(
+        "Access Token Verified! Token stored in {}",
+        files.own.display()
+    ));
     Ok(exit::OK)
 }
 
@@ -309,7 +338,10 @@ fn status(args: &ActiveArgs, files: &Files, host: &Host) -> Result<u8> {
     say::info(format_args!("Checking status of remote {name}."));
     let client = Client::new(transfer::settings(host));
     let services = library::services(&client, endpoint).context("while retrieving services")?;
-    say::out(format_args!("{:<12}{:<10}{:<16}URI\n", "SERVICE", "STATUS", "VERSION"))?;
+    say::out(format_args!(
+        "{:<12}{:<10}{:<16}URI\n",
+        "SERVICE", "STATUS", "VERSION"
+    ))?;
     for (service, uri) in services {
         let (state, version) = match library::service_version(&client, &uri) {
             Ok(version) => ("OK", version),
@@ -326,10 +358,14 @@ fn status(args: &ActiveArgs, files: &Files, host: &Host) -> Result<u8> {
         ))?;
     }
     if endpoint.token.is_empty() {
-        say::out(format_args!("\nNo authentication token set (logged out).\n"))?;
+        say::out(format_args!(
+            "\nNo authentication token set (logged out).\n"
+        ))?;
         return Ok(exit::OK);
     }
     library::check_token(&client, endpoint, &endpoint.token)?;
-    say::out(format_args!("\nValid authentication token set (logged in).\n"))?;
+    say::out(format_args!(
+        "\nValid authentication token set (logged in).\n"
+    ))?;
     Ok(exit::OK)
 }

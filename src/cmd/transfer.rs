@@ -53,7 +53,11 @@ pub struct Machine {
     #[arg(id = "pull_arch", long = "arch", value_name = "ARCH")]
     pub arch: Option<String>,
     /// Its variant: 7 or v7
-    #[arg(id = "pull_arch_variant", long = "arch-variant", value_name = "VARIANT")]
+    #[arg(
+        id = "pull_arch_variant",
+        long = "arch-variant",
+        value_name = "VARIANT"
+    )]
     pub variant: Option<String>,
     /// Both as OS/ARCH[/VARIANT]
     #[arg(long, value_name = "PLATFORM", conflicts_with_all = ["pull_arch", "pull_arch_variant"])]
@@ -174,9 +178,8 @@ pub fn options(
     {
         bail!("--authfile {}: no such file", file.display());
     }
-    let given = |key: &str| {
-        environment::lookup(&host.env, key).map(|v| v.to_string_lossy().into_owned())
-    };
+    let given =
+        |key: &str| environment::lookup(&host.env, key).map(|v| v.to_string_lossy().into_owned());
     credentials.given = match access.docker_login {
         true => Some(Login::Password {
             username: prompt::line("Enter Docker Username: ")?,
@@ -224,7 +227,9 @@ pub fn choice(host: &Host, library: Option<&str>) -> Choice {
 /// What the environment says of the network.
 pub fn settings(host: &Host) -> Settings {
     let proxy = |names: [&str; 4]| {
-        let found = names.iter().find_map(|n| host.var(n).filter(|v| !v.is_empty()));
+        let found = names
+            .iter()
+            .find_map(|n| host.var(n).filter(|v| !v.is_empty()));
         found.map(|v| v.to_string_lossy().into_owned())
     };
     let home = &host.user.home;
@@ -245,7 +250,12 @@ pub fn settings(host: &Host) -> Settings {
 ///
 /// # Errors
 /// When it cannot be had.
-pub fn fetch(reference: &Reference, options: &Options, cache: &Cache, host: &Host) -> Result<PathBuf> {
+pub fn fetch(
+    reference: &Reference,
+    options: &Options,
+    cache: &Cache,
+    host: &Host,
+) -> Result<PathBuf> {
     let path = match reference {
         Reference::Docker(repository) => {
             let resolved = net::oci::resolve(repository, options)?;
@@ -319,7 +329,11 @@ fn seconds(text: &str) -> Option<i64> {
         return None;
     }
     // Days of a year that begins in March, so that the leap day is the last one.
-    let (year, month) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let (year, month) = if month > 2 {
+        (year, month - 3)
+    } else {
+        (year - 1, month + 9)
+    };
     let days = 365 * year + year / 4 - year / 100 + year / 400 + (153 * month + 2) / 5 + day - 1;
     Some((days - 719_468) * 86400 + hour * 3600 + minute * 60 + second)
 }
@@ -425,7 +439,9 @@ pub fn fetch_for_run(reference: &OsStr, access: &RunAccess) -> Result<PathBuf> {
     }
     words.push("--".into());
     words.push(reference.to_owned());
-    let program = std::env::args_os().next().unwrap_or_else(|| "capsid".into());
+    let program = std::env::args_os()
+        .next()
+        .unwrap_or_else(|| "capsid".into());
     let child = Command::new("/proc/self/exe")
         .arg0(program)
         .args(words)

@@ -63,8 +63,7 @@ pub struct Resolved {
 /// When it is not there or not an image.
 pub fn resolve(repository: &Repository, options: &Options) -> Result<Resolved> {
     options.first_working(repository, &|remote| {
-        let (manifest, received) =
-            remote.manifest_for(&repository.version(), &options.platform)?;
+        let (manifest, received) = remote.manifest_for(&repository.version(), &options.platform)?;
         Ok(Resolved { manifest, received })
     })
 }
