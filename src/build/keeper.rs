@@ -3,6 +3,7 @@
 //! ```text
 //!  capsid build        hands signals on, waits, tells the error
 //!    └─ keeper         root of the user namespace; removes what is left, whoever dies
+//!         ├─ fetcher   downloads; processes are numbered as outside, so that its claims in the cache mean something there
 //!         └─ worker    process 1 of a pid namespace: bootstraps, runs the sections, packs
 //! ```
 //!
@@ -32,11 +33,17 @@ use crate::{exit, say};
 /// Longest error text that a process hands to its parent, in bytes: it must fit into a pipe.
 const MAX_TEXT: usize = 32 << 10;
 
-/// Does `work` as root of a user namespace with these ids. Whatever happens, `leftovers` are removed afterwards.
+/// Does `before` and then `work`, each in a process of its own, as root of a user namespace with these ids. Whatever
+/// happens, `leftovers` are removed afterwards.
 ///
 /// # Errors
 /// Those of the work, or when the namespace cannot be made.
-pub fn run(ids: &IdMap, leftovers: &[PathBuf], work: impl FnOnce() -> Result<u8>) -> Result<u8> {
+pub fn run(
+    ids: &IdMap,
+    leftovers: &[PathBuf],
+    before: impl FnOnce() -> Result<u8>,
+    work: impl FnOnce() -> Result<u8>,
+) -> Result<u8> {
     let (alive, here) = std::io::pipe().context("cannot create a pipe")?;
     let (mut told, tell) = std::io::pipe().context("cannot create a pipe")?;
     let mask = wait::block()?;
@@ -44,7 +51,9 @@ pub fn run(ids: &IdMap, leftovers: &[PathBuf], work: impl FnOnce() -> Result<u8>
         Fork::Parent(keeper) => keeper,
         Fork::Child => {
             drop((here, told));
-            keep(ids, leftovers, &mask, &alive, tell, work)
+            let end = keep(ids, &mask, &alive, tell, before, work);
+            remove(leftovers);
+            sys::exit_now(wait::end_like(end))
         }
     };
     drop((alive, tell));
@@ -84,33 +93,46 @@ pub fn run(ids: &IdMap, leftovers: &[PathBuf], work: impl FnOnce() -> Result<u8>
 /// The keeper.
 fn keep(
     ids: &IdMap,
-    leftovers: &[PathBuf],
     mask: &SigSet,
     alive: &PipeReader,
     tell: PipeWriter,
+    before: impl FnOnce() -> Result<u8>,
     work: impl FnOnce() -> Result<u8>,
-) -> ! {
-    let begun = userns::create(ids, CloneFlags::CLONE_NEWNS)
-        .and_then(|()| sys::fork_into_pid_namespace(sys::Parent::Own));
-    let worker = match begun {
-        Ok(Fork::Parent(worker)) => worker,
+) -> End {
+    let failed = End::Exited(exit::FATAL);
+    let note = |error: anyhow::Error| {
+        let _ = (&tell).write_all(format!("{error:#}").as_bytes());
+        failed
+    };
+    if let Err(error) = userns::create(ids, CloneFlags::CLONE_NEWNS) {
+        return note(error);
+    }
+    let start = |fork: Result<Fork>, work: &mut dyn FnMut() -> Result<u8>| match fork {
+        Ok(Fork::Parent(child)) => watch(child, alive),
         Ok(Fork::Child) => {
             sys::die_with(None);
             let _ = mask.thread_set_mask();
-            end(tell, || {
-                prepare_worker()?;
-                work()
-            })
+            match tell.try_clone() {
+                Ok(tell) => end(tell, work),
+                Err(_) => sys::exit_now(exit::FATAL),
+            }
         }
-        Err(error) => end(tell, || Err(error)),
+        Err(error) => note(error),
     };
-    drop(tell);
-    let end = watch(worker, alive);
-    remove(leftovers);
-    sys::exit_now(wait::end_like(end))
+    let (mut before, mut work) = (Some(before), Some(work));
+    let fetched = start(sys::fork(), &mut || {
+        before.take().map_or(Ok(0), |before| before())
+    });
+    if fetched != End::Exited(exit::OK) {
+        return fetched;
+    }
+    start(sys::fork_into_pid_namespace(sys::Parent::Own), &mut || {
+        prepare_worker()?;
+        work.take().map_or(Ok(0), |work| work())
+    })
 }
 
-/// Waits for the worker, and ends it when a signal says so or the caller is gone.
+/// Waits for a child, and ends it when a signal says so or the caller is gone.
 fn watch(worker: Pid, alive: &PipeReader) -> End {
     let mut set = SigSet::empty();
     let ending = [

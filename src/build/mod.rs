@@ -28,10 +28,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use crate::cache::Cache;
 use crate::digest::Digest;
 use crate::engine::emulate::Owners;
 use crate::host::Host;
 use crate::metadir::labels::Date;
+use crate::net;
 use crate::oci::Platform;
 use crate::plan::Bind;
 use crate::sif::{Content, DataType, Stamp};
@@ -76,7 +78,6 @@ pub enum Form {
 }
 
 /// How a definition is built.
-#[derive(Debug, Clone)]
 pub struct Settings {
     /// The caller and the machine.
     pub host: Host,
@@ -112,13 +113,30 @@ pub struct Settings {
     pub options: Options,
     /// Steps that are kept.
     pub steps: Option<Steps>,
+    /// Registries and the like, when a stage needs them.
+    pub net: Option<Net>,
     /// The version that labels tell.
     pub version: &'static str,
     /// Gives what `inspect --all --json` says of an image.
     pub describe: fn(&Path) -> Result<Vec<u8>>,
 }
 
+/// How images are fetched.
+pub struct Net {
+    /// The way.
+    pub options: net::Options,
+    /// What was fetched.
+    pub cache: Cache,
+}
+
 impl Settings {
+    /// The way to registries and the like.
+    fn net(&self) -> Result<&Net> {
+        self.net
+            .as_ref()
+            .context("no way to registries was prepared")
+    }
+
     fn wants(&self, part: Part) -> bool {
         self.parts.contains(&part)
     }
@@ -142,7 +160,13 @@ struct Made {
 /// # Errors
 /// Naming the section that failed, or what cannot be read or written; then a target that was there stays as it was.
 pub fn build(def: &Def, settings: &Settings, room: &Room, left: &[PathBuf]) -> Result<u8> {
-    keeper::run(&settings.ids.map(&settings.host), left, || {
+    let before = || {
+        for stage in &def.stages {
+            bootstrap::fetch(stage, settings).context("While performing build")?;
+        }
+        Ok(exit::OK)
+    };
+    keeper::run(&settings.ids.map(&settings.host), left, before, || {
         rustix::process::umask(rustix::fs::Mode::from_raw_mode(UMASK));
         pipeline(def, settings, room)?;
         Ok(exit::OK)

@@ -59,6 +59,13 @@ impl Room {
         Ok(room)
     }
 
+    /// Removes them, when nothing was built yet.
+    pub fn remove(&self) {
+        for path in self.leftovers() {
+            let _ = fs::remove_dir_all(path);
+        }
+    }
+
     /// What has to be removed at the end.
     pub fn leftovers(&self) -> [PathBuf; 2] {
         [self.temporary.clone(), self.beside.clone()]

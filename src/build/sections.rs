@@ -185,6 +185,7 @@ fn contained(
         let path = work.join(name);
         std::fs::create_dir_all(&path)
             .with_context(|| format!("cannot create {}", path.display()))?;
+        super::set_mode(&path, 0o1777)?;
     }
     let request = request(words, write, &work, settings);
     let facts = Facts {

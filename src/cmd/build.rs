@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 
-use super::environment;
+use super::transfer::{self, Access, Machine};
 use crate::build::deffile::{self, Def, Unused};
 use crate::build::ids::{Ids, Subordinate};
 use crate::build::room::Room;
 use crate::build::steps::Steps;
-use crate::build::{self, Form, Part, Settings, Write};
+use crate::build::{self, Form, Net, Part, Settings, Write};
+use crate::cache::Cache;
 use crate::host::{Host, normalise};
 use crate::oci::Platform;
 use crate::plan::bind;
@@ -104,6 +105,11 @@ pub struct BuildArgs {
         help_heading = "Sources"
     )]
     pub build_arch_variant: Option<String>,
+    #[command(flatten)]
+    pub access: Access,
+    /// Library to fetch from: an address
+    #[arg(long, value_name = "URL", help_heading = "Sources")]
+    pub library: Option<String>,
     /// Keep no steps, and use none
     #[arg(long, visible_alias = "no-cache", help_heading = "Sources")]
     pub disable_cache: bool,
@@ -215,7 +221,7 @@ pub fn run(args: &BuildArgs, words: &[OsString], host: Host, version: &'static s
     for warning in &def.warnings {
         say::warn(format_args!("{warning}"));
     }
-    let settings = settings(args, host, target, form, &def, from_text, version)?;
+    let mut settings = settings(args, host, target, form, &def, from_text, version)?;
     let temporary = args.tmpdir.clone().unwrap_or_else(std::env::temp_dir);
     let temporary = settings.host.cwd.join(temporary);
     say::info(format_args!("Starting build..."));
@@ -223,6 +229,13 @@ pub fn run(args: &BuildArgs, words: &[OsString], host: Host, version: &'static s
         settings.ids.tell(&settings.host);
     }
     let room = Room::create(&temporary, &settings.target).context("Unable to create build")?;
+    settings.net = match net(args, &def, &settings, &room) {
+        Ok(net) => net,
+        Err(error) => {
+            room.remove();
+            return Err(error);
+        }
+    };
     let left = room.leftovers();
     let left: &[PathBuf] = if args.no_cleanup { &left[1..] } else { &left };
     let status = build::build(&def, &settings, &room, left);
@@ -453,7 +466,7 @@ fn settings(
     {
         None
     } else {
-        cache_directory(&host).and_then(|directory| Steps::open(&directory))
+        Steps::open(&transfer::cache_root(&host))
     };
     let mut binds = Vec::new();
     for text in &args.bind {
@@ -496,6 +509,7 @@ fn settings(
         reproducible,
         options: options(args, reproducible.then_some(time_s))?,
         steps,
+        net: None,
         version,
         describe: super::inspect::describe,
         host,
@@ -533,15 +547,39 @@ fn epoch(host: &Host) -> Result<Option<i64>> {
     }
 }
 
-/// `APPTAINER_CACHEDIR`, else the peers' place.
-fn cache_directory(host: &Host) -> Option<PathBuf> {
-    let set = environment::lookup(&host.env, "CACHEDIR").map(PathBuf::from);
-    let home = || {
-        host.var("HOME")
-            .map_or_else(|| host.user.home.clone(), PathBuf::from)
-            .join(".apptainer/cache")
+/// The way to registries, where a stage needs one. Without a cache what is fetched goes with the room.
+fn net(args: &BuildArgs, def: &Def, settings: &Settings, room: &Room) -> Result<Option<Net>> {
+    const AGENTS: [&str; 6] = ["docker", "library", "oras", "http", "https", "busybox"];
+    let needed = |stage: &deffile::Stage| {
+        let agent = stage
+            .key("bootstrap")
+            .unwrap_or_default()
+            .to_ascii_lowercase();
+        AGENTS.contains(&agent.as_str())
     };
-    Some(set.unwrap_or_else(home)).filter(|path| path.is_absolute())
+    if !def.stages.iter().any(needed) {
+        return Ok(None);
+    }
+    let machine = Machine {
+        arch: Some(settings.arch.to_owned()),
+        variant: args.build_arch_variant.clone(),
+        platform: None,
+    };
+    let host = &settings.host;
+    let options = transfer::options(host, &args.access, &machine, args.library.as_deref())?;
+    let own = room.temporary.join("cache");
+    let root = transfer::cache_root(host);
+    let opened = match args.disable_cache {
+        true => None,
+        false => Cache::open(&root)
+            .inspect_err(|error| say::warn(format_args!("the cache is not used: {error:#}")))
+            .ok(),
+    };
+    let cache = match opened {
+        Some(cache) => cache,
+        None => Cache::open(&own)?,
+    };
+    Ok(Some(Net { options, cache }))
 }
 
 fn parts(args: &BuildArgs) -> Result<Vec<Part>> {

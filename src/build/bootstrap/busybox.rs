@@ -4,22 +4,43 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
-use super::Base;
+use super::{Base, Kind};
 use crate::build::Settings;
 use crate::build::deffile::Stage;
 use crate::build::tree::Tree;
+use crate::digest::Digest;
+use crate::net;
 
 /// Fetches the program.
 ///
 /// # Errors
 /// When it cannot be fetched.
-pub fn prepare(stage: &Stage, _settings: &Settings) -> Result<Base> {
+pub fn prepare(stage: &Stage, settings: &Settings) -> Result<Base> {
     let Some(url) = stage.key("mirrorurl") else {
         bail!(
             "Bootstrap: busybox needs a line MirrorURL: in the header, the directory that holds busybox-ARCH"
         );
     };
-    bail!("cannot fetch {url}: downloads are not supported by this version")
+    let arch = match settings.arch {
+        "amd64" => "x86_64",
+        "386" => "i686",
+        "arm64" => "armv8l",
+        "arm" => "armv7l",
+        other => other,
+    };
+    let address = format!("{}/busybox-{arch}", url.trim_end_matches('/'));
+    let what = || format!("cannot fetch {address}");
+    let reference: net::Reference = address.parse().with_context(what)?;
+    let net = settings.net()?;
+    let path = net::file(&reference, &net.options, &net.cache).with_context(what)?;
+    let bytes = std::fs::read(&path).with_context(what)?;
+    if !bytes.starts_with(b"\x7fELF") {
+        bail!("{address} is no program");
+    }
+    Ok(Base {
+        key: Some(Digest::of(&bytes).to_string()),
+        kind: Kind::Busybox(path),
+    })
 }
 
 /// Makes a root file system of it.

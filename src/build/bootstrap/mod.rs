@@ -54,10 +54,7 @@ impl Kind {
 /// # Errors
 /// Naming the header line that is missing or wrong, or what cannot be fetched.
 pub fn prepare(stage: &Stage, room: &Path, settings: &Settings) -> Result<Base> {
-    let agent = stage
-        .key("bootstrap")
-        .unwrap_or_default()
-        .to_ascii_lowercase();
+    let agent = agent(stage);
     match agent.as_str() {
         "scratch" => Ok(Base {
             kind: Kind::Scratch,
@@ -85,6 +82,29 @@ pub fn prepare(stage: &Stage, room: &Path, settings: &Settings) -> Result<Base> 
              http, https, localimage, scratch, busybox, debootstrap, yum, dnf, zypper and arch"
         ),
     }
+}
+
+/// Downloads a stage's base into the cache, when it comes from elsewhere.
+///
+/// # Errors
+/// As [`prepare`].
+pub fn fetch(stage: &Stage, settings: &Settings) -> Result<()> {
+    let agent = agent(stage);
+    match agent.as_str() {
+        "docker" => oci::fetch(from(stage, &agent)?, stage, settings),
+        "library" | "oras" | "http" | "https" => {
+            remote::fetch(&agent, from(stage, &agent)?, stage, settings).map(drop)
+        }
+        "busybox" => busybox::prepare(stage, settings).map(drop),
+        _ => Ok(()),
+    }
+}
+
+fn agent(stage: &Stage) -> String {
+    stage
+        .key("bootstrap")
+        .unwrap_or_default()
+        .to_ascii_lowercase()
 }
 
 fn from<'a>(stage: &'a Stage, agent: &str) -> Result<&'a str> {

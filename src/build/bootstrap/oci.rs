@@ -3,7 +3,7 @@
 use std::os::fd::AsFd as _;
 use std::path::Path;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use rustix::fs::{Mode, OFlags};
 
 use super::{Base, Kind};
@@ -13,7 +13,7 @@ use crate::engine::emulate;
 use crate::oci::config::Origin;
 use crate::oci::layers::{Owners, Place};
 use crate::oci::{self, Image};
-use crate::{metadir, say};
+use crate::{metadir, net, say};
 
 /// Finds the image and reads its documents.
 ///
@@ -26,7 +26,9 @@ pub fn prepare(
     room: &Path,
     settings: &Settings,
 ) -> Result<Base> {
-    say::info(format_args!("Fetching OCI image..."));
+    if agent != "docker" {
+        say::info(format_args!("Fetching OCI image..."));
+    }
     let image = open(agent, from, stage, room, settings)?;
     let key = Some(image.digest.to_string());
     let origin = Origin {
@@ -56,13 +58,32 @@ fn open(agent: &str, from: &str, stage: &Stage, room: &Path, settings: &Settings
         "docker-daemon" => {
             oci::archive::open_docker_daemon(from.trim_start_matches('/'), platform, room)
         }
-        _ => registry(from, stage),
+        _ => registry(from, stage, settings),
     }
 }
 
-/// An image of a registry.
-fn registry(from: &str, _stage: &Stage) -> Result<Image> {
-    bail!("cannot fetch docker://{from}: registries are not supported by this version")
+/// Downloads an image of a registry into the cache.
+///
+/// # Errors
+/// When it cannot be fetched.
+pub fn fetch(from: &str, stage: &Stage, settings: &Settings) -> Result<()> {
+    say::info(format_args!("Fetching OCI image..."));
+    registry(from, stage, settings).map(drop)
+}
+
+/// An image of a registry: `From`, with `Namespace` and `Registry` before it.
+fn registry(from: &str, stage: &Stage, settings: &Settings) -> Result<Image> {
+    let parts = [stage.key("registry"), stage.key("namespace"), Some(from)];
+    let parts: Vec<&str> = parts
+        .into_iter()
+        .flatten()
+        .map(|part| part.trim_matches('/'))
+        .collect();
+    let address = format!("docker://{}", parts.join("/"));
+    let what = || format!("cannot fetch {address}");
+    let reference: net::Reference = address.parse().with_context(what)?;
+    let net = settings.net()?;
+    net::image(&reference, &net.options, &net.cache).with_context(what)
 }
 
 /// Unpacks the layers, with what the image's configuration says.

@@ -1,15 +1,41 @@
 //! `Bootstrap: library`, `oras`, `http`, `https`: a SIF from elsewhere.
 
-use anyhow::{Result, bail};
+use std::path::PathBuf;
 
-use super::Base;
+use anyhow::{Context, Result};
+
+use super::{Base, localimage};
 use crate::build::Settings;
 use crate::build::deffile::Stage;
+use crate::net;
 
-/// Fetches the file.
+/// The file, which is in the cache by now.
 ///
 /// # Errors
 /// When it cannot be fetched, or is no image.
-pub fn prepare(agent: &str, from: &str, _stage: &Stage, _settings: &Settings) -> Result<Base> {
-    bail!("cannot fetch {agent}://{from}: it is not supported by this version")
+pub fn prepare(agent: &str, from: &str, stage: &Stage, settings: &Settings) -> Result<Base> {
+    localimage::file(&fetch(agent, from, stage, settings)?, settings)
+}
+
+/// Fetches the file into the cache.
+///
+/// # Errors
+/// When it cannot be fetched.
+pub fn fetch(agent: &str, from: &str, stage: &Stage, settings: &Settings) -> Result<PathBuf> {
+    let from = from.trim_start_matches('/');
+    let address = match from
+        .strip_prefix(agent)
+        .and_then(|rest| rest.strip_prefix("://"))
+    {
+        Some(_) => from.to_owned(),
+        None => format!("{agent}://{from}"),
+    };
+    let what = || format!("cannot fetch {address}");
+    let reference: net::Reference = address.parse().with_context(what)?;
+    let net = settings.net()?;
+    let mut options = net.options.clone();
+    if let Some(library) = stage.key("library") {
+        options.library.url = Some(library.to_owned());
+    }
+    net::file(&reference, &options, &net.cache).with_context(what)
 }
