@@ -7,6 +7,7 @@ use anyhow::{Context, Result, bail};
 use capsid_fuse::Archive;
 
 use crate::engine::profiles;
+use crate::host::Host;
 use crate::image::{self, Root};
 use crate::{exit, say};
 
@@ -26,6 +27,7 @@ pub struct CacheArgs {
 /// # Errors
 /// When an image cannot be read.
 pub fn run(args: &CacheArgs) -> Result<u8> {
+    let place = Host::read()?.profiles();
     for path in &args.images {
         let Root::Squashfs {
             file,
@@ -38,7 +40,9 @@ pub fn run(args: &CacheArgs) -> Result<u8> {
         let what = || format!("cannot read image {}", path.display());
         let open = File::open(&file).with_context(what)?;
         let archive = Archive::open(open, offset_bytes, Some(len_bytes)).with_context(what)?;
-        let (bytes, by_profile) = archive.warm(profiles::directory()).with_context(what)?;
+        let (bytes, by_profile) = archive
+            .warm(place.as_deref().and_then(profiles::directory))
+            .with_context(what)?;
         let how = match by_profile {
             true => "that earlier starts have read",
             false => "of names and attributes; no start of it is known yet",

@@ -27,7 +27,6 @@ pub mod wait;
 pub mod wire;
 
 use std::convert::Infallible;
-use std::ffi::OsStr;
 
 use anyhow::{Context, Result, anyhow};
 use nix::sched::{CloneFlags, unshare};
@@ -44,11 +43,11 @@ use sys::Fork;
 ///
 /// # Errors
 /// When the container cannot be made or the program not be started.
-pub fn run(plan: &Plan, xdg: Option<&OsStr>, network: Option<&Network>) -> Result<u8> {
+pub fn run(plan: &Plan, places: &server::Places, network: Option<&Network>) -> Result<u8> {
     rootfs::check_sources(plan)?;
     let connector = network.map(Connector::start).transpose()?;
     let points = rootfs::points(plan);
-    let client = server::Client::own(xdg);
+    let client = server::Client::own(places);
     let stage = enter_user_namespace(plan, &points, &client)?;
     let images = rootfs::images(plan, &client, &mut Vec::new())?;
     sys::forbid_tracing();

@@ -109,7 +109,7 @@ fn start(verb: &str, name: &str, args: StartArgs, host: Host, life: Option<Owned
         network,
         limits: action::limits(action, &host)?,
         policy: action::limits_policy(&host)?,
-        xdg: host.runtime_home(),
+        places: action::places(&host),
         life,
         awaited: patience.is_some() && service.ready.is_declared(),
         foreground: args.foreground,
