@@ -13,6 +13,7 @@
 //! socket is removed, its directory is in memory, its mounts are in a namespace of its own, which holds none of the
 //! host's.
 
+mod budget;
 mod desk;
 mod keeper;
 mod mount;

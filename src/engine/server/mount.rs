@@ -8,7 +8,7 @@ use capsid_fuse::{Archive, Options, Owner, Server};
 use nix::sched::CloneFlags;
 use nix::sys::signal::Signal;
 
-use super::{Image, Namespace, Place};
+use super::{Image, Namespace, Place, budget};
 use crate::engine::{profiles, rootfs, sys, userns};
 use crate::image::Root;
 use crate::plan::IdMap;
@@ -19,8 +19,8 @@ pub(super) const MOUNT_POINT: &str = "/m";
 pub(super) struct Prepared {
     /// One descriptor of the FUSE connection for each thread that may serve.
     pub(super) devices: Vec<OwnedFd>,
-    /// Threads that may serve.
-    pub(super) threads: usize,
+    /// How much of the machine it may use.
+    pub(super) effort: Effort,
     pub(super) userns: OwnedFd,
     /// Both ends of a pipe that only keeper and worker write to: what clients get of it hangs up with the last of them.
     pub(super) life: (OwnedFd, OwnedFd),
@@ -59,8 +59,8 @@ pub(super) fn prepare(image: &Image, place: Option<&Place>, first: &OwnedFd) -> 
     };
     sys::set_title(&format!("capsid-image {}", image.path.display()));
     // The image is looked at before anything is mounted, so that a bad one costs nothing.
-    let threads = threads();
-    open_tree(image, threads)?;
+    let effort = Effort::allowed();
+    open_tree(image, effort)?;
     match image.namespace {
         Namespace::New => userns::create(&image.ids, CloneFlags::CLONE_NEWNS)?,
         Namespace::Current => nix::sched::unshare(CloneFlags::CLONE_NEWNS)
@@ -87,7 +87,7 @@ pub(super) fn prepare(image: &Image, place: Option<&Place>, first: &OwnedFd) -> 
     })?;
     // While /dev/fuse can still be seen.
     let mut devices = vec![mount.device];
-    while devices.len() < threads {
+    while devices.len() < effort.threads {
         match capsid_fuse::clone_device(devices[0].as_fd()) {
             Ok(device) => devices.push(device),
             Err(_) => break, // before Linux 4.2; one descriptor serves all the same
@@ -100,7 +100,7 @@ pub(super) fn prepare(image: &Image, place: Option<&Place>, first: &OwnedFd) -> 
         .context("cannot create a pipe")?;
     Ok(Prepared {
         devices,
-        threads,
+        effort,
         userns,
         life,
         profiles,
@@ -123,15 +123,28 @@ pub(super) fn enter_empty_tree(image: &OwnedFd) -> Result<()> {
     rootfs::pivot(&tree, 0)
 }
 
-/// Threads that may serve: one for each processor that this process may use, up to 8. Asked for once, as it costs some
-/// twenty system calls, and where /proc and /sys can be seen.
-fn threads() -> usize {
-    std::thread::available_parallelism()
-        .map_or(1, usize::from)
-        .min(8)
+/// How much of the machine a server may use. Asked for once, and while /proc and /sys can be seen.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Effort {
+    /// Threads that serve, at most.
+    threads: usize,
+    /// Bytes of decompressed data that are kept.
+    cache_bytes: usize,
 }
 
-fn options(ids: &IdMap, threads: usize) -> Options {
+impl Effort {
+    /// One thread for each processor that this process may use, up to 8, and the cgroup's share of memory.
+    fn allowed() -> Effort {
+        Effort {
+            threads: std::thread::available_parallelism()
+                .map_or(1, usize::from)
+                .min(8),
+            cache_bytes: budget::cache_bytes(),
+        }
+    }
+}
+
+fn options(ids: &IdMap, effort: Effort) -> Options {
     let owner = match ids {
         IdMap::Own { uid, gid } => Owner::Fixed {
             uid: *uid,
@@ -143,12 +156,12 @@ fn options(ids: &IdMap, threads: usize) -> Options {
     Options {
         owner,
         stage: true,
-        max_threads: threads,
-        cache_bytes: 0,
+        max_threads: effort.threads,
+        cache_bytes: effort.cache_bytes,
     }
 }
 
-pub(super) fn open_tree(image: &Image, threads: usize) -> Result<Server> {
+pub(super) fn open_tree(image: &Image, effort: Effort) -> Result<Server> {
     let file = image
         .file
         .try_clone()
@@ -160,12 +173,12 @@ pub(super) fn open_tree(image: &Image, threads: usize) -> Result<Server> {
             image.offset,
             Some(image.len),
             "upper",
-            options(&image.ids, threads),
+            options(&image.ids, effort),
         )
         .with_context(what),
         _ => Ok(Server::squashfs(
             Archive::open(file, image.offset, Some(image.len)).with_context(what)?,
-            options(&image.ids, threads),
+            options(&image.ids, effort),
         )),
     }
 }

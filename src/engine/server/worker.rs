@@ -38,7 +38,7 @@ pub(super) fn work(
     bond: Bond,
     fresh: bool,
 ) {
-    let server = match open_tree(image, prepared.threads) {
+    let server = match open_tree(image, prepared.effort) {
         Ok(server) => Arc::new(server),
         Err(error) => {
             if let Some(first) = &first {
