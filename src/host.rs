@@ -124,6 +124,16 @@ impl Host {
         self.var("XDG_RUNTIME_DIR").map(OsStr::to_owned)
     }
 
+    /// Where access profiles of images are kept: in Apptainer's cache directory, so that sites clean one place.
+    pub fn profiles(&self) -> Option<PathBuf> {
+        let set = |name| self.var(name).filter(|value| !value.is_empty());
+        let cache = set("APPTAINER_CACHEDIR")
+            .or_else(|| set("SINGULARITY_CACHEDIR"))
+            .map(PathBuf::from)
+            .or_else(|| Some(Path::new(set("HOME")?).join(".apptainer/cache")))?;
+        Some(cache.join("profile"))
+    }
+
     /// Names of the caller's groups with their ids, for the container's `/etc/group`. Only read when
     /// asked for: a site's group database may be remote.
     pub fn groups(&self) -> Vec<(String, u32)> {

@@ -88,10 +88,13 @@ impl Archive {
         })
     }
 
-    /// Sets how much decompressed data is kept; 0 means the default, 32 MiB.
+    /// Sets how much decompressed data is kept, and half as much of names and attributes; 0 means the default, 32 MiB.
     pub(crate) fn set_cache_bytes(&mut self, bytes: usize) {
         let block_size = self.superblock.block_size;
         self.data = Data::new(self.source.clone(), self.codec, block_size, bytes);
+        if bytes > 0 {
+            self.meta.set_cache_bytes(bytes / 2);
+        }
     }
 
     /// What the image says of itself.

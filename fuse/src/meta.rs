@@ -72,6 +72,11 @@ impl Meta {
         }
     }
 
+    /// Sets how many bytes of decompressed blocks are kept.
+    pub(crate) fn set_cache_bytes(&mut self, bytes: usize) {
+        self.blocks = Cache::new(bytes, SHARDS);
+    }
+
     /// Bytes held now.
     pub(crate) fn bytes(&self) -> usize {
         self.blocks.bytes() + self.windows.bytes()

@@ -13,6 +13,7 @@ use super::tree::Tree;
 use super::{Settings, UMASK, apps, keeper};
 use crate::engine;
 use crate::engine::emulate::Owners;
+use crate::engine::server::Places;
 use crate::host::{Host, User};
 use crate::image::{Facts, Root};
 use crate::plan::{
@@ -211,9 +212,9 @@ fn contained(
         .extend(["/etc/resolv.conf", "/etc/hosts"].map(stand_in));
     let plan = planned.plan;
     if plan.ownership == Ownership::Emulated {
-        return engine::run_emulated(&plan, None, None, owners);
+        return engine::run_emulated(&plan, &Places::default(), None, owners);
     }
-    keeper::in_child(|| engine::run(&plan, None, None))
+    keeper::in_child(|| engine::run(&plan, &Places::default(), None))
 }
 
 /// A copy of a file of the host: what the script does to it stays there.

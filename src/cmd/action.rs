@@ -9,6 +9,7 @@ use super::fetch::{self, RunAccess};
 use super::flags::ActionArgs;
 use super::{Explain, Persona, Usage, explain};
 use crate::engine::network::Network;
+use crate::engine::server::Places;
 use crate::host::{Host, normalise};
 use crate::image::{self, Root};
 use crate::net::Reference;
@@ -67,12 +68,19 @@ pub fn run_on(
             say::debug(format_args!("plan: {line}"));
         }
     }
-    let xdg = host.runtime_home();
     let scratch = std::env::temp_dir();
     let network = network(&args, &scratch)?;
     // The cgroup goes with its last process; an empty one is removed by the next run.
     engine::cgroup::apply(&limits(&args, &host)?, limits_policy(&host)?, name)?;
-    engine::run(&planned.plan, xdg.as_deref(), network.as_ref())
+    engine::run(&planned.plan, &places(&host), network.as_ref())
+}
+
+/// Where servers of images and their profiles are.
+pub fn places(host: &Host) -> Places {
+    Places {
+        runtime: host.runtime_home(),
+        profiles: host.profiles(),
+    }
 }
 
 /// The connection to the outside: asked for by `--publish`, or by `--net` without `--network none`.

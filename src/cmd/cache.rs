@@ -79,7 +79,7 @@ pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
     match verb {
         "list" => list(&parse_with_environment(&command, rest, &host)?, &host),
         "clean" => clean(&parse_with_environment(&command, rest, &host)?, &host),
-        "warm" => warm(&parse_with_environment(&command, rest, &host)?),
+        "warm" => warm(&parse_with_environment(&command, rest, &host)?, &host),
         other => super::print_group(
             "cache",
             "Manage what was downloaded and converted",
@@ -238,7 +238,8 @@ fn confirmed(cache: &Cache) -> Result<bool> {
     prompt::confirm("Do you want to continue?")
 }
 
-fn warm(args: &WarmArgs) -> Result<u8> {
+fn warm(args: &WarmArgs, host: &Host) -> Result<u8> {
+    let place = host.profiles();
     for path in &args.images {
         let Root::Squashfs {
             file,
@@ -251,7 +252,9 @@ fn warm(args: &WarmArgs) -> Result<u8> {
         let what = || format!("cannot read image {}", path.display());
         let open = File::open(&file).with_context(what)?;
         let archive = Archive::open(open, offset_bytes, Some(len_bytes)).with_context(what)?;
-        let (bytes, by_profile) = archive.warm(profiles::directory()).with_context(what)?;
+        let (bytes, by_profile) = archive
+            .warm(place.as_deref().and_then(profiles::directory))
+            .with_context(what)?;
         let how = match by_profile {
             true => "that earlier starts have read",
             false => "of names and attributes; no start of it is known yet",

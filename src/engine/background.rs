@@ -3,7 +3,6 @@
 //! The caller, an instance's monitor, remains in the host's namespaces. A process between joins the image server's user
 //! namespace and gives birth to process 1 as the monitor's child (`CLONE_PARENT`), then ends.
 
-use std::ffi::OsStr;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -69,7 +68,7 @@ pub fn start(
     plan: &Plan,
     service: &Service,
     streams: Streams,
-    xdg: Option<&OsStr>,
+    places: &server::Places,
 ) -> Result<Background> {
     rootfs::check_sources(plan)?;
     let (control, theirs) = socketpair(
@@ -79,7 +78,7 @@ pub fn start(
         SockFlag::SOCK_CLOEXEC,
     )
     .context("cannot create a socket")?;
-    let client = server::Client::own(xdg);
+    let client = server::Client::own(places);
     match sys::fork()? {
         Fork::Child => {
             drop(control);

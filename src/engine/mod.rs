@@ -28,7 +28,6 @@ pub mod wait;
 pub mod wire;
 
 use std::convert::Infallible;
-use std::ffi::OsStr;
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sched::{CloneFlags, unshare};
@@ -46,8 +45,8 @@ use sys::Fork;
 ///
 /// # Errors
 /// When the container cannot be made or the program not be started.
-pub fn run(plan: &Plan, xdg: Option<&OsStr>, network: Option<&Network>) -> Result<u8> {
-    run_owned(plan, xdg, network, Owners::default(), |_| Ok(()))
+pub fn run(plan: &Plan, places: &server::Places, network: Option<&Network>) -> Result<u8> {
+    run_owned(plan, places, network, Owners::default(), |_| Ok(()))
 }
 
 /// Runs a plan with a record of owners in a process of its own, and waits for it: this process (one thread) stays where
@@ -59,7 +58,7 @@ pub fn run(plan: &Plan, xdg: Option<&OsStr>, network: Option<&Network>) -> Resul
 /// by a `FATAL:` line, and is status 255 here.
 pub fn run_emulated(
     plan: &Plan,
-    xdg: Option<&OsStr>,
+    places: &server::Places,
     network: Option<&Network>,
     owners: &mut Owners,
 ) -> Result<u8> {
@@ -82,7 +81,7 @@ pub fn run_emulated(
                     .context("no memory for the owners' record")
             };
             let before = std::mem::take(owners);
-            let status = run_owned(plan, xdg, network, before, tell).unwrap_or_else(|error| {
+            let status = run_owned(plan, places, network, before, tell).unwrap_or_else(|error| {
                 let text = format!("{error:#}").replace('\n', " ");
                 say::fatal(format_args!("{}", say::plain(&text)));
                 exit::FATAL
@@ -110,7 +109,7 @@ pub fn run_emulated(
 /// `tell` gets the record of owners when the program has ended.
 fn run_owned(
     plan: &Plan,
-    xdg: Option<&OsStr>,
+    places: &server::Places,
     network: Option<&Network>,
     owners: Owners,
     tell: impl FnOnce(&Owners) -> Result<()>,
@@ -118,7 +117,7 @@ fn run_owned(
     rootfs::check_sources(plan)?;
     let connector = network.map(Connector::start).transpose()?;
     let points = rootfs::points(plan);
-    let client = server::Client::own(xdg);
+    let client = server::Client::own(places);
     let stage = enter_user_namespace(plan, &points, &client)?;
     let images = rootfs::images(plan, &client, &mut Vec::new())?;
     sys::forbid_tracing();

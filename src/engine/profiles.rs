@@ -1,11 +1,10 @@
 //! Where access profiles of images are kept (see `profile` in the driver): `$APPTAINER_CACHEDIR/profile`, else
 //! `~/.apptainer/cache/profile`, mode 0700.
 
-use std::ffi::OsString;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt as _;
-use std::path::PathBuf;
+use std::path::Path;
 
 use rustix::fs::{Mode, OFlags};
 
@@ -29,24 +28,18 @@ const SLOW: [u32; 13] = [
 
 /// The directory for the profile of an image that lies on slow storage. On other storage there is nothing to gain, and
 /// nothing is looked at.
-pub fn for_image(image: &File) -> Option<OwnedFd> {
+pub fn for_image(image: &File, place: Option<&Path>) -> Option<OwnedFd> {
     let kind = rustix::fs::fstatfs(image).ok()?.f_type as u32;
-    SLOW.contains(&kind).then(directory).flatten()
+    SLOW.contains(&kind).then(|| directory(place?)).flatten()
 }
 
 /// The directory, made if need be. Without one, starts are slower, and that is all.
-pub fn directory() -> Option<OwnedFd> {
-    let set = |key: &str| std::env::var_os(key).filter(|value: &OsString| !value.is_empty());
-    let top = set("APPTAINER_CACHEDIR")
-        .or_else(|| set("SINGULARITY_CACHEDIR"))
-        .map(PathBuf::from)
-        .or_else(|| set("HOME").map(|home| PathBuf::from(home).join(".apptainer/cache")))?;
-    let path = top.join("profile");
+pub fn directory(path: &Path) -> Option<OwnedFd> {
     std::fs::DirBuilder::new()
         .recursive(true)
         .mode(0o700)
-        .create(&path)
+        .create(path)
         .ok()?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rustix::fs::open(&path, flags, Mode::empty()).ok()
+    rustix::fs::open(path, flags, Mode::empty()).ok()
 }

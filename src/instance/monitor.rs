@@ -4,7 +4,6 @@
 //! It is the parent of the container's process 1, which dies with it; when process 1 ends, however, the monitor ends too.
 //! It stays in the host's namespaces and holds nothing of the caller's.
 
-use std::ffi::OsString;
 use std::io::Write as _;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
@@ -23,6 +22,7 @@ use super::ending::{self, Noted, Peak};
 use super::logs::{self, Log};
 use super::{Record, Registry, State, now_s};
 use crate::engine::background::{self, Background, Event, Streams};
+use crate::engine::server::Places;
 use crate::engine::sys::{self, Fork};
 use crate::engine::{cgroup, init, network, wire};
 use crate::plan::limits::Policy;
@@ -53,8 +53,8 @@ pub struct Spec<'a> {
     pub limits: cgroup::Limits,
     /// What to do with those that cannot be enforced.
     pub policy: Policy,
-    /// `$XDG_RUNTIME_DIR`.
-    pub xdg: Option<OsString>,
+    /// Directories of the caller.
+    pub places: Places,
     /// The start waits until the service is ready: one that never will be is not left running.
     pub awaited: bool,
     /// Hangs up when the job's supervisor has ended: the instance then ends too.
@@ -256,7 +256,7 @@ impl Monitor<'_> {
             out: out_end,
             err: err_end,
         };
-        let container = background::start(spec.plan, spec.service, streams, spec.xdg.as_deref())?;
+        let container = background::start(spec.plan, spec.service, streams, &spec.places)?;
         self.record.init = Id::of(container.pid);
         self.container = Some(container);
         if !self.foreground {

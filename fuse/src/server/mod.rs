@@ -61,7 +61,8 @@ pub struct Options {
     pub stage: bool,
     /// Threads that serve, at most; 0 means one for each core, up to 8.
     pub max_threads: usize,
-    /// Decompressed data kept; 0 means 32 MiB. With names, attributes and what is at work it stays below 64 MiB.
+    /// Decompressed data kept, in bytes, and half as much of names and attributes; 0 means 32 MiB. With what is at work
+    /// that stays below 64 MiB.
     pub cache_bytes: usize,
 }
 

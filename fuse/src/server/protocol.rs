@@ -541,7 +541,7 @@ enum Style {
     Names,
     /// All that a lookup would answer.
     Entries,
-    /// As `Entries`, with the entries left empty: the kernel then looks up what it needs.
+    /// As `Entries`, with those of all but directories left empty: the kernel then looks up what it needs.
     Bare,
 }
 
@@ -550,7 +550,7 @@ struct List<'a> {
     max: usize,
     style: Style,
     reply: &'a mut Reply,
-    /// Names added.
+    /// Names added that were left without an entry.
     names: u32,
 }
 
@@ -575,9 +575,13 @@ impl List<'_> {
         match self.style {
             Style::Names => {}
             Style::Entries => self.reply.push(&entry()),
-            Style::Bare => self.reply.push(&EntryOut::default()),
+            // Whoever walks a tree goes on into its directories.
+            Style::Bare if kind == Kind::Dir => self.reply.push(&entry()),
+            Style::Bare => {
+                self.names += 1;
+                self.reply.push(&EntryOut::default());
+            }
         }
-        self.names += 1;
         self.reply.push(&Dirent {
             ino: number,
             off: next,

@@ -119,7 +119,7 @@ fn start(
         network,
         limits: action::limits(action, &host)?,
         policy: action::limits_policy(&host)?,
-        xdg: host.runtime_home(),
+        places: action::places(&host),
         life,
         noted,
         awaited: patience.is_some() && service.ready.is_declared(),

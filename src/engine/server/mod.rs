@@ -1,0 +1,451 @@
+//! The image server: a detached process that owns a user namespace in which an image is mounted through FUSE.
+//!
+//! One server per image (device, inode, size, time, offset), id map, user and cgroup scope. Every container of that
+//! scope joins its user namespace, brings its own mounts, and gets from it a detached copy of the image's mount. So all
+//! ranks of a job share one page cache, and may use cross-memory attach between each other.
+//!
+//! Two processes: a *keeper* holds `/dev/fuse` and waits, a *worker* serves. A worker that is killed is replaced, and
+//! asks the kernel to send pending requests again (node ids carry no state): containers notice nothing.
+//!
+//! Life: users are counted by pidfd. A few seconds after the last one the worker stops listening and detaches its own
+//! mount; the kernel ends the FUSE connection when the last mount of it is gone, wherever it is, and only then the
+//! server ends. It never unmounts under a live process, whatever that process is a child of. Nothing of it stays: the
+//! socket is removed, its directory is in memory, its mounts are in a namespace of its own, which holds none of the
+//! host's.
+
+mod budget;
+mod desk;
+mod keeper;
+mod mount;
+mod worker;
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow, bail};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket, socketpair,
+};
+use nix::sys::wait::{WaitStatus, waitpid};
+
+use super::runtime::{self, Directory};
+use super::sys::{self, Fork};
+use super::wire::{self, Point};
+use crate::image::Root;
+use crate::plan::IdMap;
+use crate::proc::Held;
+use crate::say;
+use keeper::{keep, leave};
+
+/// Sockets that are younger are not asked whether their server lives,
+const SWEEP_AGE: Duration = Duration::from_secs(10);
+/// and not more than so many by each new server.
+const SWEEP_MOST: usize = 4;
+
+/// How long a client waits for an answer before it does without the shared server.
+const ANSWER_S: i64 = 10;
+
+/// Whose user namespace a server lives in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Namespace {
+    /// One of its own, which its containers join.
+    New,
+    /// The caller's: for the layers over a root, whose namespace the caller has joined already.
+    Current,
+}
+
+/// What a container gets of a server.
+pub struct Stage {
+    /// The user namespace to join.
+    pub userns: OwnedFd,
+    /// A detached mount of the image with all mount points.
+    pub tree: OwnedFd,
+    /// For each mount point asked for: it was not in the image.
+    pub made: Vec<bool>,
+    /// Hangs up when no process of the server is left.
+    pub life: OwnedFd,
+}
+
+/// Directories of the caller, as its environment names them.
+#[derive(Debug, Clone, Default)]
+pub struct Places {
+    /// `$XDG_RUNTIME_DIR`, or what a job has instead: for the sockets of servers.
+    pub runtime: Option<OsString>,
+    /// Where access profiles of images are kept.
+    pub profiles: Option<PathBuf>,
+}
+
+/// Who asks for a root.
+pub struct Client<'a> {
+    /// Where servers are found.
+    pub places: &'a Places,
+    /// The process that uses the image: the server stays as long as it lives.
+    pub user: Option<Held>,
+}
+
+impl<'a> Client<'a> {
+    /// This process, which becomes the program.
+    pub fn own(places: &'a Places) -> Client<'a> {
+        let own = rustix::process::getpid().as_raw_nonzero().get();
+        Client {
+            places,
+            // Before Linux 5.3 there are no pidfds: the server then does not count us, and still never unmounts
+            // under us.
+            user: Held::child(own),
+        }
+    }
+}
+
+/// Finds the server of an image, or starts it, and gets a root with these mount points.
+///
+/// # Errors
+/// When the image cannot be mounted: no user namespaces, no /dev/fuse, a damaged image.
+pub fn enter(
+    root: &Root,
+    ids: IdMap,
+    namespace: Namespace,
+    points: &[Point],
+    client: &Client,
+) -> Result<Stage> {
+    let request = wire::encode_points(points)?;
+    let image = Image::open(root, ids, namespace, client.places)?;
+    let uid = rustix::process::getuid().as_raw();
+    let Some(directory) = runtime::open(uid, client.places.runtime.as_deref()) else {
+        say::verbose(format_args!(
+            "no runtime directory: this container gets an image server of its own"
+        ));
+        return start(&image, None, &request, client);
+    };
+    let name = image.socket_name()?;
+    // A server may end between our connect and its answer; then the next round starts one.
+    for _ in 0..10 {
+        if let Some(server) = connect_to(&directory, &name) {
+            match ask(&server, &request, client) {
+                Ok(answer) => return answer,
+                Err(Silence::Gone) => continue,
+                Err(Silence::Stuck) => {
+                    say::warn(format_args!(
+                        "the image server of {} does not answer: using another one",
+                        image.path.display()
+                    ));
+                    return start(&image, None, &request, client);
+                }
+            }
+        }
+        let claimed = match claim(&directory, &name) {
+            Ok(claimed) => claimed,
+            Err(error) => {
+                say::verbose(format_args!(
+                    "{error:#}: this container gets an image server of its own"
+                ));
+                return start(&image, None, &request, client);
+            }
+        };
+        if let Some(listener) = claimed {
+            let place = Place {
+                directory: directory.reopen(),
+                name: name.clone(),
+                listener,
+            };
+            return start(&image, Some(place), &request, client);
+        }
+    }
+    bail!(
+        "image servers of {} keep ending: see whether something kills them",
+        image.path.display()
+    )
+}
+
+/// An open image file and what identifies it.
+struct Image<'a> {
+    file: File,
+    path: &'a Path,
+    root: &'a Root,
+    offset: u64,
+    len: u64,
+    ids: IdMap,
+    namespace: Namespace,
+    profiles: Option<&'a Path>,
+}
+
+impl<'a> Image<'a> {
+    fn open(
+        root: &'a Root,
+        ids: IdMap,
+        namespace: Namespace,
+        places: &'a Places,
+    ) -> Result<Image<'a>> {
+        let (path, offset, len) = match root {
+            Root::Squashfs {
+                file,
+                offset_bytes,
+                len_bytes,
+            }
+            | Root::Ext {
+                file,
+                offset_bytes,
+                len_bytes,
+            } => (file, *offset_bytes, *len_bytes),
+            Root::Directory(path) => bail!(
+                "{} is a directory and needs no image server",
+                path.display()
+            ),
+        };
+        let file =
+            File::open(path).with_context(|| format!("cannot open image {}", path.display()))?;
+        Ok(Image {
+            file,
+            path,
+            root,
+            offset,
+            len,
+            ids,
+            namespace,
+            profiles: places.profiles.as_deref(),
+        })
+    }
+
+    /// Equal for the callers that share a server, and different for all others.
+    fn socket_name(&self) -> Result<String> {
+        use std::hash::{DefaultHasher, Hash, Hasher};
+        let stat = rustix::fs::fstat(&self.file).context("cannot read the image's attributes")?;
+        let userns = rustix::fs::stat("/proc/self/ns/user")
+            .map(|s| s.st_ino)
+            .unwrap_or_default();
+        let gid = rustix::process::getgid().as_raw();
+        let mut hash = DefaultHasher::new();
+        (
+            wire::VERSION,
+            stat.st_dev,
+            stat.st_ino,
+            stat.st_size,
+            stat.st_mtime,
+            stat.st_mtime_nsec,
+        )
+            .hash(&mut hash);
+        (
+            self.offset,
+            self.len,
+            gid,
+            userns,
+            format!("{:?}", self.ids),
+            cgroup_scope(),
+        )
+            .hash(&mut hash);
+        Ok(format!("image-{:016x}", hash.finish()))
+    }
+}
+
+/// The cgroups that this process is in, cut at a Slurm step: a batch system kills by cgroup, and a server must not be
+/// killed under a container that lives elsewhere; but the tasks of one step share a server.
+fn cgroup_scope() -> String {
+    let text = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    text.lines()
+        .map(|line| step_scope(line.splitn(3, ':').nth(2).unwrap_or_default()))
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+fn step_scope(path: &str) -> &str {
+    let Some(step) = path.find("/step_") else {
+        return path;
+    };
+    path[step + 1..]
+        .find('/')
+        .map_or(path, |end| &path[..step + 1 + end])
+}
+
+fn connect_to(directory: &Directory, name: &str) -> Option<OwnedFd> {
+    let fd = packet_socket().ok()?;
+    let address = UnixAddr::new(&directory.entry(name)).ok()?;
+    connect(fd.as_raw_fd(), &address).ok()?;
+    // Only a socket of our own user is listened to, whoever made the file.
+    wire::is_own_peer(&fd).then_some(fd)
+}
+
+fn packet_socket() -> nix::Result<OwnedFd> {
+    socket(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+}
+
+/// Binds the server's socket, unless somebody else has by now. From here on others connect and wait for us.
+fn claim(directory: &Directory, name: &str) -> Result<Option<OwnedFd>> {
+    let _lock = directory.lock();
+    if connect_to(directory, name).is_some() {
+        return Ok(None);
+    }
+    directory.remove(name);
+    sweep(directory);
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
+        .context("cannot create a socket")?;
+    let address = UnixAddr::new(&directory.entry(name)).context("the socket's address")?;
+    let what = || format!("cannot create a socket in {}", directory.path.display());
+    bind(fd.as_raw_fd(), &address).with_context(what)?;
+    let listening = listen(&fd, Backlog::new(4095).unwrap_or(Backlog::MAXCONN));
+    if listening.is_err() {
+        directory.remove(name);
+    }
+    listening.with_context(what)?;
+    Ok(Some(fd))
+}
+
+/// Removes what servers left that were killed. Under the lock, so that none is between `bind` and `listen`.
+fn sweep(directory: &Directory) {
+    let Ok(entries) = std::fs::read_dir(directory.entry(".")) else {
+        return;
+    };
+    // A live server is woken by the question: young ones are not asked, and of the others only a few each time.
+    let old = |entry: &std::fs::DirEntry| {
+        let made = entry.metadata().and_then(|m| m.modified());
+        made.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > SWEEP_AGE))
+    };
+    let names = entries
+        .flatten()
+        .filter(|entry| entry.file_name().as_bytes().starts_with(b"image-") && old(entry));
+    for name in names.take(SWEEP_MOST).map(|e| e.file_name()) {
+        let Some(name) = name.to_str() else { continue };
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        if let Ok(fd) = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
+            && let Ok(address) = UnixAddr::new(&directory.entry(name))
+            && connect(fd.as_raw_fd(), &address) == Err(nix::Error::ECONNREFUSED)
+        {
+            directory.remove(name);
+        }
+    }
+}
+
+enum Silence {
+    /// The server ended.
+    Gone,
+    /// It is there, and says nothing.
+    Stuck,
+}
+
+/// Asks for a root. The inner error is the server's own, for the person.
+fn ask(server: &OwnedFd, request: &[u8], client: &Client) -> Result<Result<Stage>, Silence> {
+    let timeout = nix::sys::time::TimeVal::new(ANSWER_S, 0);
+    let _ =
+        nix::sys::socket::setsockopt(server, nix::sys::socket::sockopt::ReceiveTimeout, &timeout);
+    let own: Vec<RawFd> = client
+        .user
+        .iter()
+        .map(|user| user.as_fd().as_raw_fd())
+        .collect();
+    if wire::send(server.as_fd(), &with_header(request), &own).is_err() {
+        return Err(Silence::Gone);
+    }
+    match wire::receive(server.as_fd()) {
+        Ok((bytes, fds)) => match (bytes.split_first(), <[OwnedFd; 3]>::try_from(fds)) {
+            (Some((0, made)), Ok([userns, tree, life])) => Ok(Ok(Stage {
+                userns,
+                tree,
+                life,
+                made: made.iter().map(|b| *b != 0).collect(),
+            })),
+            (Some((1, text)), _) => Ok(Err(anyhow!("{}", String::from_utf8_lossy(text)))),
+            _ => Err(Silence::Gone),
+        },
+        Err(nix::Error::EMFILE) => Ok(Err(anyhow!(
+            "too many open files: raise the limit (ulimit -n)"
+        ))),
+        Err(nix::Error::EAGAIN) => Err(Silence::Stuck),
+        Err(_) => Err(Silence::Gone),
+    }
+}
+
+/// A packet is never empty: no bytes mean the end of the conversation.
+fn with_header(request: &[u8]) -> Vec<u8> {
+    let mut packet = Vec::with_capacity(request.len() + 1);
+    packet.push(0);
+    packet.extend(request);
+    packet
+}
+
+/// Where a server can be found by others.
+struct Place {
+    directory: Option<Directory>,
+    name: String,
+    listener: OwnedFd,
+}
+
+/// Starts a server and is its first client.
+fn start(image: &Image, place: Option<Place>, request: &[u8], client: &Client) -> Result<Stage> {
+    let ours = match launch(image, place.as_ref()) {
+        Ok(ours) => ours,
+        Err(error) => {
+            leave(place.as_ref());
+            return Err(error).context("cannot start an image server");
+        }
+    };
+    drop(place);
+    match ask(&ours, request, client) {
+        Ok(answer) => answer,
+        Err(_) => bail!(
+            "the image server of {} ended before it began to serve",
+            image.path.display()
+        ),
+    }
+}
+
+/// Starts a server; gives the end of its first client.
+fn launch(image: &Image, place: Option<&Place>) -> Result<OwnedFd> {
+    let (ours, first) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )
+    .context("cannot create a socket")?;
+    match sys::fork()? {
+        Fork::Parent(child) => {
+            // The child only forks again, so that the server is nobody's child.
+            let status = loop {
+                match waitpid(child, None) {
+                    Err(nix::Error::EINTR) => {}
+                    other => break other,
+                }
+            };
+            match status {
+                Ok(WaitStatus::Exited(_, 0)) => Ok(ours),
+                _ => bail!("cannot create a process (fork): is a limit (ulimit -u) reached?"),
+            }
+        }
+        Fork::Child => {
+            drop(ours);
+            match sys::fork() {
+                Ok(Fork::Child) => keep(image, place, first),
+                Ok(Fork::Parent(_)) => {}
+                Err(_) => sys::exit_now(1), // told by the parent, which waits for us
+            }
+            sys::exit_now(0)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn tasks_of_a_slurm_step_share_a_scope() {
+        assert_eq!(
+            super::step_scope("/slurm/uid_1/job_7/step_0/task_3"),
+            "/slurm/uid_1/job_7/step_0"
+        );
+        assert_eq!(
+            super::step_scope("/slurm/uid_1/job_7/step_0"),
+            "/slurm/uid_1/job_7/step_0"
+        );
+        assert_eq!(
+            super::step_scope("/user.slice/session-2.scope"),
+            "/user.slice/session-2.scope"
+        );
+    }
+}

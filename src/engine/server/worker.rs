@@ -1,0 +1,213 @@
+//! The worker: serves the image from threads, and clients from the first one.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::Write as _;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use capsid_fuse::{Server, ViewEntry, ViewKind};
+use nix::sys::signal::Signal;
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use super::desk::Desk;
+use super::keeper::{Bond, LEFT, end_worker, refuse};
+use super::mount::{MOUNT_POINT, Prepared, open_tree};
+use super::{Image, Place};
+use crate::engine::sys;
+use crate::engine::wire::{self, Point};
+
+/// The mount points asked for so far, for a worker that takes over.
+const VIEWS: &str = "/views";
+
+/// what it serves.
+const VIEWS_MAX: usize = 1024;
+const VIEWS_BYTES_MAX: usize = 1 << 20;
+
+/// The worker: serves the image from threads, and clients from this one, until nobody is left.
+pub(super) fn work(
+    image: &Image,
+    prepared: &Prepared,
+    place: Option<&Place>,
+    first: Option<OwnedFd>,
+    users: Vec<OwnedFd>,
+    bond: Bond,
+    fresh: bool,
+) {
+    let server = match open_tree(image, prepared.effort) {
+        Ok(server) => Arc::new(server),
+        Err(error) => {
+            if let Some(first) = &first {
+                refuse(first, place, &error);
+            }
+            return;
+        }
+    };
+    let devices: Vec<OwnedFd> = prepared
+        .devices
+        .iter()
+        .filter_map(|d| d.try_clone().ok())
+        .collect();
+    let mut known = Known::default();
+    let mut place = place;
+    if let Some(profiles) = prepared.profiles.as_ref().and_then(|p| p.try_clone().ok()) {
+        server.keep_profile(profiles);
+    }
+    if !fresh {
+        known.restore(&server);
+        place = place.filter(|_| !Path::new(LEFT).exists());
+        Server::resume(prepared.devices[0].as_fd());
+    }
+    // Before there are threads, which then do not take it.
+    let told_to_hurry = sys::signal_set([libc::SIGTERM]).thread_block();
+    let bell = std::io::pipe().map_err(anyhow::Error::from);
+    let serving = bell.and_then(|(rung, bell)| {
+        let server = Arc::clone(&server);
+        let thread = std::thread::Builder::new()
+            .name("serve".into())
+            .spawn(move || {
+                let _bell = Bell(bell);
+                if server.serve_on(devices).is_err() {
+                    // The keeper replaces a worker that dies so.
+                    let _ = nix::sys::signal::kill(nix::unistd::getpid(), Signal::SIGKILL);
+                }
+            })?;
+        Ok((thread, rung))
+    });
+    let (serving, rung) = match serving {
+        Ok(serving) => serving,
+        Err(error) => {
+            if let Some(first) = &first {
+                refuse(first, place, &error.context("cannot start a thread"));
+            }
+            return;
+        }
+    };
+    let hurry = told_to_hurry
+        .and_then(|()| {
+            SignalFd::with_flags(&sys::signal_set([libc::SIGTERM]), SfdFlags::SFD_CLOEXEC)
+        })
+        .ok();
+    let mut desk = Desk {
+        image,
+        hurry: hurry.as_ref(),
+        server,
+        prepared,
+        place,
+        bond,
+        users,
+        last: Instant::now(),
+        known,
+        left: false,
+    };
+    if let Some(first) = first
+        && desk.answer(&first) == Room::Full
+    {
+        // Nothing is known yet, so it is descriptors that there is no room for.
+        if let Some(place) = place {
+            desk.leave(place);
+        }
+        let _ = wire::send(
+            first.as_fd(),
+            b"\x01too many open files: raise the limit (ulimit -n)",
+            &[],
+        );
+    }
+    desk.run(place, &serving);
+    // The mount goes when the last container's copy goes, and the serving thread ends with it.
+    let _ = rustix::mount::unmount(MOUNT_POINT, rustix::mount::UnmountFlags::DETACH);
+    desk.server.shrink();
+    desk.wait_for(&rung);
+    let _ = serving.join();
+    desk.server.save_profile();
+    end_worker()
+}
+
+/// Rings, by a byte in a pipe, when it goes: a copy of its descriptor in a new keeper does not matter.
+pub(super) struct Bell(std::io::PipeWriter);
+
+impl Drop for Bell {
+    fn drop(&mut self) {
+        let _ = self.0.write_all(&[0]);
+    }
+}
+
+pub(super) fn entries(points: &[Point]) -> Vec<ViewEntry> {
+    points
+        .iter()
+        .map(|p| ViewEntry {
+            path: p.path.as_os_str().as_bytes().to_vec(),
+            kind: if p.directory {
+                ViewKind::Directory
+            } else {
+                ViewKind::File
+            },
+        })
+        .collect()
+}
+
+/// Whether a server can take one more distinct request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Room {
+    Left,
+    Full,
+}
+
+/// The distinct requests so far: here, and in a file for a worker that takes over.
+#[derive(Default)]
+pub(super) struct Known {
+    requests: HashSet<Vec<u8>>,
+    bytes: usize,
+}
+
+impl Known {
+    pub(super) fn room(&self, raw: &[u8]) -> Room {
+        let more = self.requests.len() < VIEWS_MAX && self.bytes + raw.len() <= VIEWS_BYTES_MAX;
+        // The first one always fits; what is wrong with it is told when it is tried.
+        if more || self.requests.is_empty() || self.requests.contains(raw) {
+            Room::Left
+        } else {
+            Room::Full
+        }
+    }
+
+    pub(super) fn note(&mut self, raw: &[u8]) -> Result<()> {
+        if !self.requests.insert(raw.to_vec()) {
+            return Ok(());
+        }
+        self.bytes += raw.len();
+        let mut record = u32::try_from(raw.len())
+            .context("a request")?
+            .to_le_bytes()
+            .to_vec();
+        record.extend(raw);
+        File::options()
+            .create(true)
+            .append(true)
+            .open(VIEWS)
+            .and_then(|mut file| file.write_all(&record))
+            .context("cannot note the mount points")
+    }
+
+    /// Makes the views again that the worker before this one made, with the same numbers.
+    pub(super) fn restore(&mut self, server: &Server) {
+        let text = std::fs::read(VIEWS).unwrap_or_default();
+        let mut rest = text.as_slice();
+        while let Some((len, tail)) = rest.split_first_chunk::<4>() {
+            let Some((record, tail)) = tail.split_at_checked(u32::from_le_bytes(*len) as usize)
+            else {
+                return;
+            };
+            if let Some(points) = wire::decode_points(record) {
+                let _ = server.add_view(&entries(&points));
+            }
+            self.bytes += record.len();
+            self.requests.insert(record.to_vec());
+            rest = tail;
+        }
+    }
+}
