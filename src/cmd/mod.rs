@@ -539,6 +539,7 @@ fn capsid_usage_line(name: &str) -> String {
             format!("capsid [global options...] {name} [{name} options...] <container>")
         }
         "inspect" => "capsid inspect [options...] <image>".into(),
+        "overlay create" => "capsid overlay create [options...] <image>".into(),
         "cache" => "capsid cache warm <image>...".into(),
         other => format!("capsid {other} [options...]"),
     }
