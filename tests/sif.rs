@@ -307,8 +307,13 @@ fn a_sparse_overlay_takes_no_space_and_others_do() {
     )
     .ok();
     run(&env, &["overlay", "create", "--size=100"], &full, &[]).ok();
+    let by_environment = env.path("environment.img");
+    let words = ["overlay", "create", "--size=100"].map(std::ffi::OsString::from);
+    let words = words.into_iter().chain([by_environment.clone().into()]);
+    common::output(env.command(words).env("APPTAINER_SPARSE", "1")).ok();
     let taken = |path: &Path| fs::metadata(path).unwrap().blocks() * 512;
     assert!(taken(&sparse) < 50 << 20);
+    assert!(taken(&by_environment) < 50 << 20);
     assert!(taken(&full) >= 100 << 20);
 }
 

@@ -406,7 +406,7 @@ fn files_that_cannot_be_read_are_named() {
     let root = env.path("tree");
     fs::create_dir_all(root.join("sub")).unwrap();
     fs::write(root.join("sub/secret"), "x").unwrap();
-    fs::set_permissions(root.join("sub/secret"), fs::Permissions::from_mode(0)).unwrap();
+    fs::set_permissions(root.join("sub/secret"), fs::Permissions::from_mode(0o0)).unwrap();
     let error = pack(&root, &env.path("image"), &Options::default()).unwrap_err();
     let text = format!("{error:#}");
     assert!(

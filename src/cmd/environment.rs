@@ -46,6 +46,8 @@ const KEYS: &[(&str, &[&str])] = &[
     ("login_password", &["LOGIN_PASSWORD"]),
     ("add_insecure", &["ADD_INSECURE"]),
     ("env", &[]),
+    ("size", &[]),
+    ("create_dir", &[]),
     ("device", &[]),
 ];
 

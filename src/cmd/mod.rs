@@ -671,6 +671,7 @@ fn capsid_usage_line(name: &str) -> String {
         "remote login" | "remote logout" | "remote status" => {
             format!("capsid {name} [options...] [name]")
         }
+        "overlay create" => "capsid overlay create [options...] <image>".into(),
         other => format!("capsid {other} [options...]"),
     }
 }

@@ -51,10 +51,14 @@ pub struct CreateArgs {
 pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
     let verb = words.first().and_then(|w| w.to_str()).unwrap_or_default();
     match verb {
-        "create" => create(&super::parse(
-            "overlay create",
-            words.get(1..).unwrap_or_default(),
-        )?),
+        "create" => {
+            // `APPTAINER_SPARSE` and `APPTAINER_FAKEROOT` stand before what was typed, which wins.
+            let environment: Vec<_> = std::env::vars_os().collect();
+            let command = super::command::<CreateArgs>("overlay create");
+            let mut all = super::environment::words(&command, &environment, &|_| false)?;
+            all.extend_from_slice(words.get(1..).unwrap_or_default());
+            create(&super::parse("overlay create", &all)?)
+        }
         "" | "help" | "--help" | "-h" => {
             usage(persona)?;
             Ok(exit::OK)
@@ -324,10 +328,9 @@ fn tell(command: &mut Command, what: &'static str) -> Result<()> {
     let line = text
         .lines()
         .map(str::trim)
-        .filter(|line| {
+        .rfind(|line| {
             !line.is_empty() && !line.starts_with("mke2fs ") && !line.starts_with("debugfs ")
         })
-        .next_back()
         .unwrap_or("no reason given");
     bail!("{what}: {line} ({})", out.status)
 }
