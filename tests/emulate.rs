@@ -216,7 +216,7 @@ fn killed_program_leaves_the_others_alone() {
     let out = exec(
         &t,
         &root,
-        "echo > a; for i in 1 2 3 4 5 6 7 8; do probe loop a & done; sleep 0.3; kill -9 $(jobs -p) || true
+        "echo > a; for i in 1 2 3 4 5 6 7 8; do probe loop a & done; sleep 0.3; kill -9 $(jobs -p); wait || true
          chown ada a; stat -c %u a",
     );
     assert_eq!(out.ok(), "1000");

@@ -30,7 +30,8 @@
 //! Permissions: a process that is emulated as somebody else still can do to files what root in the container can. Programs
 //! of another architecture (32-bit) see only root. `/proc/PID/status`, `SO_PEERCRED` and `kill(2)` know only root. Files
 //! made through `O_TMPFILE`, by `bind(2)` of a Unix socket, or through a dangling symbolic link are root's until they
-//! are given away. Set-user-id programs give nobody rights (`no_new_privs`). io_uring is refused.
+//! are given away. A signal whose handler was installed without `SA_RESTART` can end one of the calls above with `EINTR`
+//! in the moment before the supervisor takes the question (before Linux 5.19 also later): the kernel lets it. Set-user-id programs give nobody rights (`no_new_privs`). io_uring is refused.
 
 pub mod credentials;
 pub mod files;
