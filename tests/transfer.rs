@@ -131,7 +131,7 @@ impl Registry {
         let address = lines
             .find_map(|line| {
                 let rest = line.split("listening on ").nth(1)?;
-                Some(rest.split(['"', ' ']).next()?.to_owned())
+                Some(rest.split(['"', ' ', ',']).next()?.to_owned())
             })
             .expect("the registry says where it listens");
         std::thread::spawn(move || lines.for_each(drop));
@@ -545,7 +545,8 @@ fn what_is_not_as_promised_is_refused_and_leaves_nothing() {
         content[700] ^= 1;
         content
     };
-    let cases: [(&str, Box<dyn Fn(&Asked) -> Option<Answer> + Send + Sync>); 6] = [
+    type Special = Box<dyn Fn(&Asked) -> Option<Answer> + Send + Sync>;
+    let cases: [(&str, Special); 6] = [
         ("damaged", {
             let target = target.clone();
             Box::new(move |a| target(a).then(|| Answer::content(a, &damaged)))

@@ -272,7 +272,16 @@ pub fn publish(from: &Path, place: &Path) -> Result<()> {
     File::open(from)
         .and_then(|f| f.sync_all())
         .with_context(what)?;
-    fs::rename(from, place).with_context(what)
+    fs::rename(from, place).with_context(what)?;
+    sync_directory_of(place);
+    Ok(())
+}
+
+/// Makes a new name durable; a moment later at worst, where that cannot be.
+fn sync_directory_of(place: &Path) {
+    if let Some(directory) = place.parent() {
+        let _ = File::open(directory).and_then(|d| d.sync_all());
+    }
 }
 
 /// A directory that goes as a [`Draft`] does.
@@ -373,10 +382,7 @@ impl Draft {
         let what = || format!("cannot write {}", place.display());
         self.file.sync_all().with_context(what)?;
         fs::rename(&self.path, place).with_context(what)?;
-        if let Some(directory) = place.parent() {
-            // The name is durable a moment later at worst.
-            let _ = File::open(directory).and_then(|d| d.sync_all());
-        }
+        sync_directory_of(place);
         Ok(place.to_owned())
     }
 }

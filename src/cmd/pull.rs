@@ -90,7 +90,10 @@ pub fn run(words: &[OsString]) -> Result<u8> {
         cache::keep_drafts();
     }
     let options = transfer::options(&host, &args.access, &args.machine, args.library.as_deref())?;
-    let store = Store::open(&host, args.disable_cache)?;
+    let store = match args.disable_cache {
+        true => Store::temporary(&host)?,
+        false => Store::open(&host)?,
+    };
     match args.sandbox {
         true => sandbox(&reference, &options, &store, &target, &args).with_context(what)?,
         false => {

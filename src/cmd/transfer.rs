@@ -381,23 +381,28 @@ impl Store {
         }
     }
 
-    /// Opens the person's cache, or one for this command only.
+    /// Opens the person's cache; where it cannot be written, one for this command only.
     ///
     /// # Errors
     /// When neither can be.
-    pub fn open(host: &Host, temporary: bool) -> Result<Store> {
-        let root = cache_root(host);
-        if !temporary {
-            match Cache::open(&root) {
-                Ok(cache) => {
-                    return Ok(Store {
-                        cache,
-                        temporary: None,
-                    });
-                }
-                Err(error) => say::warn(format_args!("the cache is not used: {error:#}")),
+    pub fn open(host: &Host) -> Result<Store> {
+        match Cache::open(&cache_root(host)) {
+            Ok(cache) => Ok(Store {
+                cache,
+                temporary: None,
+            }),
+            Err(error) => {
+                say::warn(format_args!("the cache is not used: {error:#}"));
+                Store::temporary(host)
             }
         }
+    }
+
+    /// One for this command only.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn temporary(host: &Host) -> Result<Store> {
         let directory = DraftDirectory::new(&scratch(host))?;
         Ok(Store {
             cache: Cache::open(directory.path())?,
