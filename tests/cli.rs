@@ -48,6 +48,10 @@ fn help_texts() {
         assert_eq!(out.status, 0, "{out}");
         golden(&format!("help-job-{command}"), &out.stdout);
     }
+    for words in [&["overlay", "create", "--help"][..], &["sif", "--help"]] {
+        let name = words[..words.len() - 1].join("-");
+        golden(&format!("help-{name}"), env.run(words).ok());
+    }
     golden("help-job", &env.run(["job", "--help"]).stdout);
     golden("help-instance", &env.run(["instance", "--help"]).stdout);
     golden("help", &env.run(["--help"]).stdout);

@@ -34,6 +34,8 @@ const KEYS: &[(&str, &[&str])] = &[
     ("passphrase", &["ENCRYPTION_PASSPHRASE"]),
     ("pem_path", &["ENCRYPTION_PEM_PATH"]),
     ("env", &[]),
+    ("size", &[]),
+    ("create_dir", &[]),
     ("device", &[]),
 ];
 

@@ -14,7 +14,9 @@ pub mod flags;
 pub mod inspect;
 pub mod instance;
 pub mod job;
+mod overlay;
 pub mod sif;
+mod sif_edit;
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
@@ -87,13 +89,17 @@ const COMMANDS: &[(&str, &str)] = &[
     ("inspect", "Show what an image says about itself"),
     ("instance", "Manage containers running as services"),
     ("job", "Services of Slurm jobs"),
+    ("overlay", "Make a writable overlay: create"),
     (
         "run",
         "Run the user-defined default command within a container",
     ),
     ("run-help", "Show the user-defined help for an image"),
     ("shell", "Run a shell within a container"),
-    ("sif", "Look into a SIF: list, header, info, dump"),
+    (
+        "sif",
+        "Look into a SIF and change it: list, header, info, dump, new, add, del, setprim",
+    ),
     ("test", "Run the user-defined tests within a container"),
     ("version", "Show the version"),
 ];
@@ -108,7 +114,6 @@ const MISSING: &[&str] = &[
     "key",
     "keyserver",
     "oci",
-    "overlay",
     "plugin",
     "pull",
     "push",
@@ -169,6 +174,7 @@ pub fn main(args: &[OsString]) -> Result<u8> {
             words.extend_from_slice(rest);
             instance::run(&words, persona)
         }
+        "overlay" => overlay::run(rest, persona),
         "sif" => sif::run(rest, persona),
         "cache" => cache::run(&parse::<cache::CacheArgs>("cache", rest)?),
         "doctor" => doctor::run(&parse::<doctor::DoctorArgs>("doctor", rest)?),
@@ -533,6 +539,7 @@ fn capsid_usage_line(name: &str) -> String {
             format!("capsid [global options...] {name} [{name} options...] <container>")
         }
         "inspect" => "capsid inspect [options...] <image>".into(),
+        "overlay create" => "capsid overlay create [options...] <image>".into(),
         "cache" => "capsid cache warm <image>...".into(),
         other => format!("capsid {other} [options...]"),
     }
@@ -588,6 +595,7 @@ fn print_help(name: Option<&str>, persona: Persona) -> Result<()> {
             vec!["--help".into()],
         )?),
         Some("instance") => drop(instance::run(&["help".into()], persona)?),
+        Some("overlay") => drop(overlay::run(&["help".into()], persona)?),
         Some("sif") => drop(sif::run(&["help".into()], persona)?),
         Some("job") => drop(job::run(&["help".into()], persona)?),
         Some("cache") => drop(matches(

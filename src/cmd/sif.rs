@@ -1,4 +1,4 @@
-//! `sif list|header|info|dump`: what a SIF holds. What cannot be read is a wrong command line, as with the peers.
+//! `sif list|header|info|dump`: what a SIF holds; what changes one is in `sif_edit`. What cannot be read is a wrong command line, as with the peers.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -8,7 +8,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Persona, Usage, program, utc};
+use super::{Persona, Usage, program, sif_edit, utc};
 use crate::sif::{DataType, Descriptor, FsType, Link, PartType, Sif};
 use crate::{exit, say};
 
@@ -18,8 +18,6 @@ const COMMANDS: [(&str, &str, usize); 4] = [
     ("info", "<id> <sif>: all that is known of an object", 2),
     ("dump", "<id> <sif>: the bytes of an object", 2),
 ];
-/// Of the peers; they change a SIF.
-const MISSING: [&str; 4] = ["new", "add", "del", "setprim"];
 
 /// Runs `sif WORDS…`.
 ///
@@ -27,17 +25,17 @@ const MISSING: [&str; 4] = ["new", "add", "del", "setprim"];
 /// [`Usage`] when the file is no SIF or has no such object.
 pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
     let verb = words.first().and_then(|w| w.to_str()).unwrap_or_default();
+    if sif_edit::COMMANDS.iter().any(|(name, ..)| *name == verb) {
+        return sif_edit::run(verb, &words[1..]);
+    }
     let mut rest: Vec<&OsString> = words.iter().skip(1).collect();
     let given = rest.len();
     rest.retain(|w| *w != "--json" && *w != "-j");
     let json = rest.len() < given;
-    if MISSING.contains(&verb) {
-        bail!("sif {verb} is not supported by this version: SIFs are only read");
-    }
     let Some((name, _, needed)) = COMMANDS.iter().find(|(name, ..)| *name == verb) else {
         let program = program(persona);
         say::out(format_args!("Usage:\n"))?;
-        for (name, about, _) in COMMANDS {
+        for (name, about, _) in COMMANDS.iter().chain(&sif_edit::COMMANDS) {
             say::out(format_args!("  {program} sif {name} {about}\n"))?;
         }
         return match verb {
@@ -213,24 +211,26 @@ fn hash_name(hash: i32) -> &'static str {
 
 fn header(sif: &Sif) -> Result<()> {
     let header = &sif.header;
+    // Two lines are missing in a SIF without a root, and the columns are narrower.
+    let rooted = sif.arch != "unknown";
+    let width = if rooted || header.launches { 21 } else { 19 };
+    let field = |name: &str, value: &str| field(name, width, value);
     if header.launches {
-        field("Launch Script", 21, "#!/usr/bin/env run-singularity")?;
+        field("Launch Script", "#!/usr/bin/env run-singularity")?;
     }
-    field("Version", 21, "01")?;
-    field("Primary Architecture", 21, sif.arch)?;
-    field(
-        "ID",
-        21,
-        &uuid::Uuid::from_bytes(header.identity).to_string(),
-    )?;
-    field("Created At", 21, &time(header.times_s.0))?;
-    field("Modified At", 21, &time(header.times_s.1))?;
-    field("Descriptors Free", 21, &header.slots.0.to_string())?;
-    field("Descriptors Total", 21, &header.slots.1.to_string())?;
-    field("Descriptors Offset", 21, &header.table.0.to_string())?;
-    field("Descriptors Size", 21, &size(header.table.1))?;
-    field("Data Offset", 21, &header.data.0.to_string())?;
-    field("Data Size", 21, &size(header.data.1))
+    field("Version", "01")?;
+    if rooted {
+        field("Primary Architecture", sif.arch)?;
+    }
+    field("ID", &uuid::Uuid::from_bytes(header.identity).to_string())?;
+    field("Created At", &time(header.times_s.0))?;
+    field("Modified At", &time(header.times_s.1))?;
+    field("Descriptors Free", &header.slots.0.to_string())?;
+    field("Descriptors Total", &header.slots.1.to_string())?;
+    field("Descriptors Offset", &header.table.0.to_string())?;
+    field("Descriptors Size", &size(header.table.1))?;
+    field("Data Offset", &header.data.0.to_string())?;
+    field("Data Size", &size(header.data.1))
 }
 
 fn field(name: &str, width: usize, value: &str) -> Result<()> {
@@ -245,13 +245,15 @@ fn time(seconds: i64) -> String {
 
 /// Bytes in the largest unit of 1024 that they fill.
 fn size(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["bytes", "KiB", "MiB", "GiB", "TiB"];
+    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
     let unit = (bytes.max(1).ilog2() / 10).min(4);
     format!("{} {}", bytes >> (10 * unit), UNITS[unit as usize])
 }
 
 fn info(object: &Descriptor) -> Result<()> {
-    let field = |name: &str, value: &str| field(&format!("  {name}"), 18, value);
+    // Two columns behind the longest name.
+    let width = if object.partition.is_some() { 19 } else { 15 };
+    let field = |name: &str, value: &str| field(&format!("  {name}"), width, value);
     field("Data Type", type_name(object.data_type))?;
     field("ID", &object.id.to_string())?;
     field("Group ID", &group(object))?;
@@ -260,7 +262,9 @@ fn info(object: &Descriptor) -> Result<()> {
     field("Size", &object.len_bytes.to_string())?;
     field("Created At", &time(object.times_s.0))?;
     field("Modified At", &time(object.times_s.1))?;
-    field("Name", &object.name)?;
+    if !object.name.is_empty() {
+        field("Name", &object.name)?;
+    }
     if let Some(partition) = object.partition {
         field("Filesystem Type", fs_name(partition.fs))?;
         field("Partition Type", part_name(partition.part))?;

@@ -14,9 +14,11 @@
 //!
 //! All numbers are little-endian, nothing is padded. This module knows nothing of containers.
 
+mod edit;
 mod read;
 mod write;
 
+pub use edit::{Addition, Editor, Extra, create};
 pub use read::Sif;
 pub use write::{Content, Draft, Stamp};
 
@@ -30,6 +32,8 @@ const VERSION: &[u8; 3] = b"01\0";
 const HEADER_LEN: usize = 128;
 /// Bytes of a descriptor.
 const DESCRIPTOR_LEN: usize = 585;
+/// Byte of a descriptor at which the fields of its type begin.
+const EXTRA: usize = 201;
 /// Where writers put the table.
 const TABLE_OFFSET: u64 = 4096;
 /// Slots that writers make.
@@ -69,6 +73,14 @@ pub enum Error {
     Damaged(String),
     /// More objects than a new image has slots for.
     Full,
+    /// There is no object of this number.
+    NoObject(u32),
+    /// The object of this number is no partition.
+    NotPartition(u32),
+    /// A second root file system.
+    HasPrimary,
+    /// Another program is changing the file.
+    Busy,
 }
 
 impl fmt::Display for Error {
@@ -88,6 +100,12 @@ impl fmt::Display for Error {
                 )
             }
             Error::Damaged(what) => write!(f, "the SIF is damaged: {what}"),
+            Error::NoObject(_) => f.write_str("object not found"),
+            Error::NotPartition(_) => f.write_str("data object not a partition"),
+            Error::HasPrimary => f.write_str("image already contains a primary partition"),
+            Error::Busy => {
+                f.write_str("another program is changing the SIF; try again when it is done")
+            }
             Error::Full => write!(f, "a SIF holds at most {SLOTS} objects"),
         }
     }
@@ -130,7 +148,8 @@ impl DataType {
         }
     }
 
-    fn from_code(code: i32) -> DataType {
+    /// Of a number in a descriptor.
+    pub fn from_code(code: i32) -> DataType {
         match code {
             0x4001 => DataType::Definition,
             0x4004 => DataType::Partition,
@@ -165,7 +184,8 @@ impl FsType {
         }
     }
 
-    fn from_code(code: i32) -> FsType {
+    /// Of a number in a descriptor.
+    pub fn from_code(code: i32) -> FsType {
         match code {
             1 => FsType::Squashfs,
             2 => FsType::Ext3,
@@ -198,7 +218,8 @@ impl PartType {
         }
     }
 
-    fn from_code(code: i32) -> PartType {
+    /// Of a number in a descriptor.
+    pub fn from_code(code: i32) -> PartType {
         match code {
             2 => PartType::Primary,
             3 => PartType::Data,
@@ -262,6 +283,12 @@ pub struct Signature {
     pub hash: i32,
     /// Who has signed: the fingerprint of a PGP key, zeros otherwise.
     pub entity: [u8; 20],
+}
+
+/// Go's name of the architecture of a code, from 1.
+pub fn architecture(code: u32) -> Option<&'static str> {
+    let name = ARCHITECTURES.get(code as usize)?;
+    Some(*name).filter(|name| *name != ARCHITECTURES[0])
 }
 
 fn arch_name(code: [u8; 3]) -> &'static str {

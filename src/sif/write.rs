@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 
 use super::{
-    ALIGNMENT, DESCRIPTOR_LEN, DataType, Error, GROUP, HEADER_LEN, LAUNCH, MAGIC, PartType,
-    Partition, SLOTS, TABLE_OFFSET, VERSION, arch_code,
+    ALIGNMENT, DESCRIPTOR_LEN, DataType, EXTRA, Error, GROUP, HEADER_LEN, LAUNCH, Link, MAGIC,
+    PartType, Partition, SLOTS, TABLE_OFFSET, VERSION, arch_code,
 };
 
 /// When an image was made, and its identity: given by the caller, so that two builds can be alike.
@@ -71,14 +71,17 @@ impl Draft {
             };
             out.seek(SeekFrom::Start(start))?;
             let len = copy(content, out)?;
-            table.extend(descriptor(
-                index as u32 + 1,
+            let entry = Entry {
+                id: index as u32 + 1,
                 data_type,
-                partition,
-                &name,
-                (start, len, start + len - at),
-                stamp,
-            ));
+                group: Some(1),
+                link: Link::None,
+                place: (start, len, start + len - at),
+                time_s: stamp.time_s,
+                name: &name,
+                extra: &partition.map(partition_extra).unwrap_or_default(),
+            };
+            table.extend(entry.encode());
             at = start + len;
         }
         // An image that ends in a hole would be shorter than its header says.
@@ -143,34 +146,51 @@ fn header(arch: &str, used: u64, data: u64, data_len: u64, stamp: Stamp) -> Vec<
     header
 }
 
-/// `place`: offset, length, and length with the padding before it.
-fn descriptor(
-    id: u32,
-    data_type: DataType,
-    partition: Option<Partition>,
-    name: &str,
-    place: (u64, u64, u64),
-    stamp: Stamp,
-) -> Vec<u8> {
-    let mut slot = Vec::with_capacity(DESCRIPTOR_LEN);
-    slot.extend(data_type.code().to_le_bytes());
-    slot.push(1);
-    slot.extend(id.to_le_bytes());
-    slot.extend((GROUP | 1).to_le_bytes());
-    slot.extend(0u32.to_le_bytes());
-    for number in [place.0, place.1, place.2] {
-        slot.extend(number.to_le_bytes());
+/// What a descriptor says.
+pub(super) struct Entry<'a> {
+    pub(super) id: u32,
+    pub(super) data_type: DataType,
+    pub(super) group: Option<u32>,
+    pub(super) link: Link,
+    /// Offset, length, and length with the padding before it.
+    pub(super) place: (u64, u64, u64),
+    pub(super) time_s: i64,
+    pub(super) name: &'a str,
+    /// The fields of the type.
+    pub(super) extra: &'a [u8],
+}
+
+impl Entry<'_> {
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let mut slot = Vec::with_capacity(DESCRIPTOR_LEN);
+        slot.extend(self.data_type.code().to_le_bytes());
+        slot.push(1);
+        slot.extend(self.id.to_le_bytes());
+        slot.extend((GROUP | self.group.unwrap_or(0)).to_le_bytes());
+        let link = match self.link {
+            Link::None => 0,
+            Link::Object(id) => id,
+            Link::Group(group) => GROUP | group,
+        };
+        slot.extend(link.to_le_bytes());
+        for number in [self.place.0, self.place.1, self.place.2] {
+            slot.extend(number.to_le_bytes());
+        }
+        slot.extend(self.time_s.to_le_bytes());
+        slot.extend(self.time_s.to_le_bytes());
+        slot.resize(73, 0);
+        slot.extend(self.name.bytes().take(127));
+        slot.resize(EXTRA, 0);
+        slot.extend(self.extra);
+        slot.resize(DESCRIPTOR_LEN, 0);
+        slot
     }
-    slot.extend(stamp.time_s.to_le_bytes());
-    slot.extend(stamp.time_s.to_le_bytes());
-    slot.resize(73, 0);
-    slot.extend(name.bytes().take(127));
-    slot.resize(201, 0);
-    if let Some(partition) = partition {
-        slot.extend(partition.fs.code().to_le_bytes());
-        slot.extend(partition.part.code().to_le_bytes());
-        slot.extend(arch_code(partition.arch));
-    }
-    slot.resize(DESCRIPTOR_LEN, 0);
-    slot
+}
+
+/// The fields of a partition.
+pub(super) fn partition_extra(partition: Partition) -> Vec<u8> {
+    let mut extra = partition.fs.code().to_le_bytes().to_vec();
+    extra.extend(partition.part.code().to_le_bytes());
+    extra.extend(arch_code(partition.arch));
+    extra
 }

@@ -133,11 +133,12 @@ impl Walk<'_> {
         let stat = rustix::fs::statat(fd, OsStr::from_bytes(name), AtFlags::SYMLINK_NOFOLLOW)?;
         let inode = (stat.st_dev, stat.st_ino);
         let kind = FileType::from_raw_mode(stat.st_mode);
-        if kind != FileType::Directory && stat.st_nlink > 1 {
-            if let Some(known) = self.links.get(&inode) {
-                self.tree.link(parent, name, *known)?;
-                return Ok(None);
-            }
+        if kind != FileType::Directory
+            && stat.st_nlink > 1
+            && let Some(known) = self.links.get(&inode)
+        {
+            self.tree.link(parent, name, *known)?;
+            return Ok(None);
         }
         let device = u32::try_from(stat.st_rdev).unwrap_or(0);
         let kept = self.scan.specials == Specials::Keep;
