@@ -15,7 +15,7 @@ use capsid::build::convert;
 use capsid::digest::{Digest, Hashing};
 use capsid::oci::config::Origin;
 use capsid::oci::layers::{self, Owners};
-use capsid::oci::{Image, Platform, archive, layout};
+use capsid::oci::{Image, Place, Platform, archive, layout};
 use capsid::sif::Stamp;
 use capsid::squash::{Data, Options, Store, Writer};
 use common::{Env, output};
@@ -294,6 +294,8 @@ fn images_of_umoci_and_skopeo_become_what_umoci_unpacks() {
         let path = env.path(&format!("{kind}.tar"));
         let target = format!("{kind}:{}:some/name:tag", path.display());
         tool("skopeo", &["copy", "--quiet", &source, &target]);
+        let named = PathBuf::from(format!("{}:some/name:tag", path.display()));
+        open(&env, kind, &named);
         let image = open(&env, kind, &path);
         assert_as_umoci(&env, &image, &reference, kind);
     }
@@ -320,12 +322,8 @@ fn images_of_umoci_and_skopeo_become_what_umoci_unpacks() {
 }
 
 fn open(env: &Env, kind: &str, path: &Path) -> Image {
-    let scratch = env.work();
-    if kind == "oci-archive" {
-        archive::open_oci(path, None, &platform(), &scratch).unwrap()
-    } else {
-        archive::open_docker(path, None, &platform(), &scratch).unwrap()
-    }
+    let place = Place::of(kind).unwrap();
+    place.open(text(path), &platform(), &env.work()).unwrap()
 }
 
 #[test]
@@ -678,4 +676,109 @@ fn image_of_apptainer_and_ours_of_the_same_archive_are_alike() {
     assert_eq!(quoted, "it's \"q\" $HOME", "Apptainer escapes it twice");
     let theirs = env.run(["run", text(&fixtures.join("oci.sif")), "a b", "$HOME"]);
     assert_eq!(run(&["run", text(&sif), "a b", "$HOME"]), theirs.ok());
+}
+
+#[test]
+fn root_of_a_user_namespace_gives_files_their_owners() {
+    const LAYOUT: &str = "CAPSID_TEST_OWNED_LAYOUT";
+    if let Some(layout) = std::env::var_os(LAYOUT) {
+        let layout = PathBuf::from(layout);
+        let image = layout::open(&layout, None, &platform()).unwrap();
+        let root = layout.with_file_name("owned");
+        let unpacked = layers::unpack(&image, &root, &mut Owners::Change, |_, _| Ok(()));
+        match unpacked {
+            Ok(()) => {}
+            Err(error) => println!("error: {error:#}"),
+        }
+        for name in ["bin/busybox", "opq/again", "set-id"] {
+            if let Ok(meta) = fs::symlink_metadata(root.join(name)) {
+                println!(
+                    "{name} {}:{} {:o}",
+                    meta.uid(),
+                    meta.gid(),
+                    meta.mode() & 0o7777
+                );
+            }
+        }
+        // The user could not remove them.
+        fs::remove_dir_all(&root).unwrap();
+        return;
+    }
+    let env = Env::new();
+    let layout = umoci(&env);
+    let unpack = |options: &[&str]| {
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-root-user"]).args(options);
+        command.arg(std::env::current_exe().unwrap());
+        command.args([
+            "--exact",
+            "root_of_a_user_namespace_gives_files_their_owners",
+            "--nocapture",
+        ]);
+        output(command.env(LAYOUT, &layout)).ok().to_owned()
+    };
+    let out = unpack(&["--map-auto"]);
+    // The archiver's own id is root there only by chance; the others are as the layers have them.
+    for line in ["opq/again 1234:2345 644", "set-id 1234:2345 4755"] {
+        assert!(out.contains(line), "{out}");
+    }
+    let out = unpack(&[]);
+    assert!(out.contains("no subordinate id"), "{out}");
+}
+
+#[test]
+fn images_of_the_docker_engine_come_through_docker_save() {
+    const CHILD: &str = "CAPSID_TEST_DOCKER";
+    if let Some(scratch) = std::env::var_os(CHILD) {
+        match archive::open_docker_daemon("some/name:tag", &platform(), Path::new(&scratch)) {
+            Ok(image) => println!("{} layers", image.manifest.layers.len()),
+            Err(error) => println!("{error:#}"),
+        }
+        return;
+    }
+    let env = Env::new();
+    let bin = env.path("bin");
+    fs::create_dir(&bin).unwrap();
+    let run = || {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args([
+            "--exact",
+            "images_of_the_docker_engine_come_through_docker_save",
+            "--nocapture",
+        ]);
+        output(command.env(CHILD, env.work()).env("PATH", &bin))
+            .ok()
+            .to_owned()
+    };
+    let none = run();
+    assert!(
+        none.contains("docker save -o image.tar some/name:tag"),
+        "{none}"
+    );
+    let layout = umoci(&env);
+    let path = env.path("saved.tar");
+    let target = format!("docker-archive:{}:some/name:tag", path.display());
+    tool(
+        "skopeo",
+        &[
+            "copy",
+            "--quiet",
+            &format!("oci:{}:made", layout.display()),
+            &target,
+        ],
+    );
+    let script = format!(
+        "#!/bin/sh\n[ \"$*\" = 'save -- some/name:tag' ] && exec /bin/cat {}\n",
+        path.display()
+    );
+    common::script(&bin.join("docker"), &script);
+    let out = run();
+    assert!(out.contains("3 layers"), "{out}");
+    common::script(
+        &bin.join("docker"),
+        "#!/bin/sh\necho 'no such image' >&2\nexit 1\n",
+    );
+    let out = run();
+    assert!(out.contains("docker save says \"no such image\""), "{out}");
+    assert_eq!(fs::read_dir(env.work()).unwrap().count(), 0);
 }

@@ -81,12 +81,12 @@ pub fn environment(config: &RunConfig) -> Option<String> {
         is_empty = false;
         text += &match (name, is_plain(value)) {
             ("PATH", true) => format!("export PATH=\"{value}\"\n"),
-            ("PATH", false) => format!("export PATH={}\n", single(value)),
+            ("PATH", false) => format!("export PATH={}\n", double(value)),
             (_, true) => format!("export {name}=\"${{{name}:-\"{value}\"}}\"\n"),
-            // Quotes within `${…}` mean different things to different shells.
+            // Quotes within `${…}` mean different things to different shells, and `'\''` is not understood by Apptainer's.
             (_, false) => format!(
                 "if [ -z \"${{{name}:-}}\" ]; then {name}={}; fi\nexport {name}\n",
-                single(value)
+                double(value)
             ),
         };
     }
@@ -111,7 +111,7 @@ fn single(value: &str) -> String {
     format!("'{}'", value.replace('\0', "").replace('\'', r"'\''"))
 }
 
-/// In double quotes, for a text that is evaluated later.
+/// In double quotes.
 fn double(value: &str) -> String {
     let mut text = String::from("\"");
     for c in value.chars().filter(|c| *c != '\0') {

@@ -15,6 +15,7 @@ mod tar;
 
 use std::collections::BTreeMap;
 use std::io::Read;
+use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -167,6 +168,54 @@ pub struct Image {
     pub config: ImageConfig,
     /// Where the layers are.
     pub blobs: Box<dyn Blobs + Send + Sync>,
+}
+
+/// Where an image is kept outside of registries, by the names that the peers give to these places.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// `oci`: a layout directory.
+    Layout,
+    /// `oci-archive`: the archive of a layout.
+    OciArchive,
+    /// `docker-archive`: what `docker save` writes.
+    DockerArchive,
+    /// `docker-daemon`: the Docker engine of this machine.
+    DockerDaemon,
+}
+
+impl Place {
+    /// By its name.
+    pub fn of(name: &str) -> Option<Place> {
+        Some(match name {
+            "oci" => Place::Layout,
+            "oci-archive" => Place::OciArchive,
+            "docker-archive" => Place::DockerArchive,
+            "docker-daemon" => Place::DockerDaemon,
+            _ => return None,
+        })
+    }
+
+    /// Opens `PATH` or `PATH:NAME` (for the engine `NAME`) of a place. What is behind the first colon is the name, as for
+    /// the peers, unless there is a file whose name has the colon. `scratch` is a directory for what has to be decompressed.
+    ///
+    /// # Errors
+    /// When there is no such image, or it is damaged or for another machine.
+    pub fn open(self, text: &str, platform: &Platform, scratch: &Path) -> Result<Image> {
+        if self == Place::DockerDaemon {
+            return archive::open_docker_daemon(text, platform, scratch);
+        }
+        let (path, reference) = match text.split_once(':') {
+            Some((path, name)) if !Path::new(text).exists() => (path, Some(name)),
+            _ => (text, None),
+        };
+        let reference = reference.filter(|r| !r.is_empty());
+        let path = Path::new(path);
+        match self {
+            Place::Layout => layout::open(path, reference, platform),
+            Place::OciArchive => archive::open_oci(path, reference, platform, scratch),
+            _ => archive::open_docker(path, reference, platform, scratch),
+        }
+    }
 }
 
 /// Reads a small document whole.

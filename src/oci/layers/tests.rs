@@ -542,3 +542,45 @@ fn owners_beyond_32_bits_are_refused() {
         assert!(format!("{error:#}").contains("owner is out of range"));
     }
 }
+
+#[test]
+fn extended_attributes_are_kept_where_they_mean_something() {
+    let capability = [
+        1, 0, 0, 2, 0x0a, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+    ];
+    let mut builder = tar::Builder::new(Vec::new());
+    let records: [(&str, &[u8]); 4] = [
+        ("SCHILY.xattr.user.comment", b"two\nlines"),
+        ("SCHILY.xattr.security.capability", &capability),
+        ("SCHILY.xattr.user.overlay.opaque", b"y"),
+        ("SCHILY.xattr.trusted.x", b"y"),
+    ];
+    builder.append_pax_extensions(records).unwrap();
+    let mut header = tar::Header::new_ustar();
+    header.set_mode(0o4555);
+    header.set_size(1);
+    builder.append_data(&mut header, "f", &b"x"[..]).unwrap();
+    let image = image_of(vec![builder.into_inner().unwrap()]);
+    let tree = merge(&image, &mut Memory::default()).unwrap();
+    let node = tree.node(tree.lookup(b"f").unwrap());
+    let kept: Vec<(&[u8], &[u8])> = node
+        .attributes
+        .xattrs
+        .iter()
+        .map(|(k, v)| (k.as_slice(), v.as_slice()))
+        .collect();
+    let expected: [(&[u8], &[u8]); 2] = [
+        (b"security.capability", &capability),
+        (b"user.comment", b"two\nlines"),
+    ];
+    assert_eq!(kept, expected);
+    // Not in /tmp, which has no such attributes on old kernels.
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    unpack(&image, dir.path(), &mut Owners::Writer, |_, _| Ok(())).unwrap();
+    let file = dir.path().join("f");
+    let mut value = [0; 64];
+    let len = rustix::fs::getxattr(&file, "user.comment", &mut value[..]).unwrap();
+    assert_eq!(&value[..len], b"two\nlines");
+    let mode = fs::metadata(&file).unwrap().permissions().mode();
+    assert_eq!(mode & 0o7777, 0o4555, "set after the attributes");
+}
