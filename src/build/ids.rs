@@ -79,7 +79,7 @@ impl Ids {
                 u64::from(first) + u64::from(count) - 1
             )),
             Ids::Emulated => say::info(format_args!(
-                "Building as root with emulated ownership: {} has no subordinate ids",
+                "Building as root with emulated ownership: no subordinate ids are used for {}",
                 host.user.name
             )),
             Ids::Single => say::warn(format_args!(

@@ -34,7 +34,8 @@ use crate::engine::emulate::Owners;
 use crate::host::Host;
 use crate::metadir::labels::Date;
 use crate::net;
-use crate::oci::Platform;
+use crate::oci::config::Origin;
+use crate::oci::{Image, Platform};
 use crate::plan::Bind;
 use crate::sif::{Content, DataType, Stamp};
 use crate::squash::{self, Options, Scan};
@@ -141,6 +142,18 @@ impl Settings {
         self.parts.contains(&part)
     }
 
+    /// What tells the SIF from others.
+    fn stamp(&self) -> Stamp {
+        let identity = match self.reproducible {
+            true => [0; 16],
+            false => uuid::Uuid::new_v4().into_bytes(),
+        };
+        Stamp {
+            time_s: self.time_s,
+            identity,
+        }
+    }
+
     /// `Saturday_21_November_2026_19:21:20_UTC`.
     fn build_date(&self) -> String {
         Date::at(self.time_s).spoken()
@@ -175,6 +188,16 @@ pub fn build(def: &Def, settings: &Settings, room: &Room, left: &[PathBuf]) -> R
 
 fn pipeline(def: &Def, settings: &Settings, room: &Room) -> Result<()> {
     let what = "While performing build";
+    if let [stage] = def.stages.as_slice()
+        && settings.form == Form::Sif
+        && stage.is_bare()
+        && !settings.fix_perms
+    {
+        let base = bootstrap::prepare(stage, &room.temporary, settings).context(what)?;
+        if let bootstrap::Kind::Layers(image, origin) = base.kind {
+            return convert_layers(&image, &origin, settings, room).context(what);
+        }
+    }
     let mut made: Vec<Made> = Vec::new();
     let whole: String = def.stages.iter().map(|s| s.text.as_str()).collect();
     for (number, stage) in def.stages.iter().enumerate() {
@@ -204,6 +227,20 @@ fn pipeline(def: &Def, settings: &Settings, room: &Room) -> Result<()> {
         });
     }
     Ok(())
+}
+
+/// Layers without anything more: they are streamed into the SIF, and no file is unpacked.
+fn convert_layers(image: &Image, origin: &Origin, settings: &Settings, room: &Room) -> Result<()> {
+    say::info(format_args!("Extracting OCI image..."));
+    say::info(format_args!("Inserting Apptainer configuration..."));
+    say::info(format_args!("Creating SIF file..."));
+    let draft = room.beside.join("image.sif");
+    let (stamp, options) = (settings.stamp(), settings.options);
+    keeper::in_child(|| {
+        convert::to_sif(image, &draft, origin, stamp, options)?;
+        Ok(exit::OK)
+    })?;
+    room::publish(&draft, &settings.target)
 }
 
 /// A stage under construction.
@@ -425,15 +462,7 @@ fn finish(
     }
     say::info(format_args!("Creating SIF file..."));
     let draft = room.beside.join("image.sif");
-    let identity = if settings.reproducible {
-        [0; 16]
-    } else {
-        uuid::Uuid::new_v4().into_bytes()
-    };
-    let stamp = Stamp {
-        time_s: settings.time_s,
-        identity,
-    };
+    let stamp = settings.stamp();
     let summary = (settings.describe)(root)?;
     // Packing starts threads.
     let packed = keeper::in_child(|| {

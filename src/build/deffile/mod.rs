@@ -120,6 +120,16 @@ impl Stage {
         self.key("stage")
     }
 
+    /// Whether there is nothing but a header.
+    pub fn is_bare(&self) -> bool {
+        let bare = Stage {
+            header: self.header.clone(),
+            text: self.text.clone(),
+            ..Stage::default()
+        };
+        *self == bare
+    }
+
     /// The application of this name, made when it is new.
     fn app(&mut self, name: &str) -> &mut App {
         let at = match self.apps.iter().position(|a| a.name == name) {
