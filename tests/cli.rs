@@ -29,7 +29,7 @@ fn golden(name: &str, text: &str) {
 fn help_texts() {
     let env = Env::new();
     for command in [
-        "exec", "run", "shell", "test", "run-help", "inspect", "doctor", "demo", "cache",
+        "build", "exec", "run", "shell", "test", "run-help", "inspect", "doctor", "demo", "cache",
     ] {
         let out = env.run([command, "--help"]);
         assert_eq!(out.status, 0, "{out}");
