@@ -29,8 +29,8 @@ fn golden(name: &str, text: &str) {
 fn help_texts() {
     let env = Env::new();
     for command in [
-        "exec", "run", "shell", "test", "run-help", "inspect", "doctor", "demo", "cache", "pull",
-        "push", "registry", "remote",
+        "build", "exec", "run", "shell", "test", "run-help", "inspect", "doctor", "demo", "cache",
+        "pull", "push", "registry", "remote",
     ] {
         let out = env.run([command, "--help"]);
         assert_eq!(out.status, 0, "{out}");
