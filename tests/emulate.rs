@@ -386,7 +386,13 @@ fn run_emulated(t: &Env, root: &Path, script: &str, owners: &mut Owners) -> u8 {
         return *status;
     }
     let plan = plan_for(root, &["/bin/sh", "-ec", script]);
-    let status = engine::run_emulated(&plan, None, None, owners).unwrap();
+    let status = engine::run_emulated(
+        &plan,
+        &capsid::engine::server::Places::default(),
+        None,
+        owners,
+    )
+    .unwrap();
     let mut out = vec![status];
     owners.save(root, &mut out).unwrap();
     fs::write(after, out).unwrap();
