@@ -15,16 +15,14 @@ use crate::digest::Digest;
 use crate::host::normalise;
 use crate::say;
 
+/// Gives the root file system of a stage.
+pub type Stages<'a> = dyn Fn(&str) -> Option<PathBuf> + 'a;
+
 /// Copies what `%files` sections name: those from other stages (`stages` gives their trees), or those from the host.
 ///
 /// # Errors
 /// Naming what cannot be copied.
-pub fn copy(
-    to: &Tree,
-    stage: &Stage,
-    from: Option<&dyn Fn(&str) -> Option<PathBuf>>,
-    settings: &Settings,
-) -> Result<()> {
+pub fn copy(to: &Tree, stage: &Stage, from: Option<&Stages>, settings: &Settings) -> Result<()> {
     for section in &stage.files {
         for (source, target) in &section.pairs {
             match (&section.from, from) {

@@ -57,7 +57,7 @@ pub fn expand(
         let text = part.as_os_str().to_string_lossy().into_owned();
         if !is_pattern(&text) {
             for path in &mut found {
-                path.push(&part);
+                path.push(part);
             }
             continue;
         }
