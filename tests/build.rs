@@ -115,7 +115,10 @@ fn all_sections_do_what_they_say() {
 fn owners_are_true_with_and_without_subordinate_ids() {
     let s = Site::new();
     let body = "%post\n echo x > /opt/f; chown 33:44 /opt/f; chmod 4755 /opt/f; mkdir /opt/d; chown 7:8 /opt/d\n stat -c %u:%g /opt/f > /seen\n";
-    let listed = |words: &[&str]| {
+    let later = format!(
+        "Stage: one\n{body}Bootstrap: localimage\nFrom: base.sif\nStage: two\n%files from one\n /opt/f\n /opt/d\n%post\n stat -c %u:%g /opt/f > /seen\n"
+    );
+    let listed = |body: &str, words: &[&str]| {
         let out = s.build(body, &[&["-F", "--disable-cache"], words].concat());
         assert_eq!(out.status, 0, "{out}");
         assert_eq!(s.exec(&["cat", "/seen"]).ok(), "33:44");
@@ -140,7 +143,7 @@ fn owners_are_true_with_and_without_subordinate_ids() {
         });
         lines.collect::<Vec<_>>()
     };
-    let mapped = listed(&[]);
+    let mapped = listed(body, &[]);
     assert!(
         mapped.iter().any(|l| l.starts_with("-rwsr-xr-x 33/44")),
         "{mapped:?}"
@@ -149,7 +152,9 @@ fn owners_are_true_with_and_without_subordinate_ids() {
         mapped.iter().any(|l| l.starts_with("drwxr-xr-x 7/8")),
         "{mapped:?}"
     );
-    assert_eq!(listed(&["--ignore-subuid"]), mapped);
+    assert_eq!(listed(body, &["--ignore-subuid"]), mapped);
+    assert_eq!(listed(&later, &[]), mapped);
+    assert_eq!(listed(&later, &["--ignore-subuid"]), mapped);
 }
 
 #[test]
@@ -409,6 +414,10 @@ fn wrong_sources_and_options_are_one_line() {
     s.write("binary", "\u{0}\u{0}");
     s.write("bad.def", "Bootstrap: nope\n");
     s.write("sec.def", "Bootstrap: scratch\n%nope\n");
+    s.write(
+        "signed.def",
+        "Bootstrap: localimage\nFrom: base.sif\nFingerprints: 0123\n",
+    );
     s.write("image.def", "Bootstrap: localimage\nFrom: none.sif\n");
     let cases: &[(&[&str], &str)] = &[
         (
@@ -420,6 +429,7 @@ fn wrong_sources_and_options_are_one_line() {
             "Unable to build from binary: could not open image",
         ),
         (&["y.sif", "bad.def"], "invalid build source nope"),
+        (&["y.sif", "signed.def"], "Fingerprints is not supported"),
         (
             &["y.sif", "sec.def"],
             "Unable to build from sec.def: while parsing definition: sec.def:2: invalid section(s) specified: nope",

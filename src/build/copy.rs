@@ -11,6 +11,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 use super::tree::{self, Tree};
+use crate::engine::emulate::Owners;
 use crate::say;
 
 /// Deepest directory that is followed: links can make a tree endless.
@@ -34,16 +35,25 @@ pub struct Copier<'a> {
     manner: Manner,
     /// Where hard links of the source have got their first name.
     links: HashMap<(u64, u64), PathBuf>,
+    /// Owners that the kernel does not know.
+    record: Option<&'a mut Owners>,
 }
 
-impl Copier<'_> {
+impl<'a> Copier<'a> {
     /// Into this tree.
-    pub fn new(to: &Tree, manner: Manner) -> Copier<'_> {
+    pub fn new(to: &'a Tree, manner: Manner) -> Copier<'a> {
         Copier {
             to,
             manner,
             links: HashMap::new(),
+            record: None,
         }
+    }
+
+    /// The record knows owners of the source, and gets those of the copies.
+    pub fn with_owners(mut self, record: &'a mut Owners) -> Copier<'a> {
+        self.record = Some(record);
+        self
     }
 
     /// Copies what `source` has open or names to `target`, an absolute path of the tree.
@@ -186,7 +196,7 @@ impl Copier<'_> {
 
     /// Owner, extended attributes, permissions again (a change of owner takes set-id bits away), times.
     fn attributes(
-        &self,
+        &mut self,
         source: &Source,
         stat: &Stat,
         parent: &OwnedFd,
@@ -194,6 +204,9 @@ impl Copier<'_> {
     ) -> Result<()> {
         if self.manner == Manner::Exact {
             chown(parent, name, stat)?;
+            if let Some(record) = self.record.as_deref_mut() {
+                note(record, source, parent, name).context("cannot note an owner")?;
+            }
             if FileType::from_raw_mode(stat.st_mode) != FileType::Symlink {
                 for (key, value) in tree::xattrs(&source.at, &source.name) {
                     tree::set_xattr(parent, name, &key, &value)
@@ -221,6 +234,26 @@ fn chown(parent: &OwnedFd, name: &OsStr, stat: &Stat) -> Result<()> {
     let known = |id: u32| if id == NOBODY { 0 } else { id };
     let (uid, gid) = (known(stat.st_uid), known(stat.st_gid));
     give(parent, name, uid, gid)
+}
+
+/// Notes for a copy what is noted of its source.
+fn note(
+    record: &mut Owners,
+    source: &Source,
+    parent: &OwnedFd,
+    name: &OsStr,
+) -> std::io::Result<()> {
+    let open = |at: &OwnedFd, name: &OsStr, more: OFlags| {
+        rustix::fs::openat(
+            at,
+            name,
+            OFlags::PATH | OFlags::CLOEXEC | more,
+            Mode::empty(),
+        )
+    };
+    let from = open(&source.at, &source.name, source.follow_flag())?;
+    let owner = record.get(from.as_fd())?.unwrap_or_default();
+    record.set(open(parent, name, OFlags::NOFOLLOW)?.as_fd(), owner)
 }
 
 /// Gives a name to an owner; where that one does not exist in the namespace it stays root's.

@@ -12,23 +12,31 @@ use super::deffile::Stage;
 use super::tree::{self, Tree};
 use super::{Settings, UMASK, glob};
 use crate::digest::Digest;
+use crate::engine::emulate::Owners;
 use crate::host::normalise;
 use crate::say;
 
 /// Gives the root file system of a stage.
 pub type Stages<'a> = dyn Fn(&str) -> Option<PathBuf> + 'a;
 
-/// Copies what `%files` sections name: those from other stages (`stages` gives their trees), or those from the host.
+/// Copies what `%files` sections name: those from other stages (`from` gives their trees), or those from the host.
+/// `record` has the owners of all stages that the kernel does not know.
 ///
 /// # Errors
 /// Naming what cannot be copied.
-pub fn copy(to: &Tree, stage: &Stage, from: Option<&Stages>, settings: &Settings) -> Result<()> {
+pub fn copy(
+    to: &Tree,
+    stage: &Stage,
+    from: Option<&Stages>,
+    settings: &Settings,
+    record: &mut Owners,
+) -> Result<()> {
     for section in &stage.files {
         for (source, target) in &section.pairs {
             match (&section.from, from) {
                 (Some(name), Some(stages)) => {
                     let path = stages(name).with_context(|| format!("there is no stage {name}"))?;
-                    from_stage(&Tree::open(&path)?, to, source, target.as_deref())?;
+                    from_stage(&Tree::open(&path)?, to, source, target.as_deref(), record)?;
                 }
                 (None, None) => {
                     let target = target.as_deref().unwrap_or(source);
@@ -99,7 +107,13 @@ fn on_host(source: &str, settings: &Settings) -> Result<Vec<PathBuf>> {
     .context("%files")
 }
 
-fn from_stage(from: &Tree, to: &Tree, source: &str, target: Option<&str>) -> Result<()> {
+fn from_stage(
+    from: &Tree,
+    to: &Tree,
+    source: &str,
+    target: Option<&str>,
+    record: &mut Owners,
+) -> Result<()> {
     let pattern = normalise(&Path::new("/").join(source));
     let found = if glob::is_pattern(source) && from.stat(&pattern).is_none() {
         glob::expand(&pattern, &|directory| {
@@ -120,7 +134,9 @@ fn from_stage(from: &Tree, to: &Tree, source: &str, target: Option<&str>) -> Res
             target.display()
         ));
         let place = place(to, &path, &target, many)?;
-        Copier::new(to, Manner::Exact).copy(&Source::of_tree(from, &path)?, &place)?;
+        Copier::new(to, Manner::Exact)
+            .with_owners(record)
+            .copy(&Source::of_tree(from, &path)?, &place)?;
     }
     Ok(())
 }

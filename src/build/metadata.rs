@@ -167,13 +167,9 @@ fn labels(tree: &Tree, stage: &Stage, settings: &Settings) -> Result<()> {
     let prefix = "org.label-schema";
     labels.retain(|key, _| !key.starts_with("org.label-schema.usage.singularity.deffile."));
     let mut set = |key: String, value: &str| drop(labels.insert(key, value.to_owned()));
-    set(format!("{prefix}.schema-version"), "1.0");
-    set(format!("{prefix}.build-arch"), settings.arch);
-    set(format!("{prefix}.build-date"), &settings.build_date());
-    set(
-        format!("{prefix}.usage.apptainer.version"),
-        settings.version,
-    );
+    for (key, value) in metadir::labels::of_build(settings.arch, settings.time_s, &[]) {
+        set(key, &value);
+    }
     if !stage.help.is_empty() {
         for name in ["usage", "usage.apptainer.runscript.help"] {
             set(format!("{prefix}.{name}"), "/.singularity.d/runscript.help");

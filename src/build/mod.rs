@@ -32,7 +32,6 @@ use crate::cache::Cache;
 use crate::digest::Digest;
 use crate::engine::emulate::Owners;
 use crate::host::Host;
-use crate::metadir::labels::Date;
 use crate::net;
 use crate::oci::config::Origin;
 use crate::oci::{Image, Platform};
@@ -116,8 +115,6 @@ pub struct Settings {
     pub steps: Option<Steps>,
     /// Registries and the like, when a stage needs them.
     pub net: Option<Net>,
-    /// The version that labels tell.
-    pub version: &'static str,
     /// Gives what `inspect --all --json` says of an image.
     pub describe: fn(&Path) -> Result<Vec<u8>>,
 }
@@ -152,11 +149,6 @@ impl Settings {
             time_s: self.time_s,
             identity,
         }
-    }
-
-    /// `Saturday_21_November_2026_19:21:20_UTC`.
-    fn build_date(&self) -> String {
-        Date::at(self.time_s).spoken()
     }
 }
 
@@ -199,6 +191,8 @@ fn pipeline(def: &Def, settings: &Settings, room: &Room) -> Result<()> {
         }
     }
     let mut made: Vec<Made> = Vec::new();
+    // One for all stages: a file is told by its number in the file system.
+    let mut record = Owners::default();
     let whole: String = def.stages.iter().map(|s| s.text.as_str()).collect();
     for (number, stage) in def.stages.iter().enumerate() {
         let last = number + 1 == def.stages.len();
@@ -207,7 +201,6 @@ fn pipeline(def: &Def, settings: &Settings, room: &Room) -> Result<()> {
             Form::Sandbox if last => room.beside.join("rootfs"),
             _ => room.temporary.join(format!("rootfs{number}")),
         };
-        let mut record = Owners::default();
         let mut work = Work {
             stage,
             settings,
@@ -304,7 +297,6 @@ impl Work<'_> {
                     std::fs::remove_dir_all(self.root)?;
                     std::fs::create_dir(self.root)?;
                     set_mode(self.root, 0o755)?;
-                    *self.record = Owners::default();
                 }
             }
         }
@@ -373,13 +365,13 @@ impl Work<'_> {
                 let stage = self.made.iter().find(|m| m.name.as_deref() == Some(name));
                 stage.map(|m| m.root.clone())
             };
-            files::copy(tree, stage, Some(&root_of), settings)?;
+            files::copy(tree, stage, Some(&root_of), settings, self.record)?;
         }
         if settings.wants(Part::Setup) {
             sections::on_host("setup", &stage.setup, self.root, self.room, settings)?;
         }
         if settings.wants(Part::Files) {
-            files::copy(tree, stage, None, settings)?;
+            files::copy(tree, stage, None, settings, self.record)?;
         }
         if settings.wants(Part::Post) {
             sections::post(tree, stage, self.room, settings, self.record)?;

@@ -42,7 +42,7 @@ pub struct BuildArgs {
     /// Options of mksquashfs: -comp, -Xcompression-level, -b, -processors
     #[arg(long, value_name = "ARGS", help_heading = "Result")]
     pub mksquashfs_args: Option<String>,
-    /// Equal input gives equal bytes: times are SOURCE_DATE_EPOCH, else that of the definition
+    /// Equal input gives equal bytes: no time in the image is later than SOURCE_DATE_EPOCH, else 1970
     #[arg(long, help_heading = "Result")]
     pub reproducible: bool,
     /// Give the owner read and write permission on everything
@@ -201,7 +201,7 @@ impl BuildArgs {
 ///
 /// # Errors
 /// Whatever is wrong with the options, the source or the machine; in the peers' words where clients read them.
-pub fn run(args: &BuildArgs, words: &[OsString], host: Host, version: &'static str) -> Result<u8> {
+pub fn run(args: &BuildArgs, words: &[OsString], host: Host) -> Result<u8> {
     if let Some((option, why)) = args.refusal() {
         bail!("{option} is not supported: {why}");
     }
@@ -221,7 +221,7 @@ pub fn run(args: &BuildArgs, words: &[OsString], host: Host, version: &'static s
     for warning in &def.warnings {
         say::warn(format_args!("{warning}"));
     }
-    let mut settings = settings(args, host, target, form, &def, from_text, version)?;
+    let mut settings = settings(args, host, target, form, &def, from_text)?;
     let temporary = args.tmpdir.clone().unwrap_or_else(std::env::temp_dir);
     let temporary = settings.host.cwd.join(temporary);
     say::info(format_args!("Starting build..."));
@@ -436,7 +436,6 @@ fn settings(
     form: Form,
     def: &Def,
     origin: Origin,
-    version: &'static str,
 ) -> Result<Settings> {
     let arch = match &args.build_arch {
         Some(name) => known_arch(name)?,
@@ -510,7 +509,6 @@ fn settings(
         options: options(args, reproducible.then_some(time_s))?,
         steps,
         net: None,
-        version,
         describe: super::inspect::describe,
         host,
     })

@@ -191,7 +191,7 @@ pub fn main(args: &[OsString]) -> Result<u8> {
         "build" => {
             let host = Host::read()?;
             let (args, words) = parse_interspersed::<build::BuildArgs>("build", rest, &host)?;
-            build::run(&args, &words, host, APPTAINER_VERSION)
+            build::run(&args, &words, host)
         }
         "inspect" => inspect::run(parse::<inspect::InspectArgs>("inspect", rest)?),
         "instance" => instance::run(rest, persona),

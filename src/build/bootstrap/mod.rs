@@ -89,6 +89,13 @@ pub fn prepare(stage: &Stage, room: &Path, settings: &Settings) -> Result<Base> 
 /// # Errors
 /// As [`prepare`].
 pub fn fetch(stage: &Stage, settings: &Settings) -> Result<()> {
+    if stage.key("fingerprints").is_some() {
+        bail!(
+            "the header key Fingerprints is not supported: signatures cannot be verified by this version; without the key {} is \
+             used as it is",
+            stage.key("from").unwrap_or("the base")
+        );
+    }
     let agent = agent(stage);
     match agent.as_str() {
         "docker" => oci::fetch(from(stage, &agent)?, stage, settings),
