@@ -114,9 +114,9 @@ fn all_sections_do_what_they_say() {
 #[test]
 fn owners_are_true_with_and_without_subordinate_ids() {
     let s = Site::new();
-    let body = "%post\n echo x > /opt/f; chown 33:44 /opt/f; chmod 4755 /opt/f; mkdir /opt/d; chown 7:8 /opt/d\n stat -c %u:%g /opt/f > /seen\n";
+    let body = "%setup\n touch \"$APPTAINER_ROOTFS/opt/s\"; chown 5:6 \"$APPTAINER_ROOTFS/opt/s\"\n%post\n echo x > /opt/f; chown 33:44 /opt/f; chmod 4755 /opt/f; mkdir /opt/d; chown 7:8 /opt/d\n stat -c %u:%g /opt/f > /seen\n";
     let later = format!(
-        "Stage: one\n{body}Bootstrap: localimage\nFrom: base.sif\nStage: two\n%files from one\n /opt/f\n /opt/d\n%post\n stat -c %u:%g /opt/f > /seen\n"
+        "Stage: one\n{body}Bootstrap: localimage\nFrom: base.sif\nStage: two\n%files from one\n /opt/f\n /opt/d\n /opt/s\n%post\n stat -c %u:%g /opt/f > /seen\n"
     );
     let listed = |body: &str, words: &[&str]| {
         let out = s.build(body, &[&["-F", "--disable-cache"], words].concat());
@@ -150,6 +150,10 @@ fn owners_are_true_with_and_without_subordinate_ids() {
     );
     assert!(
         mapped.iter().any(|l| l.starts_with("drwxr-xr-x 7/8")),
+        "{mapped:?}"
+    );
+    assert!(
+        mapped.iter().any(|l| l.starts_with("-rw-r--r-- 5/6")),
         "{mapped:?}"
     );
     assert_eq!(listed(body, &["--ignore-subuid"]), mapped);
@@ -396,7 +400,7 @@ fn arguments_and_applications_are_built_in() {
 #[test]
 fn sections_can_be_chosen_and_tests_left_out() {
     let s = Site::new();
-    let body = "%post\n echo x > /made\n%test\n false\n%environment\n export E=e\n";
+    let body = "%setup\n touch \"$APPTAINER_ROOTFS/opt/s\"; chown 5:6 \"$APPTAINER_ROOTFS/opt/s\"\n%post\n echo x > /made\n%test\n false\n%environment\n export E=e\n";
     assert_eq!(s.build(body, &["--notest"]).status, 0);
     assert_eq!(s.build(body, &["-F", "--section", "environment"]).status, 0);
     assert_ne!(s.exec(&["test", "-e", "/made"]).status, 0);

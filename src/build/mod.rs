@@ -251,7 +251,14 @@ impl Work<'_> {
     fn run(&mut self, whole_text: &str) -> Result<Option<String>> {
         let (stage, settings) = (self.stage, self.settings);
         if settings.wants(Part::Setup) {
-            sections::on_host("pre", &stage.pre, self.root, self.room, settings)?;
+            sections::on_host(
+                "pre",
+                &stage.pre,
+                self.root,
+                self.room,
+                settings,
+                self.record,
+            )?;
         }
         let key = if settings.form == Form::Update && self.root == settings.target {
             let tree = Tree::open(self.root)?;
@@ -368,7 +375,14 @@ impl Work<'_> {
             files::copy(tree, stage, Some(&root_of), settings, self.record)?;
         }
         if settings.wants(Part::Setup) {
-            sections::on_host("setup", &stage.setup, self.root, self.room, settings)?;
+            sections::on_host(
+                "setup",
+                &stage.setup,
+                self.root,
+                self.room,
+                settings,
+                self.record,
+            )?;
         }
         if settings.wants(Part::Files) {
             files::copy(tree, stage, None, settings, self.record)?;

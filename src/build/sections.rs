@@ -58,7 +58,8 @@ fn words(name: &str, args: &str, script: &Path) -> Result<Vec<OsString>> {
     Ok(words)
 }
 
-/// Runs `%pre` or `%setup` on the host, as root of the build's user namespace.
+/// Runs `%pre` or `%setup` on the host, as root of the build's user namespace. Where owners are emulated, with the host's
+/// files as its root, so that what it gives away is in the record.
 ///
 /// # Errors
 /// When it fails.
@@ -68,6 +69,7 @@ pub fn on_host(
     root: &Path,
     room: &Path,
     settings: &Settings,
+    owners: &mut Owners,
 ) -> Result<()> {
     if script.is_empty() {
         return Ok(());
@@ -77,27 +79,81 @@ pub fn on_host(
     std::fs::write(&file, &script.text)
         .with_context(|| format!("cannot write {}", file.display()))?;
     let words = words(name, &script.args, &file)?;
-    let mut command = Command::new(&words[0]);
-    command.args(&words[1..]).current_dir(&settings.host.cwd);
+    let mut variables: Vec<(String, OsString)> = Vec::new();
     for prefix in ["APPTAINER", "SINGULARITY"] {
-        command.env(format!("{prefix}_ROOTFS"), root);
-        command.env(
-            format!("{prefix}_ENVIRONMENT"),
-            root.join(ENVIRONMENT.trim_start_matches('/')),
-        );
+        variables.push((format!("{prefix}_ROOTFS"), root.into()));
+        let environment = root.join(ENVIRONMENT.trim_start_matches('/'));
+        variables.push((format!("{prefix}_ENVIRONMENT"), environment.into()));
     }
-    let status = command
-        .status()
-        .with_context(|| format!("cannot run %{name}"))?;
+    let code = match settings.ids {
+        Ids::Emulated => with_owners(words, variables, room, settings, owners)?.into(),
+        _ => {
+            directly(&words, variables, settings).with_context(|| format!("cannot run %{name}"))?
+        }
+    };
     let _ = std::fs::remove_file(&file);
-    if status.success() {
+    if code == 0 {
         return Ok(());
     }
-    use std::os::unix::process::ExitStatusExt as _;
-    let code = status
-        .code()
-        .unwrap_or_else(|| 128 + status.signal().unwrap_or(0));
     bail!("while running engine: while running %{name} section: exit status {code}")
+}
+
+/// Runs words as they are; gives their status.
+fn directly(
+    words: &[OsString],
+    variables: Vec<(String, OsString)>,
+    settings: &Settings,
+) -> Result<i32> {
+    use std::os::unix::process::ExitStatusExt as _;
+    let status = Command::new(&words[0])
+        .args(&words[1..])
+        .envs(variables)
+        .current_dir(&settings.host.cwd)
+        .status()?;
+    Ok(status
+        .code()
+        .unwrap_or_else(|| 128 + status.signal().unwrap_or(0)))
+}
+
+/// The same with emulated owners: those come only with a container, and this one has the host's root.
+fn with_owners(
+    words: Vec<OsString>,
+    variables: Vec<(String, OsString)>,
+    room: &Path,
+    settings: &Settings,
+    owners: &mut Owners,
+) -> Result<u8> {
+    let own = [
+        "home",
+        "cwd",
+        "tmp",
+        "dev",
+        "devpts",
+        "sys",
+        "bind-paths",
+        "/etc/resolv.conf",
+    ];
+    let mut env = variables;
+    env.extend(
+        settings
+            .host
+            .var("PATH")
+            .map(|path| ("PATH".to_owned(), path.to_owned())),
+    );
+    let request = Request {
+        no_mount: own.map(str::to_owned).to_vec(),
+        binds: Vec::new(),
+        gpu: Vec::new(),
+        workdir: None,
+        contain: false,
+        cwd: Some(settings.host.cwd.clone()),
+        environment: EnvironmentRequest {
+            env,
+            ..EnvironmentRequest::default()
+        },
+        ..request(words, Write::Root, room, settings)
+    };
+    run(Path::new("/"), &request, settings, owners, &[])
 }
 
 /// Runs `%post`, and what `%appinstall` sections add to it, inside.
@@ -180,7 +236,6 @@ fn contained(
     settings: &Settings,
     owners: &mut Owners,
 ) -> Result<u8> {
-    let host = root_of(&settings.host);
     let work = room.join("work");
     for name in ["tmp", "var_tmp"] {
         let path = work.join(name);
@@ -189,6 +244,18 @@ fn contained(
         super::set_mode(&path, 0o1777)?;
     }
     let request = request(words, write, &work, settings);
+    let more = ["/etc/resolv.conf", "/etc/hosts"].map(stand_in);
+    run(root, &request, settings, owners, &more)
+}
+
+/// Runs a request in a directory as its root, with further mounts; gives the status.
+fn run(
+    root: &Path,
+    request: &Request,
+    settings: &Settings,
+    owners: &mut Owners,
+    more: &[Mount],
+) -> Result<u8> {
     let facts = Facts {
         arch: None,
         path: root.to_owned(),
@@ -197,8 +264,8 @@ fn contained(
     };
     let groups = [("root".to_owned(), 0)];
     let mut planned = plan::plan(
-        &request,
-        &host,
+        request,
+        &root_of(&settings.host),
         &facts,
         Root::Directory(root.to_owned()),
         &groups,
@@ -206,10 +273,7 @@ fn contained(
     for warning in planned.warnings.iter().chain(&planned.infos) {
         say::verbose(format_args!("{warning}"));
     }
-    planned
-        .plan
-        .mounts
-        .extend(["/etc/resolv.conf", "/etc/hosts"].map(stand_in));
+    planned.plan.mounts.extend(more.iter().cloned());
     let plan = planned.plan;
     if plan.ownership == Ownership::Emulated {
         return engine::run_emulated(&plan, &Places::default(), None, owners);
