@@ -12,7 +12,7 @@ use anyhow::Result;
 
 use super::{Persona, Usage};
 use crate::host::Host;
-use crate::{exit, say};
+use crate::say;
 
 /// The commands below `instance`, with the line that their list shows.
 pub const COMMANDS: &[(&str, &str)] = &[
@@ -52,37 +52,14 @@ pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
         "wait" => watch::wait(&super::parse("instance wait", rest)?),
         "inspect" => watch::inspect(&super::parse("instance inspect", rest)?),
         "unit" => unit::run(rest),
-        "" | "help" | "--help" | "-h" => {
-            print_usage(persona)?;
-            Ok(if verb.is_empty() {
-                exit::USAGE
-            } else {
-                exit::OK
-            })
-        }
-        other => {
-            print_usage(persona)?;
-            Err(Usage {
-                command: "instance".into(),
-                text: format!("unknown command {other:?}"),
-            }
-            .into())
-        }
+        other => super::print_group(
+            "instance",
+            "Manage containers running as services",
+            COMMANDS,
+            other,
+            persona,
+        ),
     }
-}
-
-fn print_usage(persona: Persona) -> Result<()> {
-    let program = super::program(persona);
-    say::out(format_args!(
-        "Manage containers running as services\n\nUsage:\n  {program} instance <command>\n\nAvailable Commands:\n"
-    ))?;
-    for (name, about) in COMMANDS {
-        say::out(format_args!("  {name:<10}{about}\n"))?;
-    }
-    say::out(format_args!(
-        "\nRun '{program} instance <command> --help' for the options of a command.\n"
-    ))?;
-    Ok(())
 }
 
 /// Says that a command found no instance: a wrong command line, as clients expect it.

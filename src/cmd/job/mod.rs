@@ -15,7 +15,7 @@ use anyhow::{Context, Result, bail};
 
 pub use self::oci::OciRunArgs;
 pub use self::stop::StopArgs;
-use super::{Persona, Usage};
+use super::Persona;
 use crate::engine::sys;
 use crate::host::Host;
 use crate::instance::Registry;
@@ -145,37 +145,8 @@ pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
             super::parse::<NoArgs>("job services", rest)?;
             services()
         }
-        "" | "help" | "--help" | "-h" => {
-            print_usage(persona)?;
-            Ok(if verb.is_empty() {
-                exit::USAGE
-            } else {
-                exit::OK
-            })
-        }
-        other => {
-            print_usage(persona)?;
-            Err(Usage {
-                command: "job".into(),
-                text: format!("unknown command {other:?}"),
-            }
-            .into())
-        }
+        other => super::print_group("job", "Services of Slurm jobs", COMMANDS, other, persona),
     }
-}
-
-fn print_usage(persona: Persona) -> Result<()> {
-    let program = super::program(persona);
-    say::out(format_args!(
-        "Services of Slurm jobs\n\nUsage:\n  {program} job <command>\n\nAvailable Commands:\n"
-    ))?;
-    for (name, about) in COMMANDS {
-        say::out(format_args!("  {name:<10}{about}\n"))?;
-    }
-    say::out(format_args!(
-        "\nRun '{program} job <command> --help' for the options of a command.\n"
-    ))?;
-    Ok(())
 }
 
 fn need_root(command: &str) -> Result<()> {
