@@ -232,6 +232,8 @@ impl Archive {
         for extent in extents {
             if !extent.size.is_hole() && !self.data.has(extent.position, extent.size) {
                 self.data.block(extent.position, extent.size)?;
+                // Who was woken by an answer meanwhile comes first, also where there is no processor to spare.
+                std::thread::yield_now();
             }
         }
         Ok(())

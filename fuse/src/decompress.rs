@@ -1,9 +1,9 @@
 //! Compressor id -> decompress into a caller's buffer.
 //!
-//! gzip goes to libdeflate, which is about twice as fast as zlib; zstd to the reference library with one
-//! context per thread; xz to liblzma with a memory limit, since a hostile stream may ask for a
-//! dictionary of 4 GiB; lz4 to `lz4_flex`; the compressor options to `backhand`. The output never grows:
-//! a block that does not fit is damaged.
+//! gzip goes to libdeflate, which is about twice as fast as zlib; zstd and lz4 to the reference libraries, zstd
+//! with one context per thread; xz to liblzma with a memory limit, since a hostile stream may ask for a
+//! dictionary of 4 GiB; the compressor options to `backhand`. The output never grows: a block that does not
+//! fit is damaged.
 
 use std::cell::RefCell;
 use std::io::Cursor;
@@ -121,5 +121,6 @@ fn xz(memory_bytes: u64, input: &[u8], out: &mut [u8]) -> Result<usize> {
 }
 
 fn lz4(input: &[u8], out: &mut [u8]) -> Result<usize> {
-    lz4_flex::block::decompress_into(input, out).map_err(|_| Error::Damaged("lz4 data"))
+    let room = i32::try_from(out.len()).map_err(|_| Error::Damaged("lz4 data"))?;
+    lz4::block::decompress_to_buffer(input, Some(room), out).map_err(|_| Error::Damaged("lz4 data"))
 }

@@ -78,7 +78,7 @@ pub fn start(
         SockFlag::SOCK_CLOEXEC,
     )
     .context("cannot create a socket")?;
-    let client = server::Client::own(places);
+    let client = server::Client::own(places, plan.program());
     match sys::fork()? {
         Fork::Child => {
             drop(control);

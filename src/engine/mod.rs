@@ -117,7 +117,7 @@ fn run_owned(
     rootfs::check_sources(plan)?;
     let connector = network.map(Connector::start).transpose()?;
     let points = rootfs::points(plan);
-    let client = server::Client::own(places);
+    let client = server::Client::own(places, plan.program());
     let stage = enter_user_namespace(plan, &points, &client)?;
     let images = rootfs::images(plan, &client, &mut Vec::new())?;
     sys::forbid_tracing();

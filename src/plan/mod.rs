@@ -136,6 +136,16 @@ pub struct Plan {
     pub process: Process,
 }
 
+impl Plan {
+    /// The program that is started in the root, by path or name, where no script of the image decides.
+    pub fn program(&self) -> Option<&Path> {
+        match self.process.verb {
+            Verb::Exec => self.process.args.first().map(Path::new),
+            _ => None,
+        }
+    }
+}
+
 /// Stepping into a container that runs already: it has no root and no mounts to get wrong.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Join {

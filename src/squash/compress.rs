@@ -1,8 +1,8 @@
 //! How blocks are compressed: the choice that a user makes, a context for each thread, and the options block that the
 //! format wants for it (`squashfs_fs.h` of squashfs-tools; the kernel's `*_wrapper.c`).
 //!
-//! gzip goes to libdeflate, which is several times as fast as zlib at the same size; zstd and xz to the reference
-//! libraries; lz4 to `lz4_flex`. The same block gives the same bytes in every thread.
+//! gzip goes to libdeflate, which is several times as fast as zlib at the same size; zstd, xz and lz4 to the reference
+//! libraries. The same block gives the same bytes in every thread.
 
 use std::fmt;
 use std::str::FromStr;
@@ -28,8 +28,12 @@ pub enum Compression {
         /// 0 (fast) to 9 (small).
         level: u32,
     },
-    /// lz4 blocks of the fast kind.
-    Lz4,
+    /// lz4 blocks. No level: the fast kind; levels 3 to 12: the high compression kind, as slow as zstd, and as fast to
+    /// read as the other.
+    Lz4 {
+        /// 3 to 12 (small).
+        level: Option<u32>,
+    },
 }
 
 impl Default for Compression {
@@ -44,7 +48,7 @@ impl Compression {
         match self {
             Compression::Gzip { .. } => 1,
             Compression::Xz { .. } => 4,
-            Compression::Lz4 => 5,
+            Compression::Lz4 { .. } => 5,
             Compression::Zstd { .. } => 6,
         }
     }
@@ -62,8 +66,8 @@ impl Compression {
             Compression::Zstd { level } => Some(level.to_le_bytes().to_vec()),
             // Without options the dictionary is as large as a block.
             Compression::Xz { .. } => None,
-            // Version 1, no flags.
-            Compression::Lz4 => Some(vec![1, 0, 0, 0, 0, 0, 0, 0]),
+            // Version 1, and whether the kind is high compression.
+            Compression::Lz4 { level } => Some(vec![1, 0, 0, 0, level.is_some().into(), 0, 0, 0]),
         }
     }
 
@@ -76,7 +80,7 @@ impl Compression {
                 (1 << 20) + block_bytes * if level > 12 { 12 } else { 5 }
             }
             Compression::Xz { .. } => (1 << 20) + block_bytes * 12,
-            Compression::Lz4 => 64 << 10,
+            Compression::Lz4 { .. } => 512 << 10,
         }
     }
 }
@@ -84,7 +88,7 @@ impl Compression {
 impl FromStr for Compression {
     type Err = anyhow::Error;
 
-    /// `gzip`, `zstd:3`, `xz:6`, `lz4`.
+    /// `gzip`, `zstd:3`, `xz:6`, `lz4`, `lz4:12`.
     fn from_str(text: &str) -> Result<Compression> {
         let (name, level) = match text.split_once(':') {
             Some((name, level)) => (name, Some(level)),
@@ -112,8 +116,9 @@ impl FromStr for Compression {
             "xz" => Compression::Xz {
                 level: within(6, 0, 9)?,
             },
-            "lz4" if level.is_none() => Compression::Lz4,
-            "lz4" => bail!("compression {text:?}: lz4 has no levels"),
+            "lz4" => Compression::Lz4 {
+                level: level.map(|_| within(12, 3, 12)).transpose()?,
+            },
             _ => {
                 bail!("compression {text:?}: use gzip, zstd, xz or lz4, with a level as in zstd:15")
             }
@@ -127,7 +132,8 @@ impl fmt::Display for Compression {
             Compression::Gzip { level } => write!(f, "gzip:{level}"),
             Compression::Zstd { level } => write!(f, "zstd:{level}"),
             Compression::Xz { level } => write!(f, "xz:{level}"),
-            Compression::Lz4 => f.write_str("lz4"),
+            Compression::Lz4 { level: None } => f.write_str("lz4"),
+            Compression::Lz4 { level: Some(level) } => write!(f, "lz4:{level}"),
         }
     }
 }
@@ -137,7 +143,7 @@ pub(super) enum Encoder {
     Gzip(libdeflater::Compressor),
     Zstd(zstd::bulk::Compressor<'static>),
     Xz { level: u32, dictionary_bytes: u32 },
-    Lz4,
+    Lz4 { level: Option<u32> },
 }
 
 impl Encoder {
@@ -157,7 +163,7 @@ impl Encoder {
                 level,
                 dictionary_bytes: u32::try_from(block_bytes.max(8192))?,
             },
-            Compression::Lz4 => Encoder::Lz4,
+            Compression::Lz4 { level } => Encoder::Lz4 { level },
         })
     }
 
@@ -167,7 +173,7 @@ impl Encoder {
         let room = match self {
             Encoder::Gzip(_) | Encoder::Xz { .. } => raw.len().saturating_sub(1),
             Encoder::Zstd(_) => zstd::zstd_safe::compress_bound(raw.len()),
-            Encoder::Lz4 => lz4_flex::block::get_maximum_output_size(raw.len()),
+            Encoder::Lz4 { .. } => lz4::block::compress_bound(raw.len())?,
         };
         packed.resize(room, 0);
         let len = match self {
@@ -180,10 +186,12 @@ impl Encoder {
                 level,
                 dictionary_bytes,
             } => xz(*level, *dictionary_bytes, raw, packed).context("cannot compress with xz")?,
-            Encoder::Lz4 => Some(
-                lz4_flex::block::compress_into(raw, packed)
-                    .map_err(|e| anyhow!("cannot compress with lz4: {e}"))?,
-            ),
+            Encoder::Lz4 { level } => {
+                use lz4::block::CompressionMode::{DEFAULT, HIGHCOMPRESSION};
+                let mode = level.map_or(DEFAULT, |level| HIGHCOMPRESSION(level.cast_signed()));
+                let len = lz4::block::compress_to_buffer(raw, Some(mode), false, packed);
+                Some(len.context("cannot compress with lz4")?)
+            }
         };
         let len = len.filter(|len| *len < raw.len());
         packed.truncate(len.unwrap_or(0));
@@ -222,7 +230,7 @@ impl Decoder {
             Compression::Xz { .. } => Decoder::Xz {
                 memory_bytes: (block_bytes + (1 << 20)) as u64,
             },
-            Compression::Lz4 => Decoder::Lz4,
+            Compression::Lz4 { .. } => Decoder::Lz4,
         })
     }
 
@@ -239,7 +247,10 @@ impl Decoder {
                 stream.process(packed, &mut raw, Action::Finish)?;
                 usize::try_from(stream.total_out())?
             }
-            Decoder::Lz4 => lz4_flex::block::decompress_into(packed, &mut raw)?,
+            Decoder::Lz4 => {
+                let room = i32::try_from(room)?;
+                lz4::block::decompress_to_buffer(packed, Some(room), &mut raw)?
+            }
         };
         raw.truncate(len);
         Ok(raw)

@@ -81,7 +81,7 @@ fn samples() -> Vec<Vec<u8>> {
 #[test]
 fn every_compressor_and_block_size_is_read_back() {
     let samples = samples();
-    for compression in ["gzip", "gzip:1", "zstd:3", "xz:1", "lz4"] {
+    for compression in ["gzip", "gzip:1", "zstd:3", "xz:1", "lz4", "lz4:12"] {
         for block_bytes in [4096, 131_072, 1 << 20] {
             let options = Options {
                 compression: compression.parse().unwrap(),
@@ -275,7 +275,7 @@ fn directories_have_one_name() {
 
 #[test]
 fn compressions_are_parsed_and_printed() {
-    for text in ["gzip:9", "gzip:1", "zstd:15", "xz:6", "lz4"] {
+    for text in ["gzip:9", "gzip:1", "zstd:15", "xz:6", "lz4", "lz4:9"] {
         assert_eq!(text.parse::<Compression>().unwrap().to_string(), text);
     }
     assert_eq!(
@@ -283,7 +283,7 @@ fn compressions_are_parsed_and_printed() {
         Compression::Zstd { level: 15 }
     );
     for text in [
-        "", "gzip:0", "gzip:13", "zstd:23", "zstd:x", "lz4:1", "lzo", "xz:10",
+        "", "gzip:0", "gzip:13", "zstd:23", "zstd:x", "lz4:1", "lz4:13", "lzo", "xz:10",
     ] {
         assert!(text.parse::<Compression>().is_err(), "{text}");
     }

@@ -1,4 +1,5 @@
-//! Decompresses what a sequential reader will want next, on a thread of its own.
+//! Decompresses what a reader will want next, on a thread of its own: the next blocks of one who reads on, and the whole
+//! of a program or library whose pages are asked for here and there, as by a program that starts.
 //!
 //! The kernel reads ahead too, but only 128 KiB for a user's mount: less than one block of many images.
 
@@ -13,8 +14,11 @@ use crate::cache::lock;
 const STREAMS: usize = 16;
 /// Bytes prepared for each, if a block is not larger.
 const AHEAD_BYTES: u64 = 512 << 10;
-/// Only files of more blocks than this are worth it.
+/// Only files of more blocks than this are worth it for one who reads on.
 const BLOCKS_MIN: u64 = 4;
+/// Files of at most so many bytes are prepared as a whole for one who reads here and there. Most shared libraries are
+/// smaller.
+const WHOLE_BYTES: u64 = 4 << 20;
 /// How far requests that the kernel sends at once may overtake each other.
 const DISORDER_BYTES: u64 = 1 << 20;
 /// Requests to the thread that wait, at most; more are dropped, since they would come too late.
@@ -64,7 +68,7 @@ impl Ahead {
 
     /// Notes that `len` bytes at `offset` of a file of `size` bytes are read.
     pub(super) fn note(&self, at: Place, offset: u64, len: usize, size: u64) {
-        if size <= BLOCKS_MIN * self.block_size || len == 0 {
+        if size <= self.block_size || len == 0 {
             return;
         }
         let end = offset.saturating_add(len as u64);
@@ -73,10 +77,18 @@ impl Ahead {
         }
     }
 
-    /// The blocks to prepare now.
+    /// Prepares a file from its start, as much of it as of one that is read here and there.
+    pub(super) fn prepare(&self, at: Place, size: u64) {
+        let blocks = size.min(WHOLE_BYTES).div_ceil(self.block_size);
+        self.send((at, 0, blocks));
+    }
+
+    /// The blocks to prepare now, and how many.
     fn follow(&self, at: Place, offset: u64, end: u64, size: u64) -> Option<(u64, u64)> {
         let mut streams = lock(&self.streams);
-        let is_same = |s: &Stream| s.at == at && s.end.abs_diff(offset) <= DISORDER_BYTES;
+        let is_small = size <= WHOLE_BYTES;
+        let is_same =
+            |s: &Stream| s.at == at && (is_small || s.end.abs_diff(offset) <= DISORDER_BYTES);
         let Some(index) = streams.iter().position(is_same) else {
             streams.truncate(STREAMS - 1);
             let next_block = end.div_ceil(self.block_size);
@@ -88,16 +100,33 @@ impl Ahead {
             return None;
         };
         let mut stream = streams.remove(index)?;
-        let is_forward = end > stream.end;
-        stream.end = stream.end.max(end);
-        let last = (stream.end + AHEAD_BYTES.max(self.block_size)).min(size) / self.block_size;
-        let first = stream.next_block.max(stream.end / self.block_size);
-        let job = (is_forward && first < last).then_some((first, last.saturating_sub(first)));
-        if job.is_some() {
+        let (first, last) = if is_small && offset != stream.end {
+            // What is there already is passed over.
+            let blocks = size.div_ceil(self.block_size);
+            (
+                if stream.next_block < blocks {
+                    0
+                } else {
+                    blocks
+                },
+                blocks,
+            )
+        } else if size > BLOCKS_MIN * self.block_size && end > stream.end {
+            let last = (end + AHEAD_BYTES.max(self.block_size)).min(size) / self.block_size;
+            (stream.next_block.max(end / self.block_size), last)
+        } else {
+            (0, 0)
+        };
+        stream.end = match is_small {
+            true => end,
+            false => stream.end.max(end),
+        };
+        let count = last.checked_sub(first).filter(|count| *count > 0);
+        if count.is_some() {
             stream.next_block = last;
         }
         streams.push_front(stream);
-        job
+        count.map(|count| (first, count))
     }
 
     fn send(&self, job: (Place, u64, u64)) {
@@ -140,5 +169,41 @@ impl Shared {
                 return None;
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is prepared for requests of this place and length, one after the other, in a file of `size` bytes.
+    fn jobs(size: u64, requests: &[(u64, u64)]) -> Vec<Option<(u64, u64)>> {
+        let dir = tempfile::tempdir().expect("a scratch directory");
+        let image = dir.path().join("image");
+        let packed = std::process::Command::new("mksquashfs")
+            .args([dir.path(), &image])
+            .args(["-quiet", "-no-progress"])
+            .output();
+        assert!(packed.expect("mksquashfs").status.success());
+        let file = std::fs::File::open(&image).expect("the image");
+        let archive = crate::Archive::open(file, 0, None).expect("an archive");
+        let ahead = Ahead::new(Arc::new(Tree::Squashfs(Arc::new(archive))), 128 << 10);
+        let follow = |(offset, len): &(u64, u64)| {
+            ahead.follow(Place(7), offset << 10, (offset + len) << 10, size << 10)
+        };
+        requests.iter().map(follow).collect()
+    }
+
+    #[test]
+    fn one_who_reads_on_gets_the_next_blocks_and_one_who_leaps_the_whole_file() {
+        let on = jobs(3000, &[(0, 128), (128, 128), (256, 128)]);
+        assert_eq!(on, [None, Some((2, 4)), Some((6, 1))]);
+        let leaps = jobs(
+            2000,
+            &[(0, 16), (1868, 68), (56, 128), (184, 128), (600, 128)],
+        );
+        assert_eq!(leaps, [None, Some((0, 16)), None, None, None]);
+        // A large file is not prepared for one who leaps, and one of a single block never.
+        assert_eq!(jobs(90_000, &[(0, 16), (50_000, 128)]), [None, None]);
     }
 }

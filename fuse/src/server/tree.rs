@@ -106,6 +106,14 @@ impl Tree {
         }
     }
 
+    /// The file at a path, links followed; nothing in an overlay's file system, which holds parts of a tree only.
+    pub(crate) fn resolve(&self, path: &[u8]) -> Result<Option<Place>> {
+        match self {
+            Tree::Squashfs(archive) => Ok(archive.resolve(path)?.map(Place::from)),
+            Tree::Ext(_) => Ok(None),
+        }
+    }
+
     /// Calls `f` for each entry from the place `from` (0: the start) until it returns false.
     pub(crate) fn list(
         &self,

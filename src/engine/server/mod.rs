@@ -85,17 +85,20 @@ pub struct Client<'a> {
     pub places: &'a Places,
     /// The process that uses the image: the server stays as long as it lives.
     pub user: Option<Held>,
+    /// What it will start there, by path or name, if that is known: a server that begins makes it ready meanwhile.
+    pub program: Option<&'a Path>,
 }
 
 impl<'a> Client<'a> {
     /// This process, which becomes the program.
-    pub fn own(places: &'a Places) -> Client<'a> {
+    pub fn own(places: &'a Places, program: Option<&'a Path>) -> Client<'a> {
         let own = rustix::process::getpid().as_raw_nonzero().get();
         Client {
             places,
             // Before Linux 5.3 there are no pidfds: the server then does not count us, and still never unmounts
             // under us.
             user: Held::child(own),
+            program,
         }
     }
 }
@@ -112,7 +115,7 @@ pub fn enter(
     client: &Client,
 ) -> Result<Stage> {
     let request = wire::encode_points(points)?;
-    let image = Image::open(root, ids, namespace, client.places)?;
+    let image = Image::open(root, ids, namespace, client)?;
     let uid = rustix::process::getuid().as_raw();
     let Some(directory) = runtime::open(uid, client.places.runtime.as_deref()) else {
         say::verbose(format_args!(
@@ -170,6 +173,7 @@ struct Image<'a> {
     ids: IdMap,
     namespace: Namespace,
     profiles: Option<&'a Path>,
+    program: Option<&'a Path>,
 }
 
 impl<'a> Image<'a> {
@@ -177,7 +181,7 @@ impl<'a> Image<'a> {
         root: &'a Root,
         ids: IdMap,
         namespace: Namespace,
-        places: &'a Places,
+        client: &Client<'a>,
     ) -> Result<Image<'a>> {
         let (path, offset, len) = match root {
             Root::Squashfs {
@@ -205,7 +209,8 @@ impl<'a> Image<'a> {
             len,
             ids,
             namespace,
-            profiles: places.profiles.as_deref(),
+            profiles: client.places.profiles.as_deref(),
+            program: client.program,
         })
     }
 

@@ -24,9 +24,12 @@ use crate::engine::wire::{self, Point};
 /// The mount points asked for so far, for a worker that takes over.
 const VIEWS: &str = "/views";
 
-/// what it serves.
+/// Distinct sets of mount points that one server takes, and bytes of them: beyond that the next one starts another.
 const VIEWS_MAX: usize = 1024;
 const VIEWS_BYTES_MAX: usize = 1 << 20;
+
+/// Where most images have their programs; a guess is enough.
+const USUAL: [&str; 4] = ["/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin"];
 
 /// The worker: serves the image from threads, and clients from this one, until nobody is left.
 pub(super) fn work(
@@ -117,6 +120,9 @@ pub(super) fn work(
             &[],
         );
     }
+    if fresh && let Some(program) = image.program {
+        expect(&desk.server, program);
+    }
     desk.run(place, &serving);
     // The mount goes when the last container's copy goes, and the serving thread ends with it.
     let _ = rustix::mount::unmount(MOUNT_POINT, rustix::mount::UnmountFlags::DETACH);
@@ -125,6 +131,20 @@ pub(super) fn work(
     let _ = serving.join();
     desk.server.save_profile();
     end_worker()
+}
+
+/// Has a program made ready while its process still makes its namespaces and mounts.
+fn expect(server: &Server, program: &Path) {
+    // What is damaged is told to who asks for it.
+    let is_there = |path: &Path| server.expect(path.as_os_str().as_bytes()).unwrap_or(false);
+    match program.is_absolute() {
+        true => _ = is_there(program),
+        false => {
+            _ = USUAL
+                .iter()
+                .any(|usual| is_there(&Path::new(usual).join(program)))
+        }
+    }
 }
 
 /// Rings, by a byte in a pipe, when it goes: a copy of its descriptor in a new keeper does not matter.
