@@ -73,12 +73,15 @@ pub(super) fn leave_helper(
     match sys::fork()? {
         Fork::Parent(pid) => {
             drop((sign, socket));
-            known(proc::Id::of(pid.as_raw()))?;
+            let known = known(proc::Id::of(pid.as_raw()));
             // Before it has a session of its own, the end of the Prolog would kill it.
-            if !readable(&alive, Duration::from_secs(2)) {
-                bail!("the helper of job {} does not start", job.id);
+            if known.is_ok() && readable(&alive, Duration::from_secs(2)) {
+                return Ok(());
             }
-            Ok(())
+            // One that nobody knows of would never be ended.
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            known?;
+            bail!("the helper of job {} does not start", job.id)
         }
         Fork::Child => {
             let become_supervisor = || -> Result<std::convert::Infallible> {

@@ -1,6 +1,7 @@
 //! The steps of jobs on this node, by root's own processes `slurmstepd: [JOB.STEP]`.
 
 use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -20,13 +21,14 @@ fn daemons() -> Vec<(i32, String)> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     let daemon = |entry: std::fs::DirEntry| {
         let pid = entry.file_name().to_str()?.parse::<i32>().ok()?;
-        if !is_roots(pid) {
+        // Nothing is read of other users' processes.
+        if entry.metadata().ok()?.uid() != 0 {
             return None;
         }
         let line = std::fs::read(entry.path().join("cmdline")).ok()?;
         let line = String::from_utf8_lossy(&line).into_owned();
         let title = line.strip_prefix("slurmstepd: [")?.split(']').next()?;
-        Some((pid, title.to_owned()))
+        is_roots(pid).then(|| (pid, title.to_owned()))
     };
     entries.filter_map(daemon).collect()
 }

@@ -291,20 +291,21 @@ impl Supervisor<'_> {
         while let Ok(Some(signal)) = signals.read_signal() {
             end |= i32::try_from(signal.ssi_signo) != Ok(libc::SIGCHLD);
         }
-        let mut ended = Vec::new();
-        self.children.retain(
-            |child| match waitpid(child.pid, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, status)) => {
-                    ended.push((pid, u8::try_from(status).unwrap_or(exit::FATAL)));
-                    true
-                }
-                Ok(WaitStatus::Signaled(pid, signal, _)) => {
-                    ended.push((pid, exit::signalled(signal as i32)));
-                    true
-                }
-                _ => true,
-            },
-        );
+        let ended: Vec<(Pid, u8)> = self
+            .children
+            .iter()
+            .filter_map(
+                |child| match waitpid(child.pid, Some(WaitPidFlag::WNOHANG)) {
+                    Ok(WaitStatus::Exited(pid, status)) => {
+                        Some((pid, u8::try_from(status).unwrap_or(exit::FATAL)))
+                    }
+                    Ok(WaitStatus::Signaled(pid, signal, _)) => {
+                        Some((pid, exit::signalled(signal as i32)))
+                    }
+                    _ => None,
+                },
+            )
+            .collect();
         for (pid, status) in ended {
             if let Some(at) = self.children.iter().position(|c| c.pid == pid) {
                 let child = self.children.remove(at);
