@@ -11,9 +11,8 @@ use rustix::fs::{Mode, OFlags};
 
 use super::trouble;
 use crate::engine::sys;
-use crate::proc;
 
-/// How long the helper looks for the mount namespace of a job's steps: they enter it when they begin.
+/// How long the helper looks for the mount namespace of a job's steps: slurmd makes it when the Prolog has ended.
 const ENTERED: Duration = Duration::from_secs(2);
 
 /// The daemons of steps, with what they call themselves: `12.extern`, `12.0`.
@@ -79,44 +78,31 @@ pub(super) fn enter_mounts(job: u32, slurm_conf: Option<&Path>) -> Result<()> {
     }
 }
 
-/// The mount namespace of the extern step, whose processes are root's, when it is another one than ours.
+/// The mount namespace that Slurm has made for a job: it keeps it as a mount, `BASEPATH/JOB/.ns`, in slurmd's own.
 fn mounts_of(job: u32) -> Option<OwnedFd> {
-    let title = format!("{job}.extern");
-    let mut daemons = daemons();
-    daemons.retain(|(_, name)| *name == title);
-    let own = sys::identity(namespace(0, "mnt")?.as_fd()).ok()?;
-    let is_ours = |fd: &OwnedFd| sys::identity(fd.as_fd()).is_ok_and(|id| id == own);
-    if daemons.len() > 1 {
-        // Nodes of several clusters on one machine.
-        daemons.retain(|(pid, _)| namespace(*pid, "mnt").is_some_and(|fd| is_ours(&fd)));
-    }
-    let tree = daemons.into_iter().flat_map(|(pid, _)| {
-        let path = format!("/proc/{pid}/task/{pid}/children");
-        let children = std::fs::read_to_string(path).unwrap_or_default();
-        let children: Vec<i32> = children
-            .split_whitespace()
-            .filter_map(|c| c.parse().ok())
-            .collect();
-        std::iter::once(pid).chain(children)
+    let end = format!("/{job}/.ns");
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let kept = mounts.lines().filter_map(|line| {
+        let (place, source) = line.split_once(" - ")?;
+        let path = place.split(' ').nth(4)?;
+        // Only root can mount a namespace there.
+        (source.starts_with("nsfs ") && path.ends_with(&end)).then_some(path)
     });
-    tree.filter_map(|pid| {
-        // Held, so that its number stays its own while it is looked at.
-        let held = proc::Id::of(pid)?.hold()?;
-        let found = namespace(pid, "mnt").filter(|fd| is_roots(pid) && !is_ours(fd))?;
+    let own = identity("/proc/self/ns/mnt")?;
+    let users = identity("/proc/self/ns/user")?;
+    let fits = |path: &str| {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let found = rustix::fs::open(path, flags, Mode::empty()).ok()?;
         // One that a user has made could have anything in the place of the programs that root executes.
         let owner = sys::owner_of_namespace(found.as_fd()).ok()?;
-        let ours = namespace(0, "user")?;
-        let roots = sys::identity(owner.as_fd()).ok() == sys::identity(ours.as_fd()).ok();
-        (roots && held.is_alive()).then_some(found)
-    })
-    .next()
+        let roots = sys::identity(owner.as_fd()).ok()? == users;
+        (roots && sys::identity(found.as_fd()).ok()? != own).then_some(found)
+    };
+    kept.filter_map(fits).next()
 }
 
-/// A namespace of a process; of this one for 0.
-fn namespace(pid: i32, kind: &str) -> Option<OwnedFd> {
-    let path = match pid {
-        0 => format!("/proc/self/ns/{kind}"),
-        pid => format!("/proc/{pid}/ns/{kind}"),
-    };
-    rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()
+/// Device and inode of one of our namespaces.
+fn identity(path: &str) -> Option<(u64, u64)> {
+    let fd = rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).ok()?;
+    sys::identity(fd.as_fd()).ok()
 }
