@@ -266,8 +266,11 @@ fn services_are_started_by_the_batch_script_too() {
     let slurm = Slurm::new("cgroup");
     write(
         &slurm.env.path("services.toml"),
-        "[[service]]\nname = \"db\"\nimage = \"service.sif\"\n
+        &format!(
+            "[[service]]\nname = \"db\"\nimage = \"service.sif\"\noptions = [\"--env\", \"PORT={0}\"]\nready = {{ port = {0} }}\n
 [[service]]\nname = \"all\"\nimage = \"service.sif\"\nnodes = \"all\"\nafter = [\"db\"]\n",
+            free_port()
+        ),
     );
     write(&slurm.env.path("wrong.toml"), "[[service]]\n");
     let job = slurm.submit(
