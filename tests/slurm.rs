@@ -146,9 +146,15 @@ fn requeued_job_begins_anew() {
     // Slurm 22.05 runs no Prolog in a second run that begins at once; later ones, and this one after a while, do.
     let slurm = Slurm::new("cgroup");
     let job = slurm.submit(
-        &["--requeue", "-n1", "--comment=capsid:services=../services.toml"],
+        &[
+            "--requeue",
+            "-n1",
+            "--comment=capsid:services=../services.toml",
+            "--service=../service.sif:option",
+        ],
         "srun -n1 $CAPSID instance start $IMAGE db || exit 1
 srun -n1 $CAPSID exec instance://db echo run ${SLURM_RESTART_COUNT:-0}
+srun -n1 $CAPSID exec instance://option echo option ${SLURM_RESTART_COUNT:-0}
 srun -n1 $CAPSID exec instance://declared echo declared ${SLURM_RESTART_COUNT:-0}; [ -n \"${SLURM_RESTART_COUNT:-}\" ] || sleep 1000",
     );
     write(
@@ -170,7 +176,7 @@ srun -n1 $CAPSID exec instance://declared echo declared ${SLURM_RESTART_COUNT:-0
     });
     let said = slurm.ended(&job);
     assert!(
-        said.contains("run 1\n") && !said.contains("WARNING"),
+        said.contains("run 1\n") && said.contains("option 1\n") && !said.contains("WARNING"),
         "{said}"
     );
     assert!(slurm.log(&job, "db").contains("stopping\nstopped\nstarted"));
@@ -260,8 +266,11 @@ fn services_are_started_by_the_batch_script_too() {
     let slurm = Slurm::new("cgroup");
     write(
         &slurm.env.path("services.toml"),
-        "[[service]]\nname = \"db\"\nimage = \"service.sif\"\n
+        &format!(
+            "[[service]]\nname = \"db\"\nimage = \"service.sif\"\noptions = [\"--env\", \"PORT={0}\"]\nready = {{ port = {0} }}\n
 [[service]]\nname = \"all\"\nimage = \"service.sif\"\nnodes = \"all\"\nafter = [\"db\"]\n",
+            free_port()
+        ),
     );
     write(&slurm.env.path("wrong.toml"), "[[service]]\n");
     let job = slurm.submit(

@@ -794,6 +794,19 @@ pub fn open_path(path: &Path) -> Result<OwnedFd> {
         .with_context(|| format!("cannot open {}", path.display()))
 }
 
+/// The user namespace that a namespace of another kind belongs to (`ioctl_ns(2)`).
+///
+/// # Errors
+/// `EPERM` when it is outside of ours.
+pub fn owner_of_namespace(namespace: BorrowedFd) -> io::Result<OwnedFd> {
+    const NS_GET_USERNS: libc::Ioctl = 0xb701;
+    // SAFETY: takes no argument; the result is a new descriptor, close-on-exec, or negative.
+    match unsafe { libc::ioctl(namespace.as_raw_fd(), NS_GET_USERNS) } {
+        fd if fd >= 0 => Ok(own(fd)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Device and inode of an open file.
 pub fn identity(fd: BorrowedFd) -> io::Result<(u64, u64)> {
     let stat = rustix::fs::statat(fd, "", AtFlags::EMPTY_PATH)?;

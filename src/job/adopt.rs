@@ -16,18 +16,21 @@ pub enum Tracking {
 
 /// Reads it from Slurm's configuration; by cgroup when nothing else is said.
 pub fn tracking(slurm_conf: Option<&Path>) -> Tracking {
-    let path = slurm_conf.unwrap_or(Path::new("/etc/slurm/slurm.conf"));
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    let set = text.lines().find_map(|line| {
-        let (key, value) = line.split_once('=')?;
-        key.trim()
-            .eq_ignore_ascii_case("ProctrackType")
-            .then(|| value.trim().to_ascii_lowercase())
-    });
-    match set {
+    match setting(slurm_conf, &["ProctrackType"]) {
         Some(kind) if !kind.starts_with("proctrack/cgroup") => Tracking::None,
         _ => Tracking::Cgroup,
     }
+}
+
+/// The value of the first of these keys that Slurm's configuration has, in small letters.
+pub fn setting(slurm_conf: Option<&Path>, keys: &[&str]) -> Option<String> {
+    let path = slurm_conf.unwrap_or(Path::new("/etc/slurm/slurm.conf"));
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    text.lines().find_map(|line| {
+        let (key, value) = line.split('#').next()?.split_once('=')?;
+        let wanted = keys.iter().any(|k| key.trim().eq_ignore_ascii_case(k));
+        wanted.then(|| value.trim().to_ascii_lowercase())
+    })
 }
 
 /// The mount points of all cgroup hierarchies.

@@ -13,7 +13,6 @@ use crate::engine::wire;
 use crate::host::Host;
 use crate::instance::Registry;
 use crate::proc::{self, Held};
-use crate::say;
 
 /// The supervisor of our job on this node, connected.
 pub struct Supervisor {
@@ -43,7 +42,10 @@ impl Supervisor {
     /// # Errors
     /// When it cannot be heard, or refuses.
     pub fn start(&self, host: &Host, words: &[OsString]) -> Result<u8> {
-        self.status(What::Start(caller(host)), &self.descriptors(host, words)?)
+        self.status(
+            What::Start(Caller::own(host)),
+            &self.descriptors(host, words)?,
+        )
     }
 
     /// Lets it start the services of a file.
@@ -52,7 +54,7 @@ impl Supervisor {
     /// As [`Supervisor::start`].
     pub fn services(&self, host: &Host, file: OsString) -> Result<u8> {
         self.status(
-            What::Services(caller(host)),
+            What::Services(Caller::own(host)),
             &self.descriptors(host, &[file])?,
         )
     }
@@ -126,20 +128,6 @@ impl Supervisor {
                 Err(_) => return Err(gone()),
             }
         }
-    }
-}
-
-fn caller(host: &Host) -> Caller {
-    let set = rustix::thread::sched_getaffinity(None);
-    let cpus = set.map(|set| {
-        (0..rustix::thread::CpuSet::MAX_CPU)
-            .filter(|n| set.is_set(*n))
-            .collect()
-    });
-    Caller {
-        level: say::level(),
-        umask: host.umask,
-        cpus: cpus.unwrap_or_default(),
     }
 }
 

@@ -9,15 +9,18 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{Resource, Rlimit};
+use rustix::thread::CpuSet;
 use serde::{Deserialize, Serialize};
 
 use super::List;
+use crate::host::Host;
 
 /// Bytes of words and environment at most; the kernel takes no more for a program either.
 const MAX: u64 = 8 << 20;
 
 /// Programs of different versions do not talk to each other.
-pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), ".1");
+pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), ".2");
 
 /// What is asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,14 +45,90 @@ pub enum What {
 }
 
 /// What a program inherits beside its environment and descriptors.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Caller {
     /// How much is said.
     pub level: i8,
     /// Permission bits that new files lack.
     pub umask: u32,
-    /// The processors that may be used.
+    /// The processors that may be used; if none is named, those of the supervisor.
     pub cpus: Vec<usize>,
+    /// The limits of resources, soft and hard, in the order of [`LIMITS`]; those that are not named are the supervisor's.
+    pub limits: Vec<(Option<u64>, Option<u64>)>,
+    /// How far it stands back behind others (`nice(2)`).
+    pub nice: i32,
+    /// Device and inode of `/` and `/tmp`, as it sees them.
+    pub places: Vec<(u64, u64)>,
+}
+
+/// The resources whose limits are handed on: all that there are (`getrlimit(2)`).
+const LIMITS: [Resource; 16] = [
+    Resource::As,
+    Resource::Core,
+    Resource::Cpu,
+    Resource::Data,
+    Resource::Fsize,
+    Resource::Locks,
+    Resource::Memlock,
+    Resource::Msgqueue,
+    Resource::Nice,
+    Resource::Nofile,
+    Resource::Nproc,
+    Resource::Rss,
+    Resource::Rtprio,
+    Resource::Rttime,
+    Resource::Sigpending,
+    Resource::Stack,
+];
+
+/// Where programs look for files that differ between the mount namespaces of a node.
+pub fn places() -> Vec<(u64, u64)> {
+    let place = |path| rustix::fs::stat(path).map_or((0, 0), |s| (s.st_dev, s.st_ino));
+    vec![place("/"), place("/tmp")]
+}
+
+impl Caller {
+    /// This process.
+    pub fn own(host: &Host) -> Caller {
+        let set = rustix::thread::sched_getaffinity(None);
+        let cpus = set.map(|set| (0..CpuSet::MAX_CPU).filter(|n| set.is_set(*n)).collect());
+        let limit = |resource| {
+            let limit = rustix::process::getrlimit(resource);
+            (limit.current, limit.maximum)
+        };
+        Caller {
+            level: crate::say::level(),
+            umask: host.umask,
+            cpus: cpus.unwrap_or_default(),
+            limits: LIMITS.into_iter().map(limit).collect(),
+            nice: rustix::process::getpriority_process(None).unwrap_or_default(),
+            places: places(),
+        }
+    }
+
+    /// Makes this process like the caller, as far as it may: a limit that the supervisor cannot exceed stays.
+    pub fn assume(&self) {
+        let mut cpus = CpuSet::new();
+        for cpu in self.cpus.iter().filter(|n| **n < CpuSet::MAX_CPU) {
+            cpus.set(*cpu);
+        }
+        if !self.cpus.is_empty() {
+            // The job may have others by now.
+            let _ = rustix::thread::sched_setaffinity(None, &cpus);
+        }
+        rustix::process::umask(rustix::fs::Mode::from_bits_truncate(self.umask & 0o777));
+        let least = |a: Option<u64>, b: Option<u64>| match (a, b) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        };
+        for (resource, (soft, hard)) in LIMITS.into_iter().zip(&self.limits) {
+            let own = rustix::process::getrlimit(resource);
+            let maximum = least(*hard, own.maximum);
+            let current = least(*soft, maximum);
+            let _ = rustix::process::setrlimit(resource, Rlimit { current, maximum });
+        }
+        let _ = rustix::process::setpriority_process(None, self.nice);
+    }
 }
 
 /// The answers.

@@ -2,9 +2,9 @@
 //! step that asked for them.
 //!
 //! ```text
-//!  slurmd ── Prolog (root) ── capsid job begin ── mkdir /run/capsid/job-ID (0700, the user's)
-//!                                ├── supervisor      as the user; starts nothing before it is adopted
-//!                                └── helper (root)   puts it into the job's extern step, then ends
+//!  slurmd ── Prolog (root) ── capsid job begin ── mkdir /run/capsid/job-ID (0700, the user's), with a socket
+//!                                └── helper (root)   goes into the job's extern step, and becomes there
+//!                                      supervisor    as the user
 //!  step 3 ── capsid instance start ──(socket: words, environment, descriptors)──► supervisor ── monitor ── instance
 //!  step 4 ── capsid exec instance://db   joins directly; stays in its step
 //!         ── Epilog (root) ── capsid job end: what is left goes, and the directory
@@ -84,8 +84,11 @@ fn list_name(job: &str) -> String {
 /// The services of our job, if it has declared any.
 pub fn services(registry: &Registry) -> Option<List> {
     let job = registry.job.as_ref()?;
-    let text = registry.directory().read(&list_name(job), MAX_LIST)?;
-    serde_json::from_slice(&text).ok()
+    match registry.directory().read(&list_name(job), MAX_LIST) {
+        Some(text) => serde_json::from_slice(&text).ok(),
+        // It is written when the supervisor begins, which is a moment after the Prolog.
+        None => client::find(registry)?.list().ok(),
+    }
 }
 
 /// Waits until a declared service of our job is ready; at once when there is none of the name.
@@ -115,10 +118,9 @@ pub fn await_ready(registry: &Registry, name: &str) -> Result<()> {
                 let seconds: u32 = list
                     .services
                     .iter()
-                    .filter(|s| s.here)
                     .map(|s| s.declared.timeout_s)
-                    .sum();
-                Duration::from_secs(u64::from(seconds) + 5)
+                    .fold(0, u32::saturating_add);
+                Duration::from_secs(u64::from(seconds) + 15)
             }
         };
         if let Some(service) = service {

@@ -3,6 +3,8 @@
 //! Pure: a text becomes a list of [`Declared`] in the order in which they can be started, or an error with the number of
 //! the line. Who reads the file, and when, is the supervisor's business.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
@@ -83,11 +85,11 @@ struct ReadyEntry {
     timeout: Option<String>,
 }
 
-/// Reads the text.
+/// Reads the text, for a job of so many nodes.
 ///
 /// # Errors
 /// With the number of the line that is wrong.
-pub fn parse(text: &str) -> Result<Vec<Declared>> {
+pub fn parse(text: &str, nodes: usize) -> Result<Vec<Declared>> {
     let line = |at: usize| {
         text.as_bytes()[..at.min(text.len())]
             .iter()
@@ -116,11 +118,22 @@ pub fn parse(text: &str) -> Result<Vec<Declared>> {
     }
     for (at, service) in &services {
         for name in &service.after {
-            if !services.iter().any(|(_, other)| other.name == *name) {
+            let Some((_, other)) = services.iter().find(|(_, other)| other.name == *name) else {
                 return Err(wrong(
                     *at,
                     format!(
                         "service {:?} comes after {name:?}, which is not declared",
+                        service.name
+                    ),
+                ));
+            };
+            let apart = |node| service.is_on(node) && !other.is_on(node);
+            if other.port.is_none() && (0..nodes).any(apart) {
+                return Err(wrong(
+                    *at,
+                    format!(
+                        "service {:?} comes after {name:?} of another node, where only a port can tell that it is ready: \
+                         give {name:?} a ready = {{ port = ... }}, or run both on one node",
                         service.name
                     ),
                 ));
@@ -323,6 +336,24 @@ impl Declared {
     }
 }
 
+/// How long each service may take to be ready, with all those that it comes after, seconds; for services in the order in which
+/// they can be started.
+pub fn limits_s<'a>(services: impl Iterator<Item = &'a Declared>) -> BTreeMap<&'a str, u32> {
+    let mut limits = BTreeMap::new();
+    for service in services {
+        let before = service
+            .after
+            .iter()
+            .filter_map(|name| limits.get(name.as_str()));
+        let before: u32 = before.copied().max().unwrap_or(0);
+        limits.insert(
+            service.name.as_str(),
+            before.saturating_add(service.timeout_s),
+        );
+    }
+    limits
+}
+
 /// The services of the option `--service IMAGE:NAME,IMAGE:NAME`, which are started by their startscript on the first node.
 ///
 /// # Errors
@@ -396,7 +427,7 @@ args = ["-c", "x"]
 options = ["--bind", "data:/var/lib/postgresql"]
 ready = { port = 5432, timeout = "2m" }
 "#;
-        let all = parse(text).unwrap();
+        let all = parse(text, 1).unwrap();
         assert_eq!(
             all.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(),
             ["db", "web"]
@@ -416,7 +447,43 @@ ready = { port = 5432, timeout = "2m" }
         assert_eq!(all[0].words("/i/postgres.sif"), words);
         assert!(all[0].is_on(0) && !all[0].is_on(1) && all[1].is_on(1) && all[1].run);
         assert_eq!(all[0].variable(), "DB");
-        assert_eq!(parse("").unwrap(), []);
+        assert_eq!(parse("", 1).unwrap(), []);
+        assert_eq!(
+            limits_s(all.iter()),
+            BTreeMap::from([("db", 120), ("web", 180)])
+        );
+    }
+
+    #[test]
+    fn services_of_other_nodes_are_known_by_their_ports() {
+        let text = |db: &str, web: &str| {
+            format!(
+                "[[service]]\nname = \"db\"\nimage = \"x\"\n{db}\n[[service]]\nname = \"web\"\nimage = \"x\"\nafter = [\"db\"]\n{web}"
+            )
+        };
+        let port = "ready = { port = 1 }";
+        for (db, web, nodes, fits) in [
+            ("", "", 2, true),
+            ("", "nodes = 1", 2, false),
+            ("", "nodes = \"all\"", 2, false),
+            ("", "nodes = \"all\"", 1, true),
+            ("nodes = \"all\"", "nodes = 1", 2, true),
+            ("ready = { log = \"x\" }", "nodes = 1", 2, false),
+            (port, "nodes = 1", 2, true),
+            (port, "nodes = \"all\"", 2, true),
+        ] {
+            let parsed = parse(&text(db, web), nodes).map_err(|e| e.to_string());
+            match parsed {
+                Ok(_) => assert!(fits, "{db} {web} {nodes}"),
+                Err(error) => assert!(
+                    !fits
+                        && error.starts_with(
+                            "line 5: service \"web\" comes after \"db\" of another node"
+                        ),
+                    "{db} {web} {nodes}: {error}"
+                ),
+            }
+        }
     }
 
     #[test]
@@ -481,7 +548,7 @@ ready = { port = 5432, timeout = "2m" }
             ),
             ("\n\n[[service", 3, ""),
         ] {
-            let error = format!("{:#}", parse(text).unwrap_err());
+            let error = format!("{:#}", parse(text, 2).unwrap_err());
             assert!(
                 error.starts_with(&format!("line {line}: ")) && error.contains(what),
                 "{text}: {error}"

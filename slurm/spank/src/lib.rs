@@ -1,7 +1,8 @@
 //! A SPANK plugin: `--service IMAGE:NAME` for `sbatch`, `salloc` and `srun`.
 //!
-//! It only carries the words into the Prolog's environment (`SPANK_CAPSID_SERVICES`); what they mean is the business of the
-//! job's supervisor, which reads them as the user. Source: `slurm/spank.h`.
+//! It only carries the words into the Prolog's environment (`SPANK_CAPSID_SERVICES`), and into the job's own
+//! (`CAPSID_JOB_SERVICES`) for jobs without a Prolog; what they mean is the business of the job's supervisor, which reads them
+//! as the user. Source: `slurm/spank.h`.
 #![allow(non_upper_case_globals)] // the names are Slurm's
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -49,8 +50,13 @@ const ALLOCATOR: c_int = 3;
 unsafe extern "C" {
     fn spank_context() -> c_int;
     fn spank_option_register(spank: Spank, option: *const SpankOption) -> c_int;
+    fn setenv(name: *const c_char, value: *const c_char, overwrite: c_int) -> c_int;
+    fn unsetenv(name: *const c_char) -> c_int;
     fn spank_job_control_setenv(spank: Spank, name: *const c_char, value: *const c_char, overwrite: c_int) -> c_int;
 }
+
+/// The variable of the job's environment.
+const OWN: &CStr = c"CAPSID_JOB_SERVICES";
 
 /// What was given, joined by commas.
 static SERVICES: Mutex<Vec<u8>> = Mutex::new(Vec::new());
@@ -101,14 +107,22 @@ pub extern "C" fn slurm_spank_init(spank: Spank, _: c_int, _: *const *const c_ch
 #[unsafe(no_mangle)]
 pub extern "C" fn slurm_spank_init_post_opt(spank: Spank, _: c_int, _: *const *const c_char) -> c_int {
     // SAFETY: no arguments.
-    if ![LOCAL, ALLOCATOR].contains(&unsafe { spank_context() }) {
+    let context = unsafe { spank_context() };
+    if ![LOCAL, ALLOCATOR].contains(&context) {
         return 0;
     }
     let value = SERVICES.lock().map(|v| v.clone()).unwrap_or_default();
     match CString::new(value) {
-        // SAFETY: two C strings that live through the call.
+        // SAFETY: C strings that live through the calls; `sbatch`, `salloc` and `srun` have one thread then.
         Ok(value) if !value.is_empty() => unsafe {
+            setenv(OWN.as_ptr(), value.as_ptr(), 1);
             spank_job_control_setenv(spank, c"CAPSID_SERVICES".as_ptr(), value.as_ptr(), 1)
+        },
+        // A job that another job submits has its own services only. A step's job is the one that it is in.
+        // SAFETY: as above.
+        _ if context == ALLOCATOR => unsafe {
+            unsetenv(OWN.as_ptr());
+            0
         },
         _ => 0,
     }

@@ -5,7 +5,6 @@ mod stop;
 
 use std::ffi::OsString;
 use std::io::{BufRead as _, Write as _};
-use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -85,12 +84,9 @@ pub struct NoArgs {}
 /// Options of `job supervise`.
 #[derive(clap::Args, Debug)]
 pub struct SuperviseArgs {
-    /// The descriptor that brings word of the adoption
+    /// The descriptor of the socket where requests come
     #[arg(long)]
-    pub adopted: Option<i32>,
-    /// The descriptor of the one who waits for us
-    #[arg(long)]
-    pub listening: Option<i32>,
+    pub socket: Option<i32>,
     /// Say a word to standard output when we listen
     #[arg(long)]
     pub announce: bool,
@@ -199,13 +195,11 @@ fn report(job: u32, done: Result<()>) -> Result<u8> {
 fn supervise(args: &SuperviseArgs) -> Result<u8> {
     let host = Host::read()?;
     let registry = Registry::open(&host)?;
-    let own = |fd: Option<i32>| fd.filter(|fd| *fd > 2).map(sys::own);
-    let fds: [Option<OwnedFd>; 2] = [own(args.adopted), own(args.listening)];
-    for fd in fds.iter().flatten() {
+    let socket = args.socket.filter(|fd| *fd > 2).map(sys::own);
+    if let Some(fd) = &socket {
         rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC)
-            .context("a descriptor that we were given")?;
+            .context("the descriptor of the socket")?;
     }
-    let [adopted, listening] = fds;
     let var = |name: &str| host.var(name).map(OsString::from);
     let (node, nodes) = supervisor::nodes(&var);
     let file = supervisor::declared_by(
@@ -214,24 +208,23 @@ fn supervise(args: &SuperviseArgs) -> Result<u8> {
     );
     let comment = host.var("CAPSID_JOB_COMMENT").and_then(|c| c.to_str());
     let option = host.var("CAPSID_JOB_SERVICES").and_then(|v| v.to_str());
-    let mut setup = supervisor::Setup {
+    let setup = supervisor::Setup {
         report: comment.is_some_and(wants_report),
         option: option.filter(|o| !o.is_empty()).map(str::to_owned),
         directory: host
             .var("CAPSID_JOB_DIRECTORY")
             .map_or_else(|| host.cwd.clone(), PathBuf::from),
-        adopted,
-        listening,
+        socket,
+        // Through a copy of standard output; the byte is the word.
+        announce: args
+            .announce
+            .then(|| rustix::io::dup(rustix::stdio::stdout()))
+            .transpose()
+            .context("cannot duplicate a descriptor")?,
         node,
         nodes,
         file,
     };
-    if args.announce {
-        // Through a copy of standard output; the byte is the word.
-        setup.listening = Some(
-            rustix::io::dup(rustix::stdio::stdout()).context("cannot duplicate a descriptor")?,
-        );
-    }
     supervisor::run(&registry, &host, setup)
 }
 

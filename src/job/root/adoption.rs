@@ -1,16 +1,24 @@
-//! The helper that the Prolog leaves behind: it puts the supervisor into the job as soon as Slurm has made a place for it.
+//! The helper that the Prolog leaves behind: it goes into the job as soon as Slurm has made a place for it, and becomes the
+//! job's supervisor there. Before that nothing of the user's runs.
 
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use rustix::process::Signal;
+use nix::sys::signal::SigSet;
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+};
+use rustix::fs::{AtFlags, Gid, Mode, OFlags, Uid};
 
-use super::{Job, detach, readable, trouble};
+use super::{Declaration, Job, as_user, readable, steps, trouble};
 use crate::engine::sys::{self, Fork};
+use crate::host::User;
 use crate::job::adopt::{self, Step, Tracking};
-use crate::proc::Held;
+use crate::job::socket_name;
+use crate::proc;
 
 /// How long the helper waits for the extern step.
 const ADOPTION: Duration = Duration::from_secs(10);
@@ -19,64 +27,126 @@ const BATCH: Duration = Duration::from_millis(300);
 /// Between two looks.
 const PAUSE: Duration = Duration::from_millis(5);
 
-/// Leaves a process behind that puts the supervisor into the job, and then tells it so.
+/// Makes the socket of a job's supervisor in the job's directory, which nobody but root can enter yet. Requests queue there
+/// until the supervisor begins.
+pub(super) fn claim(directory: &OwnedFd, job: Job) -> Result<OwnedFd> {
+    let what = "cannot create the supervisor's socket";
+    let (uid, gid) = (Uid::from_raw(job.uid), Gid::from_raw(job.gid));
+    rustix::fs::mkdirat(directory, "capsid", Mode::RWXU).context(what)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let inner = rustix::fs::openat(directory, "capsid", flags, Mode::empty()).context(what)?;
+    rustix::fs::fchmod(&inner, Mode::RWXU).context(what)?;
+    let name = socket_name(&job.id.to_string());
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).context(what)?;
+    let path = format!("/proc/self/fd/{}/{name}", inner.as_raw_fd());
+    let address = UnixAddr::new(path.as_str()).context(what)?;
+    bind(fd.as_raw_fd(), &address).context(what)?;
+    rustix::fs::chownat(
+        &inner,
+        &name,
+        Some(uid),
+        Some(gid),
+        AtFlags::SYMLINK_NOFOLLOW,
+    )
+    .context(what)?;
+    rustix::fs::fchown(&inner, Some(uid), Some(gid)).context(what)?;
+    // Who connects sees the user who listens (SO_PEERCRED), and talks to its own only.
+    nix::unistd::seteuid(job.uid.into()).context(what)?;
+    let listens = listen(&fd, Backlog::new(1024).unwrap_or(Backlog::MAXCONN));
+    nix::unistd::seteuid(0.into()).context("cannot become root again")?;
+    listens.context(what)?;
+    Ok(fd)
+}
+
+/// Leaves a process behind that goes into the job and becomes its supervisor, which serves the socket. Gives who it is, to
+/// `known` as soon as there is somebody.
 pub(super) fn leave_helper(
     job: Job,
-    supervisor: &Held,
-    pid: i32,
-    adopt: OwnedFd,
-    tracking: Tracking,
+    user: &User,
+    socket: OwnedFd,
+    declaration: &Declaration,
+    known: impl FnOnce(Option<proc::Id>) -> Result<()>,
 ) -> Result<()> {
     let (alive, sign) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
         .context("cannot create a pipe")?;
     match sys::fork()? {
-        Fork::Parent(_) => {
-            drop((sign, adopt));
+        Fork::Parent(pid) => {
+            drop((sign, socket));
+            let known = known(proc::Id::of(pid.as_raw()));
             // Before it has a session of its own, the end of the Prolog would kill it.
-            if !readable(&alive, Duration::from_secs(2)) {
-                bail!("the helper of job {} does not start", job.id);
+            if known.is_ok() && readable(&alive, Duration::from_secs(2)) {
+                return Ok(());
             }
-            Ok(())
+            // One that nobody knows of would never be ended.
+            let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            known?;
+            bail!("the helper of job {} does not start", job.id)
         }
         Fork::Child => {
-            let mut keep = [
-                adopt.as_raw_fd(),
-                sign.as_raw_fd(),
-                supervisor.as_fd().as_raw_fd(),
-            ];
-            keep.sort_unstable();
-            sys::close_all_but(&keep);
-            let done = detach().and_then(|()| {
+            let become_supervisor = || -> Result<std::convert::Infallible> {
+                let mut keep = [socket.as_raw_fd(), sign.as_raw_fd()];
+                keep.sort_unstable();
+                sys::close_all_but(&keep);
+                detach()?;
                 sys::set_title(&format!("capsid-adopt: {}", job.id));
                 drop(sign);
-                match tracking {
-                    Tracking::None => Ok(()),
-                    Tracking::Cgroup => enter(job, supervisor, pid),
+                let slurm_conf = declaration.slurm_conf.as_deref();
+                // Outside of the job it would have no limits.
+                if adopt::tracking(slurm_conf) == Tracking::Cgroup {
+                    enter(job)?;
                 }
-            });
-            match done {
-                Ok(()) => drop(rustix::io::write(&adopt, b"1")),
-                Err(error) => {
-                    // Outside of the job it would have no limits.
-                    supervisor.signal(Signal::KILL);
-                    trouble(&format!("job {}: {error:#}", job.id));
-                }
-            }
-            sys::exit_now(0)
+                steps::enter_mounts(job.id, slurm_conf)?;
+                sys::inherit(&socket)?;
+                let mut command = as_user(job);
+                command
+                    .args(["job", "supervise", "--socket"])
+                    .arg(socket.as_raw_fd().to_string())
+                    .envs(declaration.env.iter().map(|(k, v)| (k, v)))
+                    .env("SLURM_JOB_ID", job.id.to_string())
+                    .env("HOME", &user.home)
+                    .env("USER", &user.name)
+                    .env("LOGNAME", &user.name)
+                    .env("SHELL", &user.shell);
+                Err(command.exec()).context("cannot execute setpriv")
+            };
+            let Err(error) = become_supervisor();
+            trouble(&format!("job {}: it has no supervisor: {error:#}", job.id));
+            sys::exit_now(1)
         }
     }
 }
 
-/// Puts the supervisor into the extern step, and on into the batch script's when that is about to begin: Slurm ends the
-/// first at once at `scancel` and the time limit, the other only when services had time to stop.
-fn enter(job: Job, supervisor: &Held, pid: i32) -> Result<()> {
+/// Leaves the Prolog, and what slurmd has for itself only.
+fn detach() -> Result<()> {
+    nix::unistd::setsid().context("cannot create a session")?;
+    SigSet::empty()
+        .thread_set_mask()
+        .context("cannot unblock signals")?;
+    sys::default_signals();
+    // Slurm reads our output to its end.
+    sys::detach_standard_descriptors();
+    rustix::process::umask(Mode::from_bits_truncate(0o077));
+    // slurmd may be kept from being killed for memory, or come before others: a user's processes are not.
+    let score = std::fs::read_to_string("/proc/self/oom_score_adj").unwrap_or_default();
+    if score.starts_with('-') {
+        std::fs::write("/proc/self/oom_score_adj", "0").context("/proc/self/oom_score_adj")?;
+    }
+    if rustix::process::getpriority_process(None).is_ok_and(|nice| nice < 0) {
+        rustix::process::setpriority_process(None, 0).context("setpriority")?;
+    }
+    rustix::process::chdir("/").context("cannot enter /")
+}
+
+/// Goes into the extern step, and on into the batch script's when that is about to begin: Slurm ends the first at once at
+/// `scancel` and the time limit, the other only when services had time to stop.
+fn enter(job: Job) -> Result<()> {
     let end = Instant::now() + ADOPTION;
-    // The job may be over already.
-    while supervisor.is_alive() {
+    loop {
         let doors = adopt::doors(job.id, job.uid, Step::Extern);
         if !doors.is_empty() {
-            go_in(&doors, supervisor, pid)?;
-            enter_batch(job, supervisor, pid);
+            go_in(&doors)?;
+            enter_batch(job);
             return Ok(());
         }
         if Instant::now() >= end {
@@ -87,17 +157,16 @@ fn enter(job: Job, supervisor: &Held, pid: i32) -> Result<()> {
         }
         std::thread::sleep(PAUSE);
     }
-    Ok(())
 }
 
 /// A step of `srun`'s shows that there is no batch script on this node, or that it has begun.
-fn enter_batch(job: Job, supervisor: &Held, pid: i32) {
+fn enter_batch(job: Job) {
     let end = Instant::now() + BATCH;
-    while supervisor.is_alive() && Instant::now() < end {
+    while Instant::now() < end {
         let others = adopt::has_numbered_step(job.id, job.uid);
         let doors = adopt::doors(job.id, job.uid, Step::Batch);
         if !doors.is_empty() {
-            if let Err(error) = go_in(&doors, supervisor, pid) {
+            if let Err(error) = go_in(&doors) {
                 trouble(&format!(
                     "job {}: {error:#}; it stays in the extern step",
                     job.id
@@ -112,13 +181,10 @@ fn enter_batch(job: Job, supervisor: &Held, pid: i32) {
     }
 }
 
-fn go_in(doors: &[PathBuf], supervisor: &Held, pid: i32) -> Result<()> {
+fn go_in(doors: &[PathBuf]) -> Result<()> {
     for door in doors {
-        // It is held: its number is its own as long as it lives.
-        if supervisor.is_alive() {
-            std::fs::write(door, pid.to_string())
-                .with_context(|| format!("cannot adopt its supervisor: {}", door.display()))?;
-        }
+        std::fs::write(door, std::process::id().to_string())
+            .with_context(|| format!("it cannot be adopted: {}", door.display()))?;
     }
     Ok(())
 }

@@ -5,33 +5,28 @@
 mod adoption;
 mod memory;
 mod removal;
+mod steps;
 
 use std::ffi::OsString;
 use std::io::Write as _;
-use std::os::fd::{AsFd, AsRawFd as _};
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt as _;
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::SigSet;
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
-use self::adoption::leave_helper;
 use self::memory::{Memory, Top};
 use self::removal::{MAX_ENTRIES, is_empty, remove_tree, unmount_below};
 use super::adopt;
-use crate::engine::sys::{self, Fork};
 use crate::host::{self, JOBS};
 use crate::proc::{self, Held};
 
-/// How long the Prolog waits for the supervisor's socket.
-const LISTENING: Duration = Duration::from_secs(4);
 /// How long a supervisor may take to stop its instances when the Epilog asks.
 const STOPPING: Duration = Duration::from_secs(6);
 /// How long somebody else may be at work on the same job.
@@ -60,7 +55,8 @@ pub struct Declaration {
     pub slurm_conf: Option<PathBuf>,
 }
 
-/// Makes the job's directory, and starts its supervisor as the user; leaves a helper that puts that into the job.
+/// Makes the job's directory with the socket of its supervisor, and leaves a helper that goes into the job and becomes that, as
+/// the user.
 ///
 /// # Errors
 /// When it cannot be done. Then the job goes on without.
@@ -72,7 +68,6 @@ pub fn begin(job: Job, declaration: &Declaration) -> Result<()> {
         .with_context(|| format!("user {} of job {} is not known here", job.uid, job.id))?;
     let top = Top::open(true)?.context("there is no /run")?;
     sweep_others(&top, job.id);
-    // Held until it listens.
     let _lock = top
         .lock(job.id, LOCKED)?
         .with_context(|| format!("job {} is still being ended here", job.id))?;
@@ -91,75 +86,17 @@ pub fn begin(job: Job, declaration: &Declaration) -> Result<()> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let directory =
         rustix::fs::openat(&top.0, &name, flags, Mode::empty()).context("the job's directory")?;
+    let socket = adoption::claim(&directory, job)?;
     let (uid, gid) = (
         rustix::fs::Uid::from_raw(job.uid),
         rustix::fs::Gid::from_raw(job.gid),
     );
     rustix::fs::fchown(&directory, Some(uid), Some(gid)).context("the job's directory")?;
     rustix::fs::fchmod(&directory, Mode::RWXU).context("the job's directory")?;
-
-    let pipe = || {
-        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).context("cannot create a pipe")
-    };
-    let ((adopted, adopt), (listens, listening)) = (pipe()?, pipe()?);
-    let pid = match sys::fork()? {
-        Fork::Parent(pid) => pid.as_raw(),
-        Fork::Child => {
-            let become_supervisor = || -> Result<std::convert::Infallible> {
-                detach()?;
-                sys::inherit(&adopted)?;
-                sys::inherit(&listening)?;
-                let mut command = as_user(job);
-                command
-                    .args([
-                        "job",
-                        "supervise",
-                        "--adopted",
-                        &adopted.as_raw_fd().to_string(),
-                    ])
-                    .args(["--listening", &listening.as_raw_fd().to_string()])
-                    .envs(declaration.env.iter().map(|(k, v)| (k, v)))
-                    .env("SLURM_JOB_ID", job.id.to_string())
-                    .env("HOME", &user.home)
-                    .env("USER", &user.name)
-                    .env("LOGNAME", &user.name)
-                    .env("SHELL", &user.shell);
-                Err(command.exec()).context("setpriv")
-            };
-            let Err(error) = become_supervisor();
-            trouble(&format!(
-                "job {}: cannot start its supervisor: {error:#}",
-                job.id
-            ));
-            sys::exit_now(1)
-        }
-    };
-    drop((adopted, listening));
-    memory.supervisor = proc::Id::of(pid);
-    top.remember(&memory)?;
-    let held = memory
-        .supervisor
-        .and_then(proc::Id::hold)
-        .context("the supervisor ended at once")?;
-    leave_helper(
-        job,
-        &held,
-        pid,
-        adopt,
-        adopt::tracking(declaration.slurm_conf.as_deref()),
-    )?;
-    if !readable(&listens, LISTENING) {
-        bail!(
-            "the supervisor of job {} does not listen after {} s",
-            job.id,
-            LISTENING.as_secs()
-        );
-    }
-    let mut byte = [0];
-    if rustix::io::read(&listens, &mut byte) != Ok(1) {
-        bail!("the supervisor of job {} ended before it listened", job.id);
-    }
-    Ok(())
+    adoption::leave_helper(job, &user, socket, declaration, |id| {
+        memory.supervisor = id;
+        top.remember(&memory)
+    })
 }
 
 /// This program, as the job's user, with an environment of its own.
@@ -185,18 +122,6 @@ fn as_user(job: Job) -> Command {
         .env("LANG", "C.UTF-8")
         .current_dir("/");
     command
-}
-
-fn detach() -> Result<()> {
-    nix::unistd::setsid().context("cannot create a session")?;
-    SigSet::empty()
-        .thread_set_mask()
-        .context("cannot unblock signals")?;
-    sys::default_signals();
-    // Slurm reads our output to its end.
-    sys::detach_standard_descriptors();
-    rustix::process::umask(Mode::from_bits_truncate(0o077));
-    rustix::process::chdir("/").context("cannot enter /")
 }
 
 fn readable(fd: &impl AsFd, limit: Duration) -> bool {
@@ -244,7 +169,7 @@ fn sweep_others(top: &Top, own: u32) {
     if others.is_empty() {
         return;
     }
-    let known = known_jobs();
+    let known = steps::known_jobs();
     // Time is short: what is not reached now is reached the next time.
     let end = Instant::now() + Duration::from_secs(10);
     for id in others.into_iter().filter(|id| !known.contains(id)) {
@@ -264,29 +189,6 @@ fn sweep_others(top: &Top, own: u32) {
         }
         top.unlock(id, lock);
     }
-}
-
-/// The jobs that Slurm has a step of on this node: by root's own processes `slurmstepd: [JOB.STEP]`.
-fn known_jobs() -> Vec<u32> {
-    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let numbered = entries.filter(|e| {
-        e.file_name()
-            .to_str()
-            .is_some_and(|n| n.parse::<i32>().is_ok())
-    });
-    let job = |entry: std::fs::DirEntry| {
-        if entry.metadata().ok()?.uid() != 0 {
-            return None;
-        }
-        let line = std::fs::read(entry.path().join("cmdline")).ok()?;
-        let line = String::from_utf8_lossy(&line).into_owned();
-        let id = line
-            .strip_prefix("slurmstepd: [")?
-            .split(['.', ']'])
-            .next()?;
-        id.parse().ok()
-    };
-    numbered.filter_map(job).collect()
 }
 
 fn end_in(top: &Top, id: u32) -> Result<()> {

@@ -1,5 +1,5 @@
-//! The supervisor: a process of the job's user on each node of a job. It starts instances for the steps of the job, and
-//! the services that the job declares; it runs nothing of the user before it is adopted by the job.
+//! The supervisor: a process of the job's user on each node of a job, in the job. It starts instances for the steps of the
+//! job, and the services that the job declares.
 //!
 //! One thread, one loop. What may take long (reading a file of the user's, starting, stopping) is a child's work.
 
@@ -37,10 +37,10 @@ const MAX_PEERS: usize = 256;
 
 /// What a supervisor is started with.
 pub struct Setup {
-    /// A byte comes here when the job has adopted us; without it we are in the job already.
-    pub adopted: Option<OwnedFd>,
-    /// Who starts us waits for a byte here: we listen.
-    pub listening: Option<OwnedFd>,
+    /// The socket where requests come; without it one is made.
+    pub socket: Option<OwnedFd>,
+    /// Who starts us waits for a word here: we listen.
+    pub announce: Option<OwnedFd>,
     /// This node, as Slurm names it.
     pub node: String,
     /// The nodes of the job, in order.
@@ -79,6 +79,8 @@ enum Purpose {
     Answer(u64),
     /// Starts a service, and says in this file why it cannot.
     Service(String, std::fs::File),
+    /// Waits for a service of another node, and says in this file why in vain.
+    Watch(String, std::fs::File),
 }
 
 /// A file that a child reads.
@@ -111,15 +113,17 @@ struct Supervisor<'a> {
     reading: Vec<Reading>,
     batches: Vec<Batch>,
     list: List,
+    /// Where services of other nodes stand that ours come after.
+    far: BTreeMap<String, super::State>,
     /// The batch of each service.
     of_batch: Vec<usize>,
 }
 
-/// Serves until it is told to end, or nobody adopts it. Gives the status to end with.
+/// Serves until it is told to end. Gives the status to end with.
 ///
 /// # Errors
 /// When it cannot begin: there is another one, or no socket can be made.
-pub fn run(registry: &Registry, host: &Host, setup: Setup) -> Result<u8> {
+pub fn run(registry: &Registry, host: &Host, mut setup: Setup) -> Result<u8> {
     let job = registry
         .job
         .clone()
@@ -128,7 +132,10 @@ pub fn run(registry: &Registry, host: &Host, setup: Setup) -> Result<u8> {
     signals.thread_block().context("cannot block signals")?;
     let signals = SignalFd::with_flags(&signals, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .context("cannot watch signals")?;
-    let listener = claim(registry, &job)?;
+    let listener = match setup.socket.take() {
+        Some(socket) => socket,
+        None => claim(registry, &job)?,
+    };
     sys::set_title(&format!("capsid-job: {} [{job}]", host.user.name));
     let life = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
         .context("cannot create a pipe")?;
@@ -147,11 +154,12 @@ pub fn run(registry: &Registry, host: &Host, setup: Setup) -> Result<u8> {
             report: setup.report,
             ..List::default()
         },
+        far: BTreeMap::new(),
         of_batch: Vec::new(),
         setup,
     };
     supervisor.save();
-    if let Some(fd) = supervisor.setup.listening.take() {
+    if let Some(fd) = supervisor.setup.announce.take() {
         rustix::io::write(&fd, b"1\n").context("cannot tell that we listen")?;
     }
     let done = supervisor.serve(&signals, &listener);
@@ -183,16 +191,12 @@ fn claim(registry: &Registry, job: &str) -> Result<OwnedFd> {
 
 impl Supervisor<'_> {
     fn serve(&mut self, signals: &SignalFd, listener: &OwnedFd) -> Result<u8> {
-        if self.setup.adopted.is_none() {
-            self.begin();
-        }
+        self.begin();
         loop {
             let mut set = vec![
                 PollFd::new(signals.as_fd(), PollFlags::POLLIN),
                 PollFd::new(listener.as_fd(), PollFlags::POLLIN),
             ];
-            let adopting = self.setup.adopted.iter();
-            set.extend(adopting.map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
             let first_peer = set.len();
             let ids: Vec<u64> = self.peers.keys().copied().collect();
             set.extend(
@@ -225,18 +229,6 @@ impl Supervisor<'_> {
             if happened[1] {
                 self.accept(listener);
             }
-            if self.setup.adopted.is_some() && happened[2] {
-                let mut byte = [0];
-                let adopted = self
-                    .setup
-                    .adopted
-                    .take()
-                    .map(|fd| rustix::io::read(fd, &mut byte));
-                if !matches!(adopted, Some(Ok(1))) {
-                    bail!("job {} has not adopted this supervisor", self.job);
-                }
-                self.begin();
-            }
             for (id, _) in ids
                 .iter()
                 .zip(&happened[first_peer..first_reading])
@@ -255,7 +247,7 @@ impl Supervisor<'_> {
         }
     }
 
-    /// We are in the job: what waited begins.
+    /// What the job declares begins.
     fn begin(&mut self) {
         if let Some(text) = self.setup.option.take() {
             let parsed = match crate::plan::services::from_option(&text) {
@@ -270,20 +262,9 @@ impl Supervisor<'_> {
         if let Some(file) = self.setup.file.take() {
             self.read(file, self.own_batch());
         }
-        for id in self.peers.keys().copied().collect::<Vec<_>>() {
-            // Who wants the list waits until it is read.
-            let pending = self.list.pending;
-            let waiting = self.peers.get_mut(&id).and_then(|p| {
-                p.waiting
-                    .take_if(|(what, _)| !pending || *what != What::List)
-            });
-            if let Some((what, fds)) = waiting {
-                self.serve_request(id, what, fds);
-            }
-        }
     }
 
-    /// For what the job declares, who knows nothing of the environment of the one who submitted it.
+    /// For what the job declares, which knows nothing of the environment of the one who submitted it.
     fn own_batch(&self) -> Batch {
         let foreign = |k: &OsStr| k.to_string_lossy().starts_with("CAPSID_JOB_");
         Batch {
@@ -298,7 +279,7 @@ impl Supervisor<'_> {
             caller: Caller {
                 level: say::level(),
                 umask: self.host.umask,
-                cpus: Vec::new(),
+                ..Caller::default()
             },
             peer: None,
         }
@@ -310,20 +291,21 @@ impl Supervisor<'_> {
         while let Ok(Some(signal)) = signals.read_signal() {
             end |= i32::try_from(signal.ssi_signo) != Ok(libc::SIGCHLD);
         }
-        let mut ended = Vec::new();
-        self.children.retain(
-            |child| match waitpid(child.pid, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, status)) => {
-                    ended.push((pid, u8::try_from(status).unwrap_or(exit::FATAL)));
-                    true
-                }
-                Ok(WaitStatus::Signaled(pid, signal, _)) => {
-                    ended.push((pid, exit::signalled(signal as i32)));
-                    true
-                }
-                _ => true,
-            },
-        );
+        let ended: Vec<(Pid, u8)> = self
+            .children
+            .iter()
+            .filter_map(
+                |child| match waitpid(child.pid, Some(WaitPidFlag::WNOHANG)) {
+                    Ok(WaitStatus::Exited(pid, status)) => {
+                        Some((pid, u8::try_from(status).unwrap_or(exit::FATAL)))
+                    }
+                    Ok(WaitStatus::Signaled(pid, signal, _)) => {
+                        Some((pid, exit::signalled(signal as i32)))
+                    }
+                    _ => None,
+                },
+            )
+            .collect();
         for (pid, status) in ended {
             if let Some(at) = self.children.iter().position(|c| c.pid == pid) {
                 let child = self.children.remove(at);

@@ -48,11 +48,8 @@ impl Supervisor<'_> {
         match heard {
             Ok((bytes, fds)) if !bytes.is_empty() => match serde_json::from_slice::<Request>(&bytes) {
                 Ok(request) if request.version == message::VERSION => {
-                    let waits = match request.what {
-                        What::List => self.list.pending,
-                        _ => self.setup.adopted.is_some(),
-                    };
-                    if waits {
+                    // Who wants the list waits until it is read.
+                    if request.what == What::List && self.list.pending {
                         if let Some(peer) = self.peers.get_mut(&id) {
                             peer.waiting = Some((request.what, fds));
                         }
@@ -150,23 +147,19 @@ impl Supervisor<'_> {
             Fork::Parent(pid) => Ok(pid),
             Fork::Child => {
                 sys::die_with(own.as_ref());
+                // What is said here is for the one who asked.
+                let _ = rustix::stdio::dup2_stderr(&err);
+                say::set_level(caller.level);
+                if !caller.places.is_empty() && caller.places != message::places() {
+                    say::warn(format_args!(
+                        "this step sees other files than the supervisor of job {} (a container, or a /tmp of its own): the instance \
+                         sees those of the supervisor",
+                        self.job
+                    ));
+                }
                 let begin = || -> Result<std::convert::Infallible> {
                     enter().context("cannot enter the working directory")?;
-                    let mut cpus = rustix::thread::CpuSet::new();
-                    for cpu in caller
-                        .cpus
-                        .iter()
-                        .filter(|n| **n < rustix::thread::CpuSet::MAX_CPU)
-                    {
-                        cpus.set(*cpu);
-                    }
-                    if !caller.cpus.is_empty() {
-                        // The job may have others by now.
-                        let _ = rustix::thread::sched_setaffinity(None, &cpus);
-                    }
-                    rustix::process::umask(rustix::fs::Mode::from_bits_truncate(
-                        caller.umask & 0o777,
-                    ));
+                    caller.assume();
                     sys::inherit(&self.life.0)?;
                     SigSet::empty()
                         .thread_set_mask()

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::io::{Read as _, Write as _};
+use std::net::{TcpStream, ToSocketAddrs as _};
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -15,6 +16,7 @@ use crate::engine::sys::{self, Fork};
 use crate::job::message::{self, Answer, Caller, What};
 use crate::job::{Service, State, list_name};
 use crate::plan::services::{self, Declared, Nodes};
+use crate::proc::Held;
 use crate::{exit, say};
 
 /// How long a file of declarations may take to be read: a home directory may hang.
@@ -49,7 +51,8 @@ impl Supervisor<'_> {
             match sys::fork()? {
                 Fork::Parent(pid) => Ok((pid, pipe)),
                 Fork::Child => {
-                    let text = serde_json::to_vec(&read_services(&path)).unwrap_or_default();
+                    let parsed = read_services(&path, self.setup.nodes.len());
+                    let text = serde_json::to_vec(&parsed).unwrap_or_default();
                     let _ = std::fs::File::from(theirs).write_all(&text);
                     sys::exit_now(0)
                 }
@@ -168,6 +171,7 @@ impl Supervisor<'_> {
 
     /// Starts what can be started, tells those who wait, and writes it down.
     pub(super) fn changed(&mut self) {
+        self.watch_others();
         for at in 0..self.list.services.len() {
             if self.list.services[at].state != State::Waiting {
                 continue;
@@ -179,15 +183,22 @@ impl Supervisor<'_> {
                 .iter()
                 .filter(|s| after.contains(&s.declared.name));
             let states: Vec<(String, State)> = others
-                .map(|s| (s.declared.name.clone(), s.state.clone()))
+                .map(|s| {
+                    let name = &s.declared.name;
+                    let state = self.far.get(name).unwrap_or(&s.state);
+                    (name.clone(), state.clone())
+                })
                 .collect();
-            if let Some((name, _)) = states.iter().find(|(_, s)| matches!(s, State::Failed(_))) {
-                self.list.services[at].state =
-                    State::Failed(format!("it comes after {name}, which could not be started"));
-            } else if states
-                .iter()
-                .all(|(_, s)| matches!(s, State::Ready | State::Elsewhere))
-            {
+            let failed = states.iter().find_map(|(name, state)| match state {
+                State::Failed(_) if !self.far.contains_key(name) => {
+                    Some(format!("it comes after {name}, which could not be started"))
+                }
+                State::Failed(why) => Some(format!("it comes after {name}, which {why}")),
+                _ => None,
+            });
+            if let Some(why) = failed {
+                self.list.services[at].state = State::Failed(why);
+            } else if states.iter().all(|(_, s)| *s == State::Ready) {
                 self.list.services[at].state = match self.start_service(at) {
                     Ok(()) => State::Starting,
                     Err(error) => State::Failed(format!("{error:#}")),
@@ -231,6 +242,37 @@ impl Supervisor<'_> {
         }
     }
 
+    /// Begins to ask for the services of other nodes that one of ours waits for.
+    fn watch_others(&mut self) {
+        let services = &self.list.services;
+        let limits = services::limits_s(services.iter().map(|s| &s.declared));
+        let awaited = |name: &String| {
+            let mut waiting = services.iter().filter(|s| s.state == State::Waiting);
+            waiting.any(|s| s.declared.after.contains(name))
+        };
+        for service in services.iter().filter(|s| s.state == State::Elsewhere) {
+            let name = &service.declared.name;
+            let Some(port) = service.declared.port else {
+                continue;
+            };
+            if self.far.contains_key(name) || !awaited(name) {
+                continue;
+            }
+            let limit_s = limits.get(name.as_str()).copied().unwrap_or(0);
+            // Its own node may have begun later.
+            let limit = Duration::from_secs(u64::from(limit_s) + 10);
+            let state = match watch(&service.node, port, limit) {
+                Ok((pid, said)) => {
+                    let purpose = Purpose::Watch(name.clone(), said);
+                    self.children.push(Child { pid, purpose });
+                    State::Starting
+                }
+                Err(error) => State::Failed(format!("cannot be asked for: {error:#}")),
+            };
+            self.far.insert(name.clone(), state);
+        }
+    }
+
     pub(super) fn start_service(&mut self, at: usize) -> Result<()> {
         let declared = &self.list.services[at].declared;
         let batch = &self.batches[self.of_batch[at]];
@@ -259,6 +301,14 @@ impl Supervisor<'_> {
     pub(super) fn child_ended(&mut self, child: Child, status: u8) {
         match child.purpose {
             Purpose::Answer(id) => self.answer(id, &Answer::Done(status)),
+            Purpose::Watch(name, said) => {
+                let state = match status {
+                    0 => State::Ready,
+                    _ => State::Failed(last_words(said, status)),
+                };
+                self.far.insert(name, state);
+                self.changed();
+            }
             Purpose::Service(name, said) => {
                 let state = if status == 0 {
                     State::Ready
@@ -281,10 +331,6 @@ impl Supervisor<'_> {
     pub(super) fn save(&self) {
         let text = serde_json::to_vec(&self.list).unwrap_or_default();
         let directory = self.registry.directory();
-        let said = self.list.failure.is_some() || self.list.report;
-        if !self.list.pending && self.list.services.is_empty() && !said {
-            return;
-        }
         if let Err(error) = directory.replace(&list_name(&self.job), &text) {
             say::warn(format_args!(
                 "cannot write in {}: {error}",
@@ -294,7 +340,54 @@ impl Supervisor<'_> {
     }
 }
 
-fn read_services(path: &Path) -> Parsed {
+/// Leaves a process that tries to reach a port of another node, and ends with 0 when it does, or else with words in the file.
+fn watch(node: &str, port: u16, limit: Duration) -> Result<(Pid, std::fs::File)> {
+    let said = rustix::fs::memfd_create("capsid", rustix::fs::MemfdFlags::CLOEXEC)
+        .context("cannot create a file in memory")?;
+    let mut said = std::fs::File::from(said);
+    let own = Held::child(rustix::process::getpid().as_raw_nonzero().get());
+    match sys::fork()? {
+        Fork::Parent(pid) => Ok((pid, said)),
+        Fork::Child => {
+            sys::die_with(own.as_ref());
+            let Err(why) = reach(node, port, limit) else {
+                sys::exit_now(0)
+            };
+            let limit_s = limit.as_secs();
+            let _ = writeln!(
+                said,
+                "did not answer at {node}:{port} within {limit_s} s: {why}"
+            );
+            sys::exit_now(exit::FATAL)
+        }
+    }
+}
+
+/// Tries to reach a port until somebody answers.
+fn reach(node: &str, port: u16, limit: Duration) -> std::io::Result<()> {
+    let end = Instant::now() + limit;
+    let mut pause = Duration::from_millis(50);
+    let attempt = || {
+        let mut last = std::io::Error::other("no address of this name");
+        for address in (node, port).to_socket_addrs()? {
+            match TcpStream::connect_timeout(&address, Duration::from_secs(2)) {
+                Ok(_) => return Ok(()),
+                Err(error) => last = error,
+            }
+        }
+        Err(last)
+    };
+    loop {
+        match attempt() {
+            Err(_) if Instant::now() < end => {}
+            done => return done,
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_secs(1));
+    }
+}
+
+fn read_services(path: &Path, nodes: usize) -> Parsed {
     let read = || -> Result<Vec<Declared>> {
         let what = || format!("cannot read the services in {}", path.display());
         let file = std::fs::File::open(path).with_context(what)?;
@@ -306,7 +399,7 @@ fn read_services(path: &Path) -> Parsed {
         file.take(MAX_FILE)
             .read_to_string(&mut text)
             .with_context(what)?;
-        services::parse(&text).with_context(|| path.display().to_string())
+        services::parse(&text, nodes).with_context(|| path.display().to_string())
     };
     match read() {
         Ok(services) => Parsed::Services(services),
