@@ -2,22 +2,19 @@
 #![allow(clippy::unwrap_used)] // an error ends the test
 
 mod common;
+#[path = "common/slow_storage.rs"]
+mod slow_storage;
 
-use std::fs::{self, File};
-use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use capsid_fuse::{clone_device, mount};
 use common::{TOOL, pack, run};
 
 const NAME: &str = "a_profile_takes_two_thirds_of_the_waiting_from_an_import_storm";
 const LATENCY: Duration = Duration::from_millis(2);
-const REGULAR: u32 = libc::S_IFREG | 0o444;
-const DIRECTORY: u32 = libc::S_IFDIR | 0o755;
 /// What a program of some size imports.
 const IMPORTS: &str = "import argparse, ast, asyncio, csv, ctypes, decimal, difflib, doctest, email.mime.text, \
     html.parser, http.client, http.server, imaplib, inspect, json, logging.config, mailbox, multiprocessing.pool, pdb, \
@@ -106,7 +103,7 @@ impl Drop for Driver {
 fn storm(image: &Path, profile: Option<&Path>) -> Duration {
     let slow = tempfile::tempdir().unwrap();
     let point = tempfile::tempdir().unwrap();
-    serve_slowly(image, slow.path());
+    let threads = slow_storage::serve(image, slow.path(), LATENCY).unwrap();
     let begin = Instant::now();
     let mut options = "offset=0".to_string();
     if let Some(directory) = profile {
@@ -138,93 +135,8 @@ fn storm(image: &Path, profile: Option<&Path>) -> Duration {
     rustix::mount::unmount(point.path(), flags).unwrap();
     assert!(driver.0.wait().unwrap().success());
     rustix::mount::unmount(slow.path(), flags).unwrap();
+    for thread in threads {
+        thread.join().unwrap();
+    }
     spent
-}
-
-/// Mounts a directory with one file, `image`, on `point`.
-fn serve_slowly(image: &Path, point: &Path) {
-    let mounted = mount::fuse(&mount::MountOptions {
-        uid: 0,
-        gid: 0,
-        allow_other: false,
-        default_permissions: false,
-        source: "slow".into(),
-    })
-    .unwrap();
-    let flags = rustix::mount::MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    rustix::mount::move_mount(&mounted.tree, "", rustix::fs::CWD, point, flags).unwrap();
-    let file = Arc::new(File::open(image).unwrap());
-    for _ in 0..8 {
-        let device = clone_device(mounted.device.as_fd()).unwrap();
-        let file = file.clone();
-        std::thread::spawn(move || answer_all(&device, &file));
-    }
-    std::thread::spawn(move || answer_all(&mounted.device, &file));
-}
-
-fn answer_all(device: &OwnedFd, file: &File) {
-    let mut request = vec![0; 16 << 10];
-    while let Ok(len) = rustix::io::read(device, request.as_mut_slice()) {
-        if let Some(answer) = answer(&request[..len], file) {
-            let _interrupted = rustix::io::write(device, &answer);
-        }
-    }
-}
-
-fn answer(request: &[u8], file: &File) -> Option<Vec<u8>> {
-    let u32_at = |at: usize| u32::from_le_bytes(request[at..at + 4].try_into().unwrap());
-    let u64_at = |at: usize| u64::from_le_bytes(request[at..at + 8].try_into().unwrap());
-    let (opcode, node) = (u32_at(4), u64_at(16));
-    let attr = |node: u64| {
-        let size = if node == 2 {
-            file.metadata().unwrap().len()
-        } else {
-            0
-        };
-        let mut attr = [
-            node.to_le_bytes(),
-            size.to_le_bytes(),
-            size.div_ceil(512).to_le_bytes(),
-        ]
-        .concat();
-        attr.resize(60, 0);
-        attr.extend(if node == 2 { REGULAR } else { DIRECTORY }.to_le_bytes());
-        attr.extend(1_u32.to_le_bytes());
-        attr.resize(88, 0);
-        attr
-    };
-    let forever = 1_000_000_u64.to_le_bytes();
-    let body = match opcode {
-        2 | 36 | 42 => return None, // forget, interrupt, batch forget
-        1 if request[40..].starts_with(b"image\0") => {
-            let head = [2_u64.to_le_bytes(), [0; 8], forever, forever, [0; 8]].concat();
-            Ok([head, attr(2)].concat())
-        }
-        1 => Err(libc::ENOENT),
-        3 => Ok([forever.to_vec(), vec![0; 8], attr(node)].concat()),
-        15 => {
-            std::thread::sleep(LATENCY);
-            let mut bytes = vec![0; u32_at(56) as usize];
-            let len = file.read_at(&mut bytes, u64_at(48)).unwrap();
-            bytes.truncate(len);
-            Ok(bytes)
-        }
-        26 => {
-            // 7.31, read-ahead of 128 KiB, asynchronous reads, 12 of them at once, writes of a page.
-            let words = [7, 31, 128 << 10, 1, 12 | 9 << 16, 4096, 1, 0];
-            let mut body: Vec<u8> = words
-                .iter()
-                .flat_map(|word: &u32| word.to_le_bytes())
-                .collect();
-            body.resize(64, 0);
-            Ok(body)
-        }
-        _ => Err(libc::ENOSYS),
-    };
-    let (errno, body) = body.map_or_else(|errno| (-errno, Vec::new()), |body| (0, body));
-    let mut answer = (16 + body.len() as u32).to_le_bytes().to_vec();
-    answer.extend(errno.to_le_bytes());
-    answer.extend(&request[8..16]);
-    answer.extend(body);
-    Some(answer)
 }
