@@ -13,6 +13,23 @@ fn both() -> [Slurm; 2] {
     ["contain", "injob"].map(Slurm::new)
 }
 
+#[test]
+fn prolog_in_the_job_leaves_services_where_the_epilog_finds_them() {
+    let slurm = Slurm::new("injob");
+    // No step of Slurm's is the instance's on a node without a batch script.
+    let text = "srun -N2 -n2 $CAPSID instance start $IMAGE db
+srun -N2 -n2 $CAPSID exec instance://db sh -c 'echo $(hostname): $(grep -o /job_.* /proc/1/cgroup | head -n 1)'";
+    let job = slurm.submit(&["-N2"], text);
+    let said = slurm.ended(&job);
+    for place in ["n1: /job_JOB/step_batch", "n2: /job_JOB"] {
+        assert!(said.contains(&place.replace("JOB", &job)), "{said}");
+    }
+    assert!(
+        !said.contains(&format!("n2: /job_{job}/step_extern/user")),
+        "{said}"
+    );
+}
+
 /// The log of an instance on a node, which has stopped in order.
 #[track_caller]
 fn assert_orderly(slurm: &Slurm, node: &str, job: &str) {
@@ -31,7 +48,7 @@ fn instance_of_a_step_lives_as_long_as_its_job() {
 
 #[test]
 fn instance_of_a_step_lives_as_long_as_its_job_with_a_prolog_in_the_job() {
-    Slurm::new("injob").keeps_instances_for_later_steps(Some("step_extern"));
+    Slurm::new("injob").keeps_instances_for_later_steps(Some("step_batch"));
 }
 
 #[test]

@@ -15,7 +15,7 @@ use crate::proc::Held;
 /// How long the helper waits for the extern step.
 const ADOPTION: Duration = Duration::from_secs(10);
 /// How long it then waits for the batch script; services that the job declares start after that.
-const BATCH: Duration = Duration::from_millis(300);
+const BATCH: Duration = Duration::from_secs(1);
 /// Between two looks.
 const PAUSE: Duration = Duration::from_millis(5);
 
@@ -69,7 +69,14 @@ pub(super) fn leave_helper(
 
 /// Puts the supervisor into the extern step, and on into the batch script's when that is about to begin: Slurm ends the
 /// first at once at `scancel` and the time limit, the other only when services had time to stop.
+///
+/// With `PrologFlags=RunInJob` it is where the extern step's `slurmstepd` is: in the job and its limits, and not in what
+/// Slurm kills before the Epilog. There it stays, so that the Epilog can let services stop in order.
 fn enter(job: Job, supervisor: &Held, pid: i32) -> Result<()> {
+    if adopt::is_in_job(pid, job.id) {
+        enter_batch(job, supervisor, pid);
+        return Ok(());
+    }
     let end = Instant::now() + ADOPTION;
     // The job may be over already.
     while supervisor.is_alive() {
@@ -99,7 +106,7 @@ fn enter_batch(job: Job, supervisor: &Held, pid: i32) {
         if !doors.is_empty() {
             if let Err(error) = go_in(&doors, supervisor, pid) {
                 trouble(&format!(
-                    "job {}: {error:#}; it stays in the extern step",
+                    "job {}: {error:#}; it stays where it is in the job",
                     job.id
                 ));
             }
