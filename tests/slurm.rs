@@ -13,7 +13,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use cluster::Slurm;
+use cluster::{ORDERLY, Slurm};
 use common::{Env, output, script, write};
 
 fn free_port() -> u16 {
@@ -21,52 +21,20 @@ fn free_port() -> u16 {
     socket.local_addr().unwrap().port()
 }
 
-fn survives_steps(slurm: &Slurm) {
-    let job = slurm.submit(
-        &["-N1"],
-        "srun -n1 $CAPSID instance start $IMAGE db a 'b c' || exit 1
-for i in 1 2 3; do srun -n1 $CAPSID exec instance://db sh -c 'echo step $SLURM_STEP_ID; cat /proc/1/cgroup'; done
-$CAPSID instance list --all-nodes
-srun -n1 grep freezer /proc/self/cgroup
-$CAPSID instance stop db && srun -n1 $CAPSID instance start $IMAGE db && $CAPSID exec instance://db echo again",
-    );
-    let said = slurm.ended(&job);
-    for words in ["step 1\n", "step 2\n", "step 3\n", "service.sif", "again"] {
-        assert!(said.contains(words), "{words:?}: {said}");
-    }
-    if slurm.cluster == "cgroup" {
-        assert_eq!(
-            said.matches("/step_batch").count(),
-            3,
-            "the instance is the job's: {said}"
-        );
-    }
-    assert!(!said.contains("WARNING"), "{said}");
-    let log = slurm.log(&job, "db");
-    assert!(
-        log.contains("started a b c") && log.ends_with("stopping\nstopped\n"),
-        "an orderly end: {log}"
-    );
-    slurm.assert_nodes_are_well();
-}
-
 #[test]
 fn instance_of_a_step_lives_as_long_as_its_job() {
-    survives_steps(&Slurm::new("cgroup"));
+    Slurm::new("cgroup").keeps_instances_for_later_steps(Some("step_batch"));
 }
 
 #[test]
 fn instance_of_a_step_lives_as_long_as_its_job_without_cgroups() {
-    survives_steps(&Slurm::new("linuxproc"));
+    Slurm::new("linuxproc").keeps_instances_for_later_steps(None);
 }
 
 #[test]
 fn instance_of_a_step_lives_as_long_as_its_job_with_process_groups() {
-    survives_steps(&Slurm::new("pgid"));
+    Slurm::new("pgid").keeps_instances_for_later_steps(None);
 }
-
-/// The log of a service that was given the time to stop.
-const ORDERLY: &str = "stopping\nstopped\n";
 
 #[test]
 fn cancelled_jobs_leave_nothing_and_their_services_stop_in_order() {

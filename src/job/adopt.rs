@@ -73,6 +73,16 @@ pub fn job_directories(job: u32, uid: u32) -> Vec<PathBuf> {
     found
 }
 
+/// Whether a process is in a cgroup of a job's already.
+pub fn is_in_job(pid: i32, job: u32) -> bool {
+    let cgroups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let directory = format!("/job_{job}");
+    cgroups.lines().any(|line| {
+        line.contains("slurm")
+            && (line.ends_with(&directory) || line.contains(&format!("{directory}/")))
+    })
+}
+
 /// A step that belongs to the job rather than to a command of it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {

@@ -16,6 +16,9 @@ if [ -n \"$PORT\" ]; then httpd -f -p $PORT -h /opt & fi
 while :; do sleep 0.05; done
 ";
 
+/// The log of a service that was given the time to stop.
+pub const ORDERLY: &str = "stopping\nstopped\n";
+
 /// A cluster, and a directory with an image for jobs in it.
 pub struct Slurm {
     pub cluster: &'static str,
@@ -49,9 +52,16 @@ impl Slurm {
 
     /// A command of Slurm, as the user.
     pub fn command(&self, words: &[&str]) -> Command {
-        let mut command = self.env.command_as(Path::new(words[0]), &words[1..]);
+        let directory = self.top.join(self.cluster);
+        // Clients of a release that is not this machine's are there.
+        let path = format!(
+            "{}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin",
+            directory.join("bin").display()
+        );
+        let mut command = self.env.command_as(Path::new("env"), words);
         command
-            .env("SLURM_CONF", self.top.join(self.cluster).join("slurm.conf"))
+            .env("PATH", path)
+            .env("SLURM_CONF", directory.join("slurm.conf"))
             .env("APPTAINER_CONFIGDIR", self.env.path("config"))
             .env("CAPSID", env!("CARGO_BIN_EXE_capsid"))
             .env("IMAGE", &self.image);
@@ -162,24 +172,62 @@ impl Slurm {
                 return Some(format!("process {pid}: {line}"));
             }
         }
+        let mut cgroups = ["n1", "n2"].map(|node| self.cgroup(node, job)).into_iter();
+        cgroups
+            .find(|path| path.exists())
+            .map(|p| p.display().to_string())
+    }
+
+    /// The cgroup of a job on a node.
+    fn cgroup(&self, node: &str, job: &str) -> PathBuf {
+        if Path::new("/sys/fs/cgroup/cgroup.controllers").exists() {
+            let slice = "/sys/fs/cgroup/system.slice";
+            return format!("{slice}/{node}_slurmstepd.scope/job_{job}").into();
+        }
         let own = fs::read_to_string("/proc/self/cgroup").unwrap();
         let own = own
             .lines()
             .find_map(|l| l.split_once(":freezer:"))
             .map_or("/", |(_, p)| p);
-        let uid = nix::unistd::getuid();
-        for node in ["n1", "n2"] {
-            let cgroups = format!(
-                "/sys/fs/cgroup/freezer{}/{}/{}-{node}/slurm_{node}/uid_{uid}/job_{job}",
-                own.trim_end_matches('/'),
-                self.top.file_name().unwrap().display(),
-                self.cluster
-            );
-            if Path::new(&cgroups).exists() {
-                return Some(cgroups);
-            }
+        let top = self.top.file_name().unwrap().display();
+        format!(
+            "/sys/fs/cgroup/freezer{}/{top}/{}-{node}/slurm_{node}/uid_{}/job_{job}",
+            own.trim_end_matches('/'),
+            self.cluster,
+            nix::unistd::getuid()
+        )
+        .into()
+    }
+
+    /// An instance of step 0 answers in steps 1, 2 and 3, in the step of Slurm's that is named, and stops in order.
+    #[track_caller]
+    pub fn keeps_instances_for_later_steps(&self, step: Option<&str>) {
+        let job = self.submit(
+            &["-N1"],
+            "srun -n1 $CAPSID instance start $IMAGE db a 'b c' || exit 1
+for i in 1 2 3; do srun -n1 $CAPSID exec instance://db sh -c 'echo step $SLURM_STEP_ID; cat /proc/1/cgroup'; done
+$CAPSID instance list --all-nodes
+srun -n1 grep freezer /proc/self/cgroup
+$CAPSID instance stop db && srun -n1 $CAPSID instance start $IMAGE db && $CAPSID exec instance://db echo again",
+        );
+        let said = self.ended(&job);
+        for words in ["step 1\n", "step 2\n", "step 3\n", "service.sif", "again"] {
+            assert!(said.contains(words), "{words:?}: {said}");
         }
-        None
+        if let Some(step) = step {
+            assert_eq!(
+                said.matches(&format!("/{step}")).count(),
+                3,
+                "the instance is the job's: {said}"
+            );
+        }
+        assert!(!said.contains("WARNING"), "{said}");
+        let log = self.log(&job, "db");
+        assert!(
+            log.contains("started a b c") && log.ends_with(ORDERLY),
+            "an orderly end: {log}"
+        );
+        self.assert_nodes_are_well();
     }
 
     /// No node has been drained, and no trouble has been noted.

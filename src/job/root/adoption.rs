@@ -23,7 +23,7 @@ use crate::proc;
 /// How long the helper waits for the extern step.
 const ADOPTION: Duration = Duration::from_secs(10);
 /// How long it then waits for the batch script; services that the job declares start after that.
-const BATCH: Duration = Duration::from_millis(300);
+const BATCH: Duration = Duration::from_secs(1);
 /// Between two looks.
 const PAUSE: Duration = Duration::from_millis(5);
 
@@ -140,7 +140,14 @@ fn detach() -> Result<()> {
 
 /// Goes into the extern step, and on into the batch script's when that is about to begin: Slurm ends the first at once at
 /// `scancel` and the time limit, the other only when services had time to stop.
+///
+/// With `PrologFlags=RunInJob` it is where the extern step's `slurmstepd` is: in the job and its limits, and not in what
+/// Slurm kills before the Epilog. There it stays, so that the Epilog can let services stop in order.
 fn enter(job: Job) -> Result<()> {
+    if adopt::is_in_job(std::process::id().cast_signed(), job.id) {
+        enter_batch(job);
+        return Ok(());
+    }
     let end = Instant::now() + ADOPTION;
     loop {
         let doors = adopt::doors(job.id, job.uid, Step::Extern);
@@ -168,7 +175,7 @@ fn enter_batch(job: Job) {
         if !doors.is_empty() {
             if let Err(error) = go_in(&doors) {
                 trouble(&format!(
-                    "job {}: {error:#}; it stays in the extern step",
+                    "job {}: {error:#}; it stays where it is in the job",
                     job.id
                 ));
             }

@@ -216,8 +216,11 @@ fn end_in(top: &Top, id: u32) -> Result<()> {
         if there && !is_empty(top, &name) {
             tidy_as_user(memory.job);
         }
-        for directory in adopt::job_directories(memory.job.id, memory.job.uid) {
-            adopt::remove(&directory);
+        // With `PrologFlags=RunInJob` the extern step outlives the Epilog, and removes them itself.
+        if !steps::known_jobs().contains(&id) {
+            for directory in adopt::job_directories(memory.job.id, memory.job.uid) {
+                adopt::remove(&directory);
+            }
         }
     }
     if there {
@@ -249,10 +252,7 @@ fn end_processes(job: Job) {
                 };
                 let user =
                     std::fs::metadata(format!("/proc/{pid}")).is_ok_and(|m| m.uid() == job.uid);
-                let cgroups =
-                    std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-                let inside = cgroups.contains(&format!("/job_{}/", job.id));
-                if user && inside {
+                if user && adopt::is_in_job(pid, job.id) {
                     held.signal(Signal::KILL);
                     found += 1;
                 }
