@@ -132,6 +132,7 @@ impl Slurm {
         self.until(job, "the end of the job", || {
             OVER.contains(&self.state(job).as_str())
         });
+        self.until(job, "its Epilogs", || self.are_epilogs_over(job));
         let begin = Instant::now();
         while let Some(left) = self.left(job) {
             assert!(
@@ -142,6 +143,18 @@ impl Slurm {
             std::thread::sleep(Duration::from_millis(50));
         }
         self.said(job)
+    }
+
+    /// Whether each node's Epilog of the job has ended. Slurm 24.11 calls a job over before it begins some of them, up to a
+    /// minute later with RunInJob; of 22.05, which ends them first, nothing is asked.
+    fn are_epilogs_over(&self, job: &str) -> bool {
+        if !matches!(self.cluster, "contain" | "injob") {
+            return true;
+        }
+        let times = self.top.join(self.cluster).join("times");
+        let times = fs::read_to_string(times).unwrap_or_default();
+        let count = |script: &str| times.matches(&format!("{script} {job} ")).count();
+        count("epilog") >= count("prolog")
     }
 
     /// Something of a job that is still there.
