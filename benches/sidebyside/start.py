@@ -56,19 +56,25 @@ class Starts:
         self.work, self.root = work, trees.busybox()
         self.image = trees.image(self.root, "gzip/128K")
         self.peers = peers(work, self.root, self.image, out)
-        self.started = []
+        self.joined = f"compare{os.getpid()}"
+        timed([*INSTANCE, "start", self.image, self.joined])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        timed([*INSTANCE, "stop", self.joined])
 
     def cold(self):
         copy = os.path.join(self.work, f"copy{next(NUMBERS)}.squashfs")
         shutil.copy(self.image, copy)  # another image: it has no server yet
         return timed([*EXEC, copy, "/bin/true"])
 
-    def instance_start(self):
-        self.started.append(f"compare{os.getpid()}-{next(NUMBERS)}")
-        return timed([*INSTANCE, "start", self.image, self.started[-1]])
-
-    def instance_stop(self):
-        return timed([*INSTANCE, "stop", self.started.pop()])
+    def instance(self, wanted):
+        """Milliseconds that an instance takes to start or to stop."""
+        name = f"compare{os.getpid()}-{next(NUMBERS)}"
+        taken = {"start": timed([*INSTANCE, "start", self.image, name]), "stop": timed([*INSTANCE, "stop", name])}
+        return taken[wanted]
 
     def alone(self):
         def command(argv):
@@ -78,6 +84,9 @@ class Starts:
             "capsid image, warm": command([*EXEC, self.image, "/bin/true"]),
             "capsid image, cold": self.cold,
             "capsid --fakeroot, warm": command([*EXEC, "--fakeroot", self.image, "/bin/true"]),
+            "exec instance://": command([*EXEC, f"instance://{self.joined}", "/bin/true"]),
+            "instance start": lambda: self.instance("start"),
+            "instance stop": lambda: self.instance("stop"),
             "capsid --version": command([CAPSID, "--version"]),
         }
 
@@ -102,21 +111,16 @@ def pss(pids):
 
 
 def start(trees, work, rounds):
-    starts = Starts(trees, work)
-    name = f"compare{os.getpid()}"
-    subprocess.run([*INSTANCE, "start", starts.image, name], check=True, **NULL)
-    cases = starts.alone() | {
-        "exec instance://": lambda: timed([*EXEC, f"instance://{name}", "/bin/true"]),
-        "instance start": starts.instance_start, "instance stop": starts.instance_stop,
-    }
-    print(f"milliseconds to `true`, of {rounds} rounds")
-    table(rotation(cases, rounds), "bwrap directory")
-    subprocess.run([*INSTANCE, "stop", name], check=True, **NULL)
+    with Starts(trees, work) as starts:
+        print(f"milliseconds to `true`, of {rounds} rounds")
+        table(rotation(starts.alone(), rounds), "bwrap directory")
+        for count in AT_ONCE:
+            print()
+            table(rotation(starts.at_once(count), 10), f"bwrap directory, {count} at once")
+    memory(starts)
 
-    for count in AT_ONCE:
-        print()
-        table(rotation(starts.at_once(count), 10), f"bwrap directory, {count} at once")
 
+def memory(starts):
     print("\nkB of PSS")
     children = [spawn([*EXEC, starts.image, "sleep", "600"]) for _ in range(64)]
     time.sleep(3)
