@@ -13,13 +13,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use cluster::{ORDERLY, Slurm};
+use cluster::{ORDERLY, Slurm, free_port};
 use common::{Env, output, script, write};
-
-fn free_port() -> u16 {
-    let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    socket.local_addr().unwrap().port()
-}
 
 #[test]
 fn instance_of_a_step_lives_as_long_as_its_job() {
@@ -557,17 +552,7 @@ fn many_jobs_leave_nothing() {
             slurm.said(&job)
         );
     }
-    let jobs: Vec<String> = (0..5)
-        .map(|_| slurm.submit(&["-w", "n1", "-n1"], text))
-        .collect();
-    for job in jobs {
-        assert!(
-            slurm.ended(&job).ends_with("fine\n"),
-            "{}",
-            slurm.said(&job)
-        );
-    }
-    slurm.assert_nodes_are_well();
+    slurm.runs_five_at_once(text);
 }
 
 #[test]

@@ -173,15 +173,5 @@ fn jobs_without_a_batch_script_have_services_too() {
 fn many_jobs_leave_nothing() {
     let slurm = Slurm::new("injob");
     let text = "srun -n1 $CAPSID instance start $IMAGE db && srun -n1 $CAPSID exec instance://db echo fine";
-    let jobs: Vec<String> = (0..5)
-        .map(|_| slurm.submit(&["-w", "n1", "-n1"], text))
-        .collect();
-    for job in jobs {
-        assert!(
-            slurm.ended(&job).ends_with("fine\n"),
-            "{}",
-            slurm.said(&job)
-        );
-    }
-    slurm.assert_nodes_are_well();
+    slurm.runs_five_at_once(text);
 }

@@ -8,13 +8,8 @@ mod common;
 
 use std::path::Path;
 
-use cluster::Slurm;
+use cluster::{Slurm, free_port};
 use common::{script, write};
-
-fn free_port() -> u16 {
-    let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    socket.local_addr().unwrap().port()
-}
 
 #[test]
 fn instances_have_what_the_requester_has() {

@@ -19,6 +19,12 @@ while :; do sleep 0.05; done
 /// The log of a service that was given the time to stop.
 pub const ORDERLY: &str = "stopping\nstopped\n";
 
+/// A port of the loopback that nobody listens on.
+pub fn free_port() -> u16 {
+    let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    socket.local_addr().unwrap().port()
+}
+
 /// A cluster, and a directory with an image for jobs in it.
 pub struct Slurm {
     pub cluster: &'static str,
@@ -143,6 +149,19 @@ impl Slurm {
             std::thread::sleep(Duration::from_millis(50));
         }
         self.said(job)
+    }
+
+    /// Submits five jobs at once, whose last word is `fine`, and sees that nothing is left of them.
+    #[track_caller]
+    pub fn runs_five_at_once(&self, text: &str) {
+        let jobs: Vec<String> = (0..5)
+            .map(|_| self.submit(&["-w", "n1", "-n1"], text))
+            .collect();
+        for job in jobs {
+            let said = self.ended(&job);
+            assert!(said.ends_with("fine\n"), "{said}");
+        }
+        self.assert_nodes_are_well();
     }
 
     /// Whether each node's Epilog of the job has ended. Slurm 24.11 calls a job over before it begins some of them, up to a

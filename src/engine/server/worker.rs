@@ -135,16 +135,11 @@ pub(super) fn work(
 
 /// Has a program made ready while its process still makes its namespaces and mounts.
 fn expect(server: &Server, program: &Path) {
-    // What is damaged is told to who asks for it.
-    let is_there = |path: &Path| server.expect(path.as_os_str().as_bytes()).unwrap_or(false);
-    match program.is_absolute() {
-        true => _ = is_there(program),
-        false => {
-            _ = USUAL
-                .iter()
-                .any(|usual| is_there(&Path::new(usual).join(program)))
-        }
-    }
+    // A path from the root stays what it is. What is damaged is told to who asks for it.
+    let _found = USUAL.iter().any(|usual| {
+        let path = Path::new(usual).join(program);
+        server.expect(path.as_os_str().as_bytes()).unwrap_or(false)
+    });
 }
 
 /// Rings, by a byte in a pipe, when it goes: a copy of its descriptor in a new keeper does not matter.

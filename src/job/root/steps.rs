@@ -15,23 +15,6 @@ use crate::engine::sys;
 /// How long the helper looks for the mount namespace of a job's steps: slurmd makes it when the Prolog has ended.
 const ENTERED: Duration = Duration::from_secs(2);
 
-/// The daemons of steps, with what they call themselves: `12.extern`, `12.0`.
-fn daemons() -> Vec<(i32, String)> {
-    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let daemon = |entry: std::fs::DirEntry| {
-        let pid = entry.file_name().to_str()?.parse::<i32>().ok()?;
-        // Nothing is read of other users' processes.
-        if entry.metadata().ok()?.uid() != 0 {
-            return None;
-        }
-        let line = std::fs::read(entry.path().join("cmdline")).ok()?;
-        let line = String::from_utf8_lossy(&line).into_owned();
-        let title = line.strip_prefix("slurmstepd: [")?.split(']').next()?;
-        is_roots(pid).then(|| (pid, title.to_owned()))
-    };
-    entries.filter_map(daemon).collect()
-}
-
 /// Whether a process is root's in every respect: not one that a user has started with a setuid program.
 fn is_roots(pid: i32) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
@@ -41,8 +24,20 @@ fn is_roots(pid: i32) -> bool {
 
 /// The jobs that Slurm has a step of on this node.
 pub(super) fn known_jobs() -> Vec<u32> {
-    let job = |(_, title): (i32, String)| title.split('.').next()?.parse().ok();
-    daemons().into_iter().filter_map(job).collect()
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let job = |entry: std::fs::DirEntry| {
+        let pid = entry.file_name().to_str()?.parse::<i32>().ok()?;
+        // Nothing is read of other users' processes.
+        if entry.metadata().ok()?.uid() != 0 {
+            return None;
+        }
+        let line = std::fs::read(entry.path().join("cmdline")).ok()?;
+        let line = String::from_utf8_lossy(&line).into_owned();
+        let title = line.strip_prefix("slurmstepd: [")?;
+        let job = title.split(['.', ']']).next()?.parse().ok()?;
+        is_roots(pid).then_some(job)
+    };
+    entries.filter_map(job).collect()
 }
 
 /// Whether Slurm's configuration gives the steps of a job a `/tmp` of their own (`JobContainerType=job_container/tmpfs`, in
