@@ -16,6 +16,9 @@ if [ -n \"$PORT\" ]; then httpd -f -p $PORT -h /opt & fi
 while :; do sleep 0.05; done
 ";
 
+/// How late the Epilog of Slurm 24.11 may begin (see [`Slurm::are_epilogs_over`]).
+const LATE_EPILOG: Duration = Duration::from_secs(75);
+
 /// The log of a service that was given the time to stop.
 pub const ORDERLY: &str = "stopping\nstopped\n";
 
@@ -138,7 +141,15 @@ impl Slurm {
         self.until(job, "the end of the job", || {
             OVER.contains(&self.state(job).as_str())
         });
-        self.until(job, "its Epilogs", || self.are_epilogs_over(job));
+        let begin = Instant::now();
+        while !self.are_epilogs_over(job) && begin.elapsed() < LATE_EPILOG {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        if !self.are_epilogs_over(job) {
+            eprintln!("job {job}: Slurm has ended it without an Epilog");
+            // Then the next Prolog sweeps.
+            self.run(&["srun", "-N2", "-n2", "true"]).ok();
+        }
         let begin = Instant::now();
         while let Some(left) = self.left(job) {
             assert!(
