@@ -72,7 +72,8 @@ fn jobs_at_their_time_limit_leave_nothing_and_their_services_stop_in_order() {
         let said = slurm.ended(job);
         assert!(
             said.contains("up") && slurm.state(job) == "TIMEOUT",
-            "{said}"
+            "{}: {said}",
+            slurm.run(&["scontrol", "show", "job", job])
         );
         let log = slurm.log(job, "db");
         assert!(log.ends_with(ORDERLY), "{}: {log}", slurm.cluster);
@@ -296,7 +297,7 @@ fn database_of_a_job_keeps_its_data_and_is_shut_down() {
     write(
         &slurm.env.path("services.toml"),
         &format!(
-            "[[service]]\nname = \"db\"\nimage = \"postgres.sif\"\nready = {{ port = {port} }}
+            "[[service]]\nname = \"db\"\nimage = \"postgres.sif\"\nready = {{ port = {port}, timeout = \"180s\" }}
 options = [\"--bind\", \"{}:/var/lib/postgresql\", \"--env\", \"PORT={port}\"]\n",
             data.display()
         ),
@@ -424,23 +425,19 @@ mv $d/capsid/supervisor-$SLURM_JOB_ID $d/moved; ln -s /etc/passwd $d/capsid/serv
 #[test]
 fn job_that_ends_while_slurmd_is_down_leaves_nothing() {
     let slurm = Slurm::new("linuxproc");
-    let ask = |verb: &str| {
-        fs::write(slurm.top.join("control"), format!("{verb} linuxproc n2\n")).unwrap()
-    };
     let job = slurm.submit(
         &["-w", "n2", "-n1"],
         "srun -n1 $CAPSID instance start $IMAGE db; echo up; while [ ! -e go ]; do sleep 0.1; done",
     );
     slurm.until(&job, "the instance", || slurm.said(&job).contains("up"));
-    ask("kill");
-    std::thread::sleep(Duration::from_secs(1));
+    slurm.kill_node("n2");
     write(&slurm.env.work().join("go"), "");
     std::thread::sleep(Duration::from_secs(1));
     assert!(
         slurm.left(&job).is_some(),
         "without slurmd there is no Epilog"
     );
-    ask("start");
+    slurm.start_node("n2");
     slurm.ended(&job);
 }
 
@@ -499,17 +496,14 @@ wait_for {1}/services.toml; touch mounted; wait_for stop; kill -STOP %1; touch s
 #[test]
 fn instances_outlive_a_killed_slurmd() {
     let slurm = Slurm::new("cgroup");
-    let ask =
-        |verb: &str| fs::write(slurm.top.join("control"), format!("{verb} cgroup n2\n")).unwrap();
     let job = slurm.submit(
         &["-w", "n2", "-n1"],
         "srun -n1 $CAPSID instance start $IMAGE db; echo up; while [ ! -e go ]; do sleep 0.1; done
 srun -n1 $CAPSID exec instance://db echo still here",
     );
     slurm.until(&job, "the instance", || slurm.said(&job).contains("up"));
-    ask("kill");
-    std::thread::sleep(Duration::from_secs(1));
-    ask("start");
+    slurm.kill_node("n2");
+    slurm.start_node("n2");
     std::thread::sleep(Duration::from_secs(1));
     write(&slurm.env.work().join("go"), "");
     let said = slurm.ended(&job);

@@ -5,13 +5,15 @@
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::thread::Builder;
 
+use crate::cache::lock;
 use crate::data::Data;
 use crate::decompress::{Codec, OPTIONS_END};
 use crate::dir::{DirEntry, Directories};
 use crate::error::{Error, Result};
-use crate::file::{Files, Piece};
+use crate::file::{Extent, Files, Piece};
 use crate::format::{InodeRef, Superblock};
 use crate::inode::{self, Body, Inode};
 use crate::meta::{Cursor, Meta};
@@ -219,24 +221,23 @@ impl Archive {
         Ok(inode)
     }
 
-    /// Decompresses blocks of a file into the cache, as long as there are any.
-    pub(crate) fn prefetch(&self, at: InodeRef, first: u64, count: u64) -> Result<()> {
+    /// Tells the kernel that blocks of a file will be wanted, and gives those that are not at hand.
+    pub(crate) fn announce(&self, at: InodeRef, first: u64, count: u64) -> Result<Vec<Extent>> {
         let inode = self.inode_without_owner(at)?;
-        let extents = self
+        let mut extents = self
             .files
             .extents(&self.meta, (at, inode.content()?), first, count)?;
         let stored: u64 = extents.iter().map(|e| e.size.stored_len() as u64).sum();
         if let Some(start) = extents.first() {
             self.source.will_need(start.position, stored);
         }
-        for extent in extents {
-            if !extent.size.is_hole() && !self.data.has(extent.position, extent.size) {
-                self.data.block(extent.position, extent.size)?;
-                // Who was woken by an answer meanwhile comes first, also where there is no processor to spare.
-                std::thread::yield_now();
-            }
-        }
-        Ok(())
+        extents.retain(|e| !e.size.is_hole() && !self.data.has(e.position, e.size));
+        Ok(extents)
+    }
+
+    /// Decompresses a block into the cache.
+    pub(crate) fn make_ready(&self, extent: Extent) -> Result<()> {
+        self.data.block(extent.position, extent.size).map(drop)
     }
 
     /// Target of a symbolic link.
@@ -344,12 +345,32 @@ impl Archive {
 
     /// The profile of this image in a directory (see [`crate::Server::keep_profile`]).
     pub(crate) fn profile(&self, directory: OwnedFd) -> Profile {
-        Profile::open(directory, &self.superblock_raw, &self.source)
+        let block_size = self.superblock.block_size;
+        Profile::open(directory, &self.superblock_raw, block_size, &self.source)
     }
 
-    /// Reads what the profile names.
-    pub(crate) fn prefetch_profile(&self, profile: &Profile) -> u64 {
-        profile.prefetch(&self.source)
+    /// Reads what the profile names into the system's cache, and decompresses it on so many threads, as far before its
+    /// readers as there is room.
+    pub(crate) fn prefetch_profile(&self, profile: &Profile, threads: usize) {
+        let blocks: Mutex<_> = Mutex::new(profile.blocks());
+        let next = || lock(&blocks).next();
+        let prepare = || {
+            while let Some((position, size)) = next() {
+                if !self.data.prepare(position, size) {
+                    break;
+                }
+                // Who was woken by an answer meanwhile comes first, also where there is no processor to spare.
+                std::thread::yield_now();
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 0..threads {
+                let thread = Builder::new().name("prepare".into());
+                // Without it, it is decompressed when it is asked for.
+                let _slower = thread.spawn_scoped(scope, prepare);
+            }
+            profile.prefetch(&self.source);
+        });
     }
 
     /// Writes what was read since the profile was opened.

@@ -129,6 +129,14 @@ impl<K: Copy + Eq + Hash, V: Weigh> Cache<K, V> {
         lock(self.shard(key)).slots.contains_key(key)
     }
 
+    /// Counts a value as used, if it is there.
+    pub(crate) fn touch(&self, key: &K) {
+        let shard = lock(self.shard(key));
+        if let Some(Slot::Ready(index)) = shard.slots.get(key) {
+            shard.ring[*index].used.store(true, Ordering::Relaxed);
+        }
+    }
+
     /// Drops every value that nobody is making.
     pub(crate) fn clear(&self) {
         for shard in &self.shards {

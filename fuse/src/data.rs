@@ -1,7 +1,9 @@
 //! Data and fragment blocks: decompressed once, cached by position.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use crate::cache::{Cache, Weigh, lock};
 use crate::decompress::Codec;
@@ -17,15 +19,28 @@ const SHARDS: usize = 4;
 /// Buffers kept for the next block: taking one is cheaper than page faults on fresh memory.
 const SPARE_BUFFERS: usize = 4;
 
+/// How long blocks that are made ready may wait for a reader before no more are.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Between two looks whether there was one.
+const PAUSE: Duration = Duration::from_millis(1);
+
 /// A decompressed block.
 pub(crate) struct Block {
     buffer: Vec<u8>,
     len: usize,
-    spares: Arc<Spares>,
+    /// It was made ready, and nobody has asked for it yet.
+    is_unread: AtomicBool,
+    shared: Arc<Shared>,
 }
 
-/// Buffers that wait for their next block.
-struct Spares(Mutex<Vec<Vec<u8>>>);
+/// What all blocks share.
+#[derive(Default)]
+struct Shared {
+    /// Buffers that wait for their next block.
+    spares: Mutex<Vec<Vec<u8>>>,
+    /// Bytes of the blocks that are unread.
+    unread: AtomicUsize,
+}
 
 impl Block {
     /// The bytes in `range`, which the caller checked.
@@ -35,6 +50,19 @@ impl Block {
 
     pub(crate) fn len(&self) -> usize {
         self.len
+    }
+
+    fn set_unread(self) -> Block {
+        self.is_unread.store(true, Relaxed);
+        self.shared.unread.fetch_add(self.buffer.len(), Relaxed);
+        self
+    }
+
+    fn set_read(&self) {
+        // Only looked at, mostly: threads do not take the cache line from each other.
+        if self.is_unread.load(Relaxed) && self.is_unread.swap(false, Relaxed) {
+            self.shared.unread.fetch_sub(self.buffer.len(), Relaxed);
+        }
     }
 }
 
@@ -46,7 +74,8 @@ impl Weigh for Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        let mut spares = lock(&self.spares.0);
+        self.set_read();
+        let mut spares = lock(&self.shared.spares);
         if spares.len() < SPARE_BUFFERS {
             spares.push(std::mem::take(&mut self.buffer));
         }
@@ -75,7 +104,9 @@ pub(crate) struct Data {
     codec: Codec,
     block_size: usize,
     blocks: Cache<BlockKey, Block>,
-    spares: Arc<Spares>,
+    /// Bytes that are made ready for readers who have not come yet.
+    unread_max: usize,
+    shared: Arc<Shared>,
 }
 
 impl Data {
@@ -95,14 +126,46 @@ impl Data {
             codec,
             block_size: block_size as usize,
             blocks: Cache::new(cache_bytes, SHARDS),
-            spares: Arc::new(Spares(Mutex::default())),
+            unread_max: cache_bytes / 2,
+            shared: Arc::default(),
         }
     }
 
     /// The block at `position`. It is never empty and at most one block size long.
     pub(crate) fn block(&self, position: u64, size: BlockSize) -> Result<Arc<Block>> {
-        self.blocks
-            .get_or_load(BlockKey::new(position, size), || self.load(position, size))
+        let key = BlockKey::new(position, size);
+        let block = self
+            .blocks
+            .get_or_load(key, || self.load(position, size))?;
+        block.set_read();
+        Ok(block)
+    }
+
+    /// Makes a block ready for a reader who will come soon. Waits while many have not been asked for; false when nobody
+    /// asks any more, or the block is bad.
+    pub(crate) fn prepare(&self, position: u64, size: BlockSize) -> bool {
+        let key = BlockKey::new(position, size);
+        if self.blocks.contains(&key) {
+            return true;
+        }
+        let (mut since, mut least) = (Instant::now(), usize::MAX);
+        loop {
+            let unread = self.shared.unread.load(Relaxed);
+            if unread + self.block_size <= self.unread_max {
+                break;
+            }
+            if unread < least {
+                (since, least) = (Instant::now(), unread);
+            } else if since.elapsed() >= PATIENCE {
+                return false;
+            }
+            std::thread::sleep(PAUSE);
+        }
+        let load = || self.load(position, size).map(Block::set_unread);
+        let is_good = self.blocks.get_or_load(key, load).is_ok();
+        // What has been read already gives way before it.
+        self.blocks.touch(&key);
+        is_good
     }
 
     /// Whether the block is there or under way.
@@ -118,7 +181,7 @@ impl Data {
     /// Forgets what is cached.
     pub(crate) fn clear(&self) {
         self.blocks.clear();
-        *lock(&self.spares.0) = Vec::new();
+        *lock(&self.shared.spares) = Vec::new();
     }
 
     fn load(&self, position: u64, size: BlockSize) -> Result<Block> {
@@ -127,33 +190,47 @@ impl Data {
             let stored = Block {
                 len: stored_len,
                 buffer: self.buffer()?,
-                spares: self.spares.clone(),
+                is_unread: AtomicBool::new(false),
+            shared: self.shared.clone(),
             };
-            return self.load_compressed(position, stored);
+            return self.load_compressed(position, size, stored);
         }
         let mut block = Block {
             buffer: self.buffer()?,
             len: stored_len,
-            spares: self.spares.clone(),
+            is_unread: AtomicBool::new(false),
+            shared: self.shared.clone(),
         };
         self.source
-            .read_exact(position, &mut block.buffer[..stored_len])?;
+            .read_block(position, size, &mut block.buffer[..stored_len])?;
         Ok(block)
     }
 
     /// `stored` only lends its buffer for the compressed bytes.
-    fn load_compressed(&self, position: u64, mut stored: Block) -> Result<Block> {
+    fn load_compressed(
+        &self,
+        position: u64,
+        size: BlockSize,
+        mut stored: Block,
+    ) -> Result<Block> {
         let len = stored.len;
         self.source
-            .read_exact(position, &mut stored.buffer[..len])?;
+            .read_block(position, size, &mut stored.buffer[..len])?;
         let mut block = Block {
             buffer: self.buffer()?,
             len: 0,
-            spares: self.spares.clone(),
+            is_unread: AtomicBool::new(false),
+            shared: self.shared.clone(),
         };
-        block.len = self
-            .codec
-            .decompress(&stored.buffer[..len], &mut block.buffer)?;
+        let stored = &stored.buffer[..len];
+        let mut decompress = || self.codec.decompress(stored, &mut block.buffer);
+        block.len = match decompress() {
+            Err(Error::NO_MEMORY) => {
+                self.clear();
+                decompress()?
+            }
+            outcome => outcome?,
+        };
         if block.len == 0 {
             return Err(Error::Damaged("data block length"));
         }
@@ -162,7 +239,7 @@ impl Data {
 
     /// A buffer of one block size, with any content. Where memory is short, the cache gives its own back.
     fn buffer(&self) -> Result<Vec<u8>> {
-        if let Some(buffer) = lock(&self.spares.0).pop() {
+        if let Some(buffer) = lock(&self.shared.spares).pop() {
             return Ok(buffer);
         }
         let fresh = || {
@@ -176,9 +253,6 @@ impl Data {
                 self.clear();
                 fresh()
             })
-            .map_err(|_| Error::Os {
-                what: "allocate memory for a block",
-                errno: libc::ENOMEM,
-            })
+            .map_err(|_| Error::NO_MEMORY)
     }
 }

@@ -107,11 +107,15 @@ fn zstd(contexts: &mut Contexts, input: &[u8], out: &mut [u8]) -> Result<usize> 
 }
 
 fn xz(memory_bytes: u64, input: &[u8], out: &mut [u8]) -> Result<usize> {
-    let damaged = |_| Error::Damaged("xz data");
-    let mut stream = Stream::new_stream_decoder(memory_bytes, 0).map_err(damaged)?;
+    let failed = |e| match e {
+        // Of the machine; what a stream wants beyond its limit is `MemLimit`.
+        liblzma::stream::Error::Mem => Error::NO_MEMORY,
+        _ => Error::Damaged("xz data"),
+    };
+    let mut stream = Stream::new_stream_decoder(memory_bytes, 0).map_err(failed)?;
     let status = stream
         .process(input, out, Action::Finish)
-        .map_err(damaged)?;
+        .map_err(failed)?;
     match status {
         Status::StreamEnd => {
             usize::try_from(stream.total_out()).map_err(|_| Error::Damaged("xz data"))

@@ -83,6 +83,12 @@ impl Error {
         }
     }
 
+    /// Memory for a block, or to decompress it, is not to be had.
+    pub(crate) const NO_MEMORY: Error = Error::Os {
+        what: "allocate memory for a block",
+        errno: libc::ENOMEM,
+    };
+
     /// The error of a rustix call.
     pub(crate) fn sys(what: &'static str, errno: rustix::io::Errno) -> Error {
         Error::Os {

@@ -1,8 +1,8 @@
 //! Access profiles: which parts of an image a start reads, so that the next start can ask for them at once.
 //!
 //! On a network file system each read is a round trip, and a program that starts makes thousands, one after the other.
-//! A profile lists them; read ahead in few large pieces they cost a fraction. It is a hint: whatever is wrong with it,
-//! the image is read all the same.
+//! A profile lists them; read ahead in few large pieces they cost a fraction. It also names the data blocks, so that they
+//! are decompressed before they are asked for. It is a hint: whatever is wrong with it, the image is read all the same.
 //!
 //! One file for each image, named by what the image says of itself (its superblock, which has the time of making and the
 //! places of all tables) and its length, so that copies and other nodes share it. Written beside its place and renamed.
@@ -19,11 +19,11 @@ use rustix::io::Errno;
 
 use crate::cache::lock;
 use crate::error::{Error, Result};
-use crate::format::Superblock;
+use crate::format::{BlockSize, Superblock};
 use crate::source::Source;
 
-const MAGIC: &[u8; 8] = b"capsidP1";
-/// Ranges of a profile, at most: 16 bytes each in memory, 12 in the file.
+const MAGIC: &[u8; 8] = b"capsidP2";
+/// Ranges of a profile, at most: 24 bytes each in memory, 12 in the file.
 const RANGES_MAX: usize = 1 << 15;
 /// Bytes that are read ahead, at most.
 const BYTES_MAX: u64 = 128 << 20;
@@ -36,11 +36,45 @@ const READERS: usize = 4;
 /// Profiles in the directory, at most; the oldest go.
 const FILES_MAX: usize = 256;
 
+/// In the word of a range: it is a data block, and the rest is what the image says of its size.
+const IS_BLOCK: u32 = 1 << 31;
+
 /// A part of an image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Range {
-    pub(crate) position: u64,
-    pub(crate) len: u32,
+struct Range {
+    position: u64,
+    len: u32,
+    /// If it is a data block.
+    block: Option<BlockSize>,
+}
+
+impl Range {
+    /// In the file: the position, and the length or what [`IS_BLOCK`] says.
+    const LEN: usize = 12;
+
+    fn encode(self) -> [u8; Range::LEN] {
+        let word = self.block.map_or(self.len, |size| size.word() | IS_BLOCK);
+        let mut raw = [0; Range::LEN];
+        raw[..8].copy_from_slice(&self.position.to_le_bytes());
+        raw[8..].copy_from_slice(&word.to_le_bytes());
+        raw
+    }
+
+    fn decode(raw: &[u8; Range::LEN], block_size: u32, image_len: u64) -> Option<Range> {
+        let position = u64::from_le_bytes(*raw.first_chunk()?);
+        let word = u32::from_le_bytes(*raw.last_chunk()?);
+        let block = match word & IS_BLOCK {
+            0 => None,
+            _ => Some(BlockSize::decode(word & !IS_BLOCK, block_size).ok()?),
+        };
+        let len = block.map_or(word, |size| size.stored_len() as u32);
+        let end = position.checked_add(u64::from(len))?;
+        (len > 0 && end <= image_len).then_some(Range {
+            position,
+            len,
+            block,
+        })
+    }
 }
 
 /// Notes what is read, in the order of first use.
@@ -56,14 +90,18 @@ impl Record {
         *lock(&self.0) = Some(Vec::new());
     }
 
-    pub(crate) fn note(&self, position: u64, len: usize) {
+    pub(crate) fn note(&self, position: u64, len: usize, block: Option<BlockSize>) {
         let mut ranges = lock(&self.0);
         let Some(ranges) = ranges.as_mut() else {
             return;
         };
         if ranges.len() < RANGES_MAX {
             let len = len as u32;
-            ranges.push(Range { position, len });
+            ranges.push(Range {
+                position,
+                len,
+                block,
+            });
         }
     }
 
@@ -84,12 +122,14 @@ impl Profile {
     pub(crate) fn open(
         directory: OwnedFd,
         superblock: &[u8; Superblock::LEN],
+        block_size: u32,
         source: &Source,
     ) -> Profile {
         let mut identity = [0; Superblock::LEN + 8];
         identity[..Superblock::LEN].copy_from_slice(superblock);
         identity[Superblock::LEN..].copy_from_slice(&source.len().to_le_bytes());
-        let known = load(directory.as_fd(), &identity, source.len()).unwrap_or_default();
+        let known = load(directory.as_fd(), &identity, block_size, source.len());
+        let known = known.unwrap_or_default();
         source.record.begin();
         Profile {
             directory,
@@ -101,6 +141,12 @@ impl Profile {
     /// Whether no start of the image is known.
     pub(crate) fn is_empty(&self) -> bool {
         self.known.is_empty()
+    }
+
+    /// The data blocks, in the order of first use.
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = (u64, BlockSize)> {
+        let known = self.known.iter();
+        known.filter_map(|range| Some((range.position, range.block?)))
     }
 
     /// Reads what the profile names into the system's cache. Returns how many bytes.
@@ -173,8 +219,7 @@ impl Profile {
         let mut bytes = MAGIC.to_vec();
         bytes.extend(self.identity);
         for range in ranges {
-            bytes.extend(range.position.to_le_bytes());
-            bytes.extend(range.len.to_le_bytes());
+            bytes.extend(range.encode());
         }
         let name = name(&self.identity);
         let draft = format!("{name}.{}", rustix::process::getpid().as_raw_nonzero());
@@ -217,11 +262,16 @@ fn name(identity: &[u8]) -> String {
     format!("{hash:016x}.profile")
 }
 
-fn load(directory: BorrowedFd<'_>, identity: &[u8], image_len: u64) -> Result<Vec<Range>> {
+fn load(
+    directory: BorrowedFd<'_>,
+    identity: &[u8],
+    block_size: u32,
+    image_len: u64,
+) -> Result<Vec<Range>> {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
     let file = rustix::fs::openat(directory, name(identity), flags, Mode::empty())
         .map_err(|errno| Error::sys("open the profile", errno))?;
-    let most = MAGIC.len() + identity.len() + RANGES_MAX * 12;
+    let most = MAGIC.len() + identity.len() + RANGES_MAX * Range::LEN;
     let mut bytes = Vec::new();
     File::from(file)
         .take(most as u64)
@@ -231,16 +281,9 @@ fn load(directory: BorrowedFd<'_>, identity: &[u8], image_len: u64) -> Result<Ve
         .strip_prefix(MAGIC)
         .and_then(|rest| rest.strip_prefix(identity))
         .ok_or(Error::Damaged("profile"))?;
-    let (ranges, _cut_off) = ranges.as_chunks::<12>();
-    Ok(ranges
-        .iter()
-        .filter_map(|raw| {
-            let position = u64::from_le_bytes(*raw.first_chunk()?);
-            let len = u32::from_le_bytes(*raw.last_chunk()?);
-            let end = position.checked_add(u64::from(len))?;
-            (end <= image_len).then_some(Range { position, len })
-        })
-        .collect())
+    let (ranges, _cut_off) = ranges.as_chunks();
+    let decode = |raw| Range::decode(raw, block_size, image_len);
+    Ok(ranges.iter().filter_map(decode).collect())
 }
 
 /// Start and end of the ranges, neighbours joined, in the order of first use.
@@ -281,7 +324,11 @@ mod tests {
 
     #[test]
     fn neighbours_are_read_as_one_in_the_order_of_first_use() {
-        let range = |position, len| Range { position, len };
+        let range = |position, len| Range {
+            position,
+            len,
+            block: None,
+        };
         let far = 100 << 20;
         let ranges = [
             range(far, 10),

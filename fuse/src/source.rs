@@ -7,7 +7,12 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use crate::error::{Error, Result};
+use crate::format::BlockSize;
 use crate::profile::Record;
+
+/// Bytes of one hint: the read-ahead of most file systems, NFS and FUSE among them (`mm/readahead.c`,
+/// `force_page_cache_ra`).
+const ADVICE_BYTES: u64 = 128 << 10;
 
 /// A byte range of a file.
 pub(crate) struct Source {
@@ -38,7 +43,13 @@ impl Source {
 
     /// Fills `buf` from `position` bytes after the start of the range.
     pub(crate) fn read_exact(&self, position: u64, buf: &mut [u8]) -> Result<()> {
-        self.record.note(position, buf.len());
+        self.record.note(position, buf.len(), None);
+        self.read_ahead(position, buf)
+    }
+
+    /// The same for what is stored of a data block.
+    pub(crate) fn read_block(&self, position: u64, size: BlockSize, buf: &mut [u8]) -> Result<()> {
+        self.record.note(position, buf.len(), Some(size));
         self.read_ahead(position, buf)
     }
 
@@ -57,14 +68,16 @@ impl Source {
 
     /// Tells the kernel that these bytes will be wanted; costs nothing when it does not care.
     pub(crate) fn will_need(&self, position: u64, len: u64) {
-        let advice = rustix::fs::Advice::WillNeed;
-        // A hint only: there is nothing to do about a file system that refuses it.
-        let _hint = rustix::fs::fadvise(
-            &self.file,
-            self.offset + position,
-            std::num::NonZeroU64::new(len),
-            advice,
-        );
+        // Of one call the kernel takes no more than the read-ahead of the file system.
+        for at in (position..position.saturating_add(len)).step_by(ADVICE_BYTES as usize) {
+            // A hint only: there is nothing to do about a file system that refuses it.
+            let _hint = rustix::fs::fadvise(
+                &self.file,
+                self.offset + at,
+                std::num::NonZeroU64::new(ADVICE_BYTES.min(position + len - at)),
+                rustix::fs::Advice::WillNeed,
+            );
+        }
     }
 }
 

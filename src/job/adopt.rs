@@ -95,37 +95,39 @@ pub enum Step {
 
 /// The files that take a process into a step of a job, one for each hierarchy; none before Slurm has a process there.
 pub fn doors(job: u32, uid: u32, step: Step) -> Vec<PathBuf> {
-    let v1 = |directory: &Path| {
-        directory
-            .parent()
-            .is_some_and(|p| p.ends_with(format!("uid_{uid}")))
+    let step = match step {
+        Step::Extern => "step_extern",
+        Step::Batch => "step_batch",
     };
-    let doors = job_directories(job, uid).into_iter().map(|directory| {
-        // Version 2 allows processes in leaves only. In version 1 the step's directory is the user's, who may make others
-        // below it: nothing but the step itself is entered.
-        directory.join(match (step, v1(&directory)) {
-            (Step::Extern, true) => "step_extern/cgroup.procs",
-            (Step::Extern, false) => "step_extern/user/task_special/cgroup.procs",
-            (Step::Batch, true) => "step_batch/cgroup.procs",
-            (Step::Batch, false) => "step_batch/user/task_0/cgroup.procs",
-        })
-    });
-    let doors: Vec<PathBuf> = doors.filter(|door| door.is_file()).collect();
-    let lived_in = doors
-        .iter()
-        .any(|door| std::fs::read_to_string(door).is_ok_and(|text| !text.trim().is_empty()));
-    if lived_in { doors } else { Vec::new() }
+    let lived_in =
+        |door: &PathBuf| std::fs::read_to_string(door).is_ok_and(|text| !text.trim().is_empty());
+    let door = |directory: PathBuf| {
+        let is_v1 = directory
+            .parent()
+            .is_some_and(|p| p.ends_with(format!("uid_{uid}")));
+        let directory = directory.join(step);
+        // In version 1 the step's directory is the user's, who may make others below it: nothing but the step itself is
+        // entered. Version 2 allows processes in leaves only: of the step's task, or, without a plugin that follows tasks,
+        // of what has no task.
+        let places: &[&str] = if is_v1 {
+            &["cgroup.procs"]
+        } else {
+            &["user/task_0/cgroup.procs", "user/task_special/cgroup.procs"]
+        };
+        let mut doors = places.iter().map(|place| directory.join(place));
+        doors.find(lived_in)
+    };
+    let directories = job_directories(job, uid);
+    directories.into_iter().filter_map(door).collect()
 }
 
-/// Whether a step of `srun`'s runs already.
-pub fn has_numbered_step(job: u32, uid: u32) -> bool {
-    let numbered = |name: &str| {
-        name.strip_prefix("step_")
-            .is_some_and(|n| n.parse::<u32>().is_ok())
-    };
+/// Whether there is a step of another kind already: of `srun`'s, or an interactive one.
+pub fn has_other_step(job: u32, uid: u32) -> bool {
+    let is_other =
+        |name: &str| name.starts_with("step_") && name != "step_extern" && name != "step_batch";
     job_directories(job, uid)
         .iter()
-        .any(|directory| !children(directory, &numbered).is_empty())
+        .any(|directory| !children(directory, &is_other).is_empty())
 }
 
 /// Processes below a directory of a job.

@@ -113,6 +113,35 @@ impl Slurm {
         word.unwrap_or_default().to_owned()
     }
 
+    /// Kills slurmd on a node; it is gone afterwards.
+    #[track_caller]
+    pub fn kill_node(&self, node: &str) {
+        let pid = self.slurmd(node).expect("slurmd runs");
+        self.ask("kill", node);
+        let stat = format!("/proc/{pid}/stat");
+        common::wait_until("the end of slurmd", || {
+            fs::read_to_string(&stat).map_or(true, |stat| stat.contains(") Z "))
+        });
+    }
+
+    /// Starts slurmd on a node where it was killed.
+    #[track_caller]
+    pub fn start_node(&self, node: &str) {
+        self.ask("start", node);
+        common::wait_until("the start of slurmd", || self.slurmd(node).is_some());
+    }
+
+    fn ask(&self, verb: &str, node: &str) {
+        let line = format!("{verb} {} {node}\n", self.cluster);
+        fs::write(self.top.join("control"), line).unwrap();
+    }
+
+    /// The process of a node's slurmd, as `tests/slurm-cluster` keeps it.
+    fn slurmd(&self, node: &str) -> Option<i32> {
+        let file = self.top.join("pid").join(format!("{}.{node}", self.cluster));
+        fs::read_to_string(file).ok()?.trim().parse().ok()
+    }
+
     #[track_caller]
     pub fn until(&self, job: &str, what: &str, mut done: impl FnMut() -> bool) {
         let begin = Instant::now();
@@ -255,7 +284,8 @@ $CAPSID instance stop db && srun -n1 $CAPSID instance start $IMAGE db && $CAPSID
         );
         let said = self.ended(&job);
         for words in ["step 1\n", "step 2\n", "step 3\n", "service.sif", "again"] {
-            assert!(said.contains(words), "{words:?}: {said}");
+            let state = self.state(&job);
+            assert!(said.contains(words), "{words:?}: {state}: {said}");
         }
         if let Some(step) = step {
             assert_eq!(

@@ -1,4 +1,4 @@
-//! Decompresses what a reader will want next, on a thread of its own: the next blocks of one who reads on, and the whole
+//! Decompresses what a reader will want next, on threads of its own: the next blocks of one who reads on, and the whole
 //! of a program or library whose pages are asked for here and there, as by a program that starts.
 //!
 //! The kernel reads ahead too, but only 128 KiB for a user's mount: less than one block of many images.
@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use super::tree::{Place, Tree};
 use crate::cache::lock;
+use crate::file::Extent;
 
 /// Readers that are watched; the one that was idle longest gives way.
 const STREAMS: usize = 16;
@@ -21,9 +22,9 @@ const BLOCKS_MIN: u64 = 4;
 const WHOLE_BYTES: u64 = 4 << 20;
 /// How far requests that the kernel sends at once may overtake each other.
 const DISORDER_BYTES: u64 = 1 << 20;
-/// Requests to the thread that wait, at most; more are dropped, since they would come too late.
+/// Requests to the threads that wait, at most; more are dropped, since they would come too late.
 const QUEUE_MAX: usize = 32;
-/// How long the thread waits for more before it ends.
+/// How long a thread waits for more before it ends.
 const IDLE: Duration = Duration::from_secs(5);
 
 /// See the module.
@@ -43,23 +44,35 @@ struct Stream {
 
 struct Shared {
     tree: Arc<Tree>,
+    threads_max: usize,
     queue: Mutex<Queue>,
     wanted: Condvar,
 }
 
 #[derive(Default)]
 struct Queue {
-    jobs: VecDeque<(Place, u64, u64)>,
-    is_running: bool,
+    jobs: VecDeque<Job>,
+    threads: usize,
+    /// Threads that wait for a job.
+    idle: usize,
+}
+
+enum Job {
+    /// So many blocks of a file, from this one on.
+    Blocks(Place, u64, u64),
+    /// One of them.
+    Block(Extent),
 }
 
 impl Ahead {
-    pub(super) fn new(tree: Arc<Tree>, block_size: u32) -> Ahead {
+    /// With at most so many threads.
+    pub(super) fn new(tree: Arc<Tree>, block_size: u32, threads_max: usize) -> Ahead {
         Ahead {
             block_size: u64::from(block_size),
             streams: Mutex::default(),
             shared: Arc::new(Shared {
                 tree,
+                threads_max,
                 queue: Mutex::default(),
                 wanted: Condvar::new(),
             }),
@@ -73,14 +86,14 @@ impl Ahead {
         }
         let end = offset.saturating_add(len as u64);
         if let Some((first, count)) = self.follow(at, offset, end, size) {
-            self.send((at, first, count));
+            self.send(Job::Blocks(at, first, count));
         }
     }
 
     /// Prepares a file from its start, as much of it as of one that is read here and there.
     pub(super) fn prepare(&self, at: Place, size: u64) {
         let blocks = size.min(WHOLE_BYTES).div_ceil(self.block_size);
-        self.send((at, 0, blocks));
+        self.send(Job::Blocks(at, 0, blocks));
     }
 
     /// The blocks to prepare now, and how many.
@@ -129,43 +142,67 @@ impl Ahead {
         count.map(|count| (first, count))
     }
 
-    fn send(&self, job: (Place, u64, u64)) {
+    fn send(&self, job: Job) {
         let mut queue = lock(&self.shared.queue);
-        if queue.jobs.len() >= QUEUE_MAX {
-            return;
+        if queue.jobs.len() < QUEUE_MAX {
+            queue.jobs.push_back(job);
+            self.shared.wake(&mut queue);
         }
-        queue.jobs.push_back(job);
-        if !queue.is_running {
-            let shared = self.shared.clone();
-            let thread = std::thread::Builder::new().name("ahead".into());
-            queue.is_running = thread.spawn(move || shared.run()).is_ok();
-        }
-        self.shared.wanted.notify_one();
     }
 }
 
 impl Shared {
-    fn run(&self) {
-        while let Some((at, first, count)) = self.next() {
+    /// Sees to it that the jobs that wait find a thread.
+    fn wake(self: &Arc<Self>, queue: &mut Queue) {
+        let wanted = queue.jobs.len().saturating_sub(queue.idle);
+        for _ in 0..wanted.min(self.threads_max.saturating_sub(queue.threads)) {
+            let shared = self.clone();
+            let thread = std::thread::Builder::new().name("ahead".into());
+            if thread.spawn(move || shared.run()).is_err() {
+                break;
+            }
+            queue.threads += 1;
+        }
+        self.wanted.notify_all();
+    }
+
+    fn run(self: &Arc<Self>) {
+        while let Some(job) = self.next() {
             // Who asks for a bad block gets its error; a panic must not end the thread in silence.
-            let work = std::panic::AssertUnwindSafe(|| self.tree.prefetch(at, first, count));
+            let work = std::panic::AssertUnwindSafe(|| match job {
+                Job::Blocks(at, first, count) => {
+                    let blocks = self.tree.announce(at, first, count).unwrap_or_default();
+                    let mut queue = lock(&self.queue);
+                    for extent in blocks.into_iter().rev() {
+                        queue.jobs.push_front(Job::Block(extent));
+                    }
+                    self.wake(&mut queue);
+                }
+                Job::Block(extent) => {
+                    let _told_to_who_asks = self.tree.make_ready(extent);
+                    // Who was woken by an answer meanwhile comes first, also where there is no processor to spare.
+                    std::thread::yield_now();
+                }
+            });
             let _told_to_who_asks = std::panic::catch_unwind(work);
         }
     }
 
-    fn next(&self) -> Option<(Place, u64, u64)> {
+    fn next(&self) -> Option<Job> {
         let mut queue = lock(&self.queue);
         loop {
             if let Some(job) = queue.jobs.pop_front() {
                 return Some(job);
             }
+            queue.idle += 1;
             let (guard, waited) = self
                 .wanted
                 .wait_timeout(queue, IDLE)
                 .unwrap_or_else(PoisonError::into_inner);
             queue = guard;
+            queue.idle -= 1;
             if waited.timed_out() && queue.jobs.is_empty() {
-                queue.is_running = false;
+                queue.threads -= 1;
                 return None;
             }
         }
@@ -187,7 +224,7 @@ mod tests {
         assert!(packed.expect("mksquashfs").status.success());
         let file = std::fs::File::open(&image).expect("the image");
         let archive = crate::Archive::open(file, 0, None).expect("an archive");
-        let ahead = Ahead::new(Arc::new(Tree::Squashfs(Arc::new(archive))), 128 << 10);
+        let ahead = Ahead::new(Arc::new(Tree::Squashfs(Arc::new(archive))), 128 << 10, 1);
         let follow = |(offset, len): &(u64, u64)| {
             ahead.follow(Place(7), offset << 10, (offset + len) << 10, size << 10)
         };

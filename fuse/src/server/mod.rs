@@ -82,7 +82,8 @@ impl Server {
         archive.set_cache_bytes(options.cache_bytes);
         let block_size = archive.superblock().block_size;
         let tree = Arc::new(Tree::Squashfs(Arc::new(archive)));
-        let ahead = (thread_count(&options) > 1).then(|| Ahead::new(tree.clone(), block_size));
+        let threads = helper_count(&options);
+        let ahead = (threads > 0).then(|| Ahead::new(tree.clone(), block_size, threads));
         Server::new(tree, options, ahead)
     }
 
@@ -176,8 +177,8 @@ impl Server {
         threads::serve(self, &devices, thread_count(&self.options))
     }
 
-    /// Reads ahead what earlier starts of this image have read, and notes what this one reads, in a file in `directory`
-    /// (see the module `profile`). For images on slow storage; call it once, before or after the first request.
+    /// Reads ahead what earlier starts of this image have read, decompresses it, and notes what this one reads, in a file
+    /// in `directory` (see the module `profile`). For images on slow storage; call it once, before or after the first request.
     pub fn keep_profile(&self, directory: OwnedFd) {
         let Some(profile) = self.tree.profile(directory) else {
             return;
@@ -192,7 +193,8 @@ impl Server {
         let tree = self.tree.clone();
         let thread = std::thread::Builder::new().name("prefetch".into());
         // Without the thread, everything is read when it is asked for.
-        let _slower = thread.spawn(move || tree.prefetch_profile(&profile));
+        let threads = helper_count(&self.options);
+        let _slower = thread.spawn(move || tree.prefetch_profile(&profile, threads));
     }
 
     /// Writes what was read so far to the profile, if there is one. It is also written by itself, when nobody has asked
@@ -225,4 +227,9 @@ fn thread_count(options: &Options) -> usize {
         0 => std::thread::available_parallelism().map_or(1, |n| n.get().min(THREADS_MAX)),
         count => count,
     }
+}
+
+/// Threads that decompress what has not been asked for, at most.
+fn helper_count(options: &Options) -> usize {
+    thread_count(options) / 2
 }

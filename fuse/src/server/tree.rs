@@ -4,9 +4,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use crate::archive::Archive;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ext::Ext;
-use crate::file::Piece;
+use crate::file::{Extent, Piece};
 use crate::format::{InodeRef, Kind};
 use crate::profile::Profile;
 
@@ -209,10 +209,10 @@ impl Tree {
         }
     }
 
-    /// Reads what the profile names into the system's cache.
-    pub(crate) fn prefetch_profile(&self, profile: &Profile) {
+    /// Reads what the profile names into the system's cache, and decompresses it on so many threads.
+    pub(crate) fn prefetch_profile(&self, profile: &Profile, threads: usize) {
         if let Tree::Squashfs(archive) = self {
-            archive.prefetch_profile(profile);
+            archive.prefetch_profile(profile, threads);
         }
     }
 
@@ -238,11 +238,19 @@ impl Tree {
         }
     }
 
-    /// Decompresses the blocks of a file in advance.
-    pub(crate) fn prefetch(&self, at: Place, first: u64, count: u64) -> Result<()> {
+    /// Tells the kernel that blocks of a file will be wanted, and gives those that are not at hand.
+    pub(crate) fn announce(&self, at: Place, first: u64, count: u64) -> Result<Vec<Extent>> {
         match self {
-            Tree::Squashfs(archive) => archive.prefetch(at.inode(), first, count),
-            Tree::Ext(_) => Err(Error::WrongKind),
+            Tree::Squashfs(archive) => archive.announce(at.inode(), first, count),
+            Tree::Ext(_) => Ok(Vec::new()),
+        }
+    }
+
+    /// Decompresses a block in advance.
+    pub(crate) fn make_ready(&self, extent: Extent) -> Result<()> {
+        match self {
+            Tree::Squashfs(archive) => archive.make_ready(extent),
+            Tree::Ext(_) => Ok(()),
         }
     }
 }

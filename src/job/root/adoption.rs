@@ -1,6 +1,7 @@
 //! The helper that the Prolog leaves behind: it goes into the job as soon as Slurm has made a place for it, and becomes the
 //! job's supervisor there. Before that nothing of the user's runs.
 
+use std::ffi::OsString;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
@@ -18,14 +19,16 @@ use crate::engine::sys::{self, Fork};
 use crate::host::User;
 use crate::job::adopt::{self, Step, Tracking};
 use crate::job::socket_name;
+use crate::job::supervisor::nodes;
 use crate::proc;
 
 /// How long the helper waits for the extern step.
 const ADOPTION: Duration = Duration::from_secs(10);
-/// How long it then waits for the batch script; services that the job declares start after that.
-const BATCH: Duration = Duration::from_secs(1);
-/// Between two looks.
+/// How long it then waits for the batch script, where one can be: Slurm sends it when the Prologs of all nodes have ended.
+const BATCH: Duration = Duration::from_secs(30);
+/// Between two looks, at first.
 const PAUSE: Duration = Duration::from_millis(5);
+const PAUSE_MAX: Duration = Duration::from_millis(100);
 
 /// Makes the socket of a job's supervisor in the job's directory, which nobody but root can enter yet. Requests queue there
 /// until the supervisor begins.
@@ -94,7 +97,7 @@ pub(super) fn leave_helper(
                 let slurm_conf = declaration.slurm_conf.as_deref();
                 // Outside of the job it would have no limits.
                 if adopt::tracking(slurm_conf) == Tracking::Cgroup {
-                    enter(job)?;
+                    enter(job, may_have_batch(&declaration.env))?;
                 }
                 steps::enter_mounts(job.id, slurm_conf)?;
                 sys::inherit(&socket)?;
@@ -138,53 +141,78 @@ fn detach() -> Result<()> {
     rustix::process::chdir("/").context("cannot enter /")
 }
 
-/// Goes into the extern step, and on into the batch script's when that is about to begin: Slurm ends the first at once at
+/// Whether this node can be the one where the job's batch script runs, the first of its nodes.
+fn may_have_batch(env: &[(OsString, OsString)]) -> bool {
+    let var = |name: &str| {
+        let found = env.iter().find(|(key, _)| key == name);
+        found.map(|(_, value)| value.clone())
+    };
+    let (node, nodes) = nodes(&var);
+    nodes.first() == Some(&node)
+}
+
+/// Goes into the extern step, and on into the batch script's where that is about to begin: Slurm ends the first at once at
 /// `scancel` and the time limit, the other only when services had time to stop.
 ///
 /// With `PrologFlags=RunInJob` it is where the extern step's `slurmstepd` is: in the job and its limits, and not in what
-/// Slurm kills before the Epilog. There it stays, so that the Epilog can let services stop in order.
-fn enter(job: Job) -> Result<()> {
-    if adopt::is_in_job(std::process::id().cast_signed(), job.id) {
-        enter_batch(job);
-        return Ok(());
-    }
-    let end = Instant::now() + ADOPTION;
-    loop {
-        let doors = adopt::doors(job.id, job.uid, Step::Extern);
-        if !doors.is_empty() {
-            go_in(&doors)?;
-            enter_batch(job);
-            return Ok(());
-        }
-        if Instant::now() >= end {
+/// Slurm kills before the Epilog. There it stays where there is no batch script, so that the Epilog can let services stop in
+/// order.
+fn enter(job: Job, may_have_batch: bool) -> Result<()> {
+    let own = std::process::id().cast_signed();
+    if !adopt::is_in_job(own, job.id) {
+        let doors = look(ADOPTION, || {
+            let doors = adopt::doors(job.id, job.uid, Step::Extern);
+            (!doors.is_empty()).then_some(doors)
+        });
+        let Some(doors) = doors else {
             bail!(
                 "no extern step within {} s, so its services cannot be part of it: is PrologFlags=Contain set?",
                 ADOPTION.as_secs()
             );
+        };
+        go_in(&doors)?;
+    }
+    if may_have_batch {
+        enter_batch(job);
+    }
+    Ok(())
+}
+
+/// Another step shows that there is no batch script, or that it has begun.
+fn enter_batch(job: Job) {
+    let mut trouble_so_far = None;
+    let entered = look(BATCH, || {
+        let others = adopt::has_other_step(job.id, job.uid);
+        let doors = adopt::doors(job.id, job.uid, Step::Batch);
+        match go_in(&doors) {
+            Ok(()) => (others || !doors.is_empty()).then_some(()),
+            // With cgroup version 2 Slurm moves the script from one to another at first, and removes the former.
+            Err(error) => {
+                trouble_so_far = Some(error);
+                None
+            }
         }
-        std::thread::sleep(PAUSE);
+    });
+    if let (None, Some(error)) = (entered, trouble_so_far) {
+        trouble(&format!(
+            "job {}: {error:#}; it stays where it is in the job",
+            job.id
+        ));
     }
 }
 
-/// A step of `srun`'s shows that there is no batch script on this node, or that it has begun.
-fn enter_batch(job: Job) {
-    let end = Instant::now() + BATCH;
-    while Instant::now() < end {
-        let others = adopt::has_numbered_step(job.id, job.uid);
-        let doors = adopt::doors(job.id, job.uid, Step::Batch);
-        if !doors.is_empty() {
-            if let Err(error) = go_in(&doors) {
-                trouble(&format!(
-                    "job {}: {error:#}; it stays where it is in the job",
-                    job.id
-                ));
-            }
-            return;
+/// Looks for something, more and more rarely, for as long as `limit`.
+fn look<T>(limit: Duration, mut found: impl FnMut() -> Option<T>) -> Option<T> {
+    let begin = Instant::now();
+    loop {
+        if let Some(found) = found() {
+            return Some(found);
         }
-        if others {
-            return;
+        let waited = begin.elapsed();
+        if waited >= limit {
+            return None;
         }
-        std::thread::sleep(PAUSE);
+        std::thread::sleep((waited / 16).clamp(PAUSE, PAUSE_MAX));
     }
 }
 
