@@ -419,3 +419,37 @@ impl Archive {
 const WARM_STEP: usize = 1 << 20;
 /// Bytes read at once by [`Archive::read_file`].
 const READ_STEP: usize = 1 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_made_ready_only_as_far_as_somebody_reads_them() {
+        let dir = tempfile::tempdir().expect("a scratch directory");
+        let (tree, image) = (dir.path().join("tree"), dir.path().join("image"));
+        std::fs::create_dir(&tree).expect("a directory");
+        let text: String = (0..800_000).map(|n| format!("{n}\n")).collect();
+        std::fs::write(tree.join("file"), text).expect("a file");
+        let packed = std::process::Command::new("mksquashfs")
+            .args([&tree, &image])
+            .args(["-quiet", "-no-progress"])
+            .output();
+        assert!(packed.expect("mksquashfs").status.success());
+        let file = File::open(&image).expect("the image");
+        let mut archive = Archive::open(file, 0, None).expect("an archive");
+        // Room for 64 blocks, half of them unread.
+        archive.set_cache_bytes(64 * (128 << 10));
+        let at = archive.resolve(b"/file").expect("a tree").expect("a file");
+        let blocks = archive.announce(at, 0, 99).expect("blocks");
+        assert!(blocks.len() > 34, "{}", blocks.len());
+        let prepare = |n: usize| archive.data.prepare(blocks[n].position, blocks[n].size);
+        assert!((0..32).all(prepare));
+        assert!(!prepare(32), "nobody has read the first ones");
+        archive.make_ready(blocks[0]).expect("the first block");
+        assert!(prepare(32) && !prepare(33));
+        // What is forgotten is not waited for.
+        archive.shrink();
+        assert!(prepare(33));
+    }
+}

@@ -134,9 +134,7 @@ impl Data {
     /// The block at `position`. It is never empty and at most one block size long.
     pub(crate) fn block(&self, position: u64, size: BlockSize) -> Result<Arc<Block>> {
         let key = BlockKey::new(position, size);
-        let block = self
-            .blocks
-            .get_or_load(key, || self.load(position, size))?;
+        let block = self.blocks.get_or_load(key, || self.load(position, size))?;
         block.set_read();
         Ok(block)
     }
@@ -191,7 +189,7 @@ impl Data {
                 len: stored_len,
                 buffer: self.buffer()?,
                 is_unread: AtomicBool::new(false),
-            shared: self.shared.clone(),
+                shared: self.shared.clone(),
             };
             return self.load_compressed(position, size, stored);
         }
@@ -207,12 +205,7 @@ impl Data {
     }
 
     /// `stored` only lends its buffer for the compressed bytes.
-    fn load_compressed(
-        &self,
-        position: u64,
-        size: BlockSize,
-        mut stored: Block,
-    ) -> Result<Block> {
+    fn load_compressed(&self, position: u64, size: BlockSize, mut stored: Block) -> Result<Block> {
         let len = stored.len;
         self.source
             .read_block(position, size, &mut stored.buffer[..len])?;

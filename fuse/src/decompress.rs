@@ -113,9 +113,7 @@ fn xz(memory_bytes: u64, input: &[u8], out: &mut [u8]) -> Result<usize> {
         _ => Error::Damaged("xz data"),
     };
     let mut stream = Stream::new_stream_decoder(memory_bytes, 0).map_err(failed)?;
-    let status = stream
-        .process(input, out, Action::Finish)
-        .map_err(failed)?;
+    let status = stream.process(input, out, Action::Finish).map_err(failed)?;
     match status {
         Status::StreamEnd => {
             usize::try_from(stream.total_out()).map_err(|_| Error::Damaged("xz data"))

@@ -56,21 +56,81 @@ fn children(path: &Path, fits: &dyn Fn(&str) -> bool) -> Vec<PathBuf> {
         .collect()
 }
 
-/// The directories of a job in every hierarchy: `slurm*/uid_U/job_J` (v1) and `*slurmstepd.scope/job_J` (v2).
-pub fn job_directories(job: u32, uid: u32) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    for top in hierarchies() {
-        for slurm in children(&top, &|n| n.starts_with("slurm")) {
-            found.push(slurm.join(format!("uid_{uid}/job_{job}")));
-        }
-        for slice in [top.join("system.slice"), top.clone()] {
-            for scope in children(&slice, &|n| n.ends_with("slurmstepd.scope")) {
-                found.push(scope.join(format!("job_{job}")));
+/// A job on a node, as Slurm's cgroups have it.
+#[derive(Debug, Clone, Copy)]
+pub struct Cgroups<'a> {
+    /// The job's number.
+    pub job: u32,
+    /// The user.
+    pub uid: u32,
+    /// Slurm's name of the node, where it is known: a machine can be several, and jobs of several nodes meet there.
+    pub node: Option<&'a str>,
+}
+
+impl Cgroups<'_> {
+    /// The job's directories in every hierarchy: `slurm*/uid_U/job_J` (v1) and `*slurmstepd.scope/job_J` (v2).
+    pub fn directories(&self) -> Vec<PathBuf> {
+        let (job, uid) = (self.job, self.uid);
+        let is_ours = |mark: &str| self.node.is_none_or(|node| mark.is_empty() || mark == node);
+        let mut found = Vec::new();
+        for top in hierarchies() {
+            let v1 = |name: &str| {
+                let mark = name.strip_prefix("slurm");
+                mark.is_some_and(|mark| is_ours(mark.strip_prefix('_').unwrap_or(mark)))
+            };
+            for slurm in children(&top, &v1) {
+                found.push(slurm.join(format!("uid_{uid}/job_{job}")));
+            }
+            let v2 = |name: &str| {
+                let mark = name.strip_suffix("slurmstepd.scope");
+                mark.is_some_and(|mark| is_ours(mark.strip_suffix('_').unwrap_or(mark)))
+            };
+            for slice in [top.join("system.slice"), top.clone()] {
+                for scope in children(&slice, &v2) {
+                    found.push(scope.join(format!("job_{job}")));
+                }
             }
         }
+        found.retain(|path| path.is_dir());
+        found
     }
-    found.retain(|path| path.is_dir());
-    found
+
+    /// The files that take a process into a step of the job, one for each hierarchy; none before Slurm has a process there.
+    pub fn doors(&self, step: Step) -> Vec<PathBuf> {
+        let step = match step {
+            Step::Extern => "step_extern",
+            Step::Batch => "step_batch",
+        };
+        let lived_in = |door: &PathBuf| {
+            std::fs::read_to_string(door).is_ok_and(|text| !text.trim().is_empty())
+        };
+        let door = |directory: PathBuf| {
+            let is_v1 = directory
+                .parent()
+                .is_some_and(|p| p.ends_with(format!("uid_{}", self.uid)));
+            let directory = directory.join(step);
+            // In version 1 the step's directory is the user's, who may make others below it: nothing but the step itself is
+            // entered. Version 2 allows processes in leaves only: of the step's task, or, without a plugin that follows
+            // tasks, of what has no task.
+            let places: &[&str] = if is_v1 {
+                &["cgroup.procs"]
+            } else {
+                &["user/task_0/cgroup.procs", "user/task_special/cgroup.procs"]
+            };
+            let mut doors = places.iter().map(|place| directory.join(place));
+            doors.find(lived_in)
+        };
+        self.directories().into_iter().filter_map(door).collect()
+    }
+
+    /// Whether there is a step of another kind already: of `srun`'s, or an interactive one.
+    pub fn has_other_step(&self) -> bool {
+        let is_other =
+            |name: &str| name.starts_with("step_") && name != "step_extern" && name != "step_batch";
+        self.directories()
+            .iter()
+            .any(|directory| !children(directory, &is_other).is_empty())
+    }
 }
 
 /// Whether a process is in a cgroup of a job's already.
@@ -91,43 +151,6 @@ pub enum Step {
     /// The batch script's, on the first node of batch jobs. Slurm ends it when the script and the TaskEpilog have ended, or
     /// after `KillWait`.
     Batch,
-}
-
-/// The files that take a process into a step of a job, one for each hierarchy; none before Slurm has a process there.
-pub fn doors(job: u32, uid: u32, step: Step) -> Vec<PathBuf> {
-    let step = match step {
-        Step::Extern => "step_extern",
-        Step::Batch => "step_batch",
-    };
-    let lived_in =
-        |door: &PathBuf| std::fs::read_to_string(door).is_ok_and(|text| !text.trim().is_empty());
-    let door = |directory: PathBuf| {
-        let is_v1 = directory
-            .parent()
-            .is_some_and(|p| p.ends_with(format!("uid_{uid}")));
-        let directory = directory.join(step);
-        // In version 1 the step's directory is the user's, who may make others below it: nothing but the step itself is
-        // entered. Version 2 allows processes in leaves only: of the step's task, or, without a plugin that follows tasks,
-        // of what has no task.
-        let places: &[&str] = if is_v1 {
-            &["cgroup.procs"]
-        } else {
-            &["user/task_0/cgroup.procs", "user/task_special/cgroup.procs"]
-        };
-        let mut doors = places.iter().map(|place| directory.join(place));
-        doors.find(lived_in)
-    };
-    let directories = job_directories(job, uid);
-    directories.into_iter().filter_map(door).collect()
-}
-
-/// Whether there is a step of another kind already: of `srun`'s, or an interactive one.
-pub fn has_other_step(job: u32, uid: u32) -> bool {
-    let is_other =
-        |name: &str| name.starts_with("step_") && name != "step_extern" && name != "step_batch";
-    job_directories(job, uid)
-        .iter()
-        .any(|directory| !children(directory, &is_other).is_empty())
 }
 
 /// Processes below a directory of a job.

@@ -138,7 +138,10 @@ impl Slurm {
 
     /// The process of a node's slurmd, as `tests/slurm-cluster` keeps it.
     fn slurmd(&self, node: &str) -> Option<i32> {
-        let file = self.top.join("pid").join(format!("{}.{node}", self.cluster));
+        let file = self
+            .top
+            .join("pid")
+            .join(format!("{}.{node}", self.cluster));
         fs::read_to_string(file).ok()?.trim().parse().ok()
     }
 

@@ -1,7 +1,6 @@
 //! The helper that the Prolog leaves behind: it goes into the job as soon as Slurm has made a place for it, and becomes the
 //! job's supervisor there. Before that nothing of the user's runs.
 
-use std::ffi::OsString;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
@@ -17,7 +16,7 @@ use rustix::fs::{AtFlags, Gid, Mode, OFlags, Uid};
 use super::{Declaration, Job, as_user, readable, steps, trouble};
 use crate::engine::sys::{self, Fork};
 use crate::host::User;
-use crate::job::adopt::{self, Step, Tracking};
+use crate::job::adopt::{self, Cgroups, Step, Tracking};
 use crate::job::socket_name;
 use crate::job::supervisor::nodes;
 use crate::proc;
@@ -97,7 +96,13 @@ pub(super) fn leave_helper(
                 let slurm_conf = declaration.slurm_conf.as_deref();
                 // Outside of the job it would have no limits.
                 if adopt::tracking(slurm_conf) == Tracking::Cgroup {
-                    enter(job, may_have_batch(&declaration.env))?;
+                    let (node, nodes) = nodes(&|name| declaration.var(name));
+                    let cgroups = Cgroups {
+                        job: job.id,
+                        uid: job.uid,
+                        node: Some(&node),
+                    };
+                    enter(&cgroups, nodes.first() == Some(&node))?;
                 }
                 steps::enter_mounts(job.id, slurm_conf)?;
                 sys::inherit(&socket)?;
@@ -141,27 +146,19 @@ fn detach() -> Result<()> {
     rustix::process::chdir("/").context("cannot enter /")
 }
 
-/// Whether this node can be the one where the job's batch script runs, the first of its nodes.
-fn may_have_batch(env: &[(OsString, OsString)]) -> bool {
-    let var = |name: &str| {
-        let found = env.iter().find(|(key, _)| key == name);
-        found.map(|(_, value)| value.clone())
-    };
-    let (node, nodes) = nodes(&var);
-    nodes.first() == Some(&node)
-}
-
 /// Goes into the extern step, and on into the batch script's where that is about to begin: Slurm ends the first at once at
 /// `scancel` and the time limit, the other only when services had time to stop.
 ///
 /// With `PrologFlags=RunInJob` it is where the extern step's `slurmstepd` is: in the job and its limits, and not in what
 /// Slurm kills before the Epilog. There it stays where there is no batch script, so that the Epilog can let services stop in
 /// order.
-fn enter(job: Job, may_have_batch: bool) -> Result<()> {
+///
+/// The batch script runs on the first node of a job.
+fn enter(cgroups: &Cgroups<'_>, is_first_node: bool) -> Result<()> {
     let own = std::process::id().cast_signed();
-    if !adopt::is_in_job(own, job.id) {
+    if !adopt::is_in_job(own, cgroups.job) {
         let doors = look(ADOPTION, || {
-            let doors = adopt::doors(job.id, job.uid, Step::Extern);
+            let doors = cgroups.doors(Step::Extern);
             (!doors.is_empty()).then_some(doors)
         });
         let Some(doors) = doors else {
@@ -172,18 +169,18 @@ fn enter(job: Job, may_have_batch: bool) -> Result<()> {
         };
         go_in(&doors)?;
     }
-    if may_have_batch {
-        enter_batch(job);
+    if is_first_node {
+        enter_batch(cgroups);
     }
     Ok(())
 }
 
 /// Another step shows that there is no batch script, or that it has begun.
-fn enter_batch(job: Job) {
+fn enter_batch(cgroups: &Cgroups<'_>) {
     let mut trouble_so_far = None;
     let entered = look(BATCH, || {
-        let others = adopt::has_other_step(job.id, job.uid);
-        let doors = adopt::doors(job.id, job.uid, Step::Batch);
+        let others = cgroups.has_other_step();
+        let doors = cgroups.doors(Step::Batch);
         match go_in(&doors) {
             Ok(()) => (others || !doors.is_empty()).then_some(()),
             // With cgroup version 2 Slurm moves the script from one to another at first, and removes the former.
@@ -196,7 +193,7 @@ fn enter_batch(job: Job) {
     if let (None, Some(error)) = (entered, trouble_so_far) {
         trouble(&format!(
             "job {}: {error:#}; it stays where it is in the job",
-            job.id
+            cgroups.job
         ));
     }
 }

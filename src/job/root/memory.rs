@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Job;
 use crate::host::JOBS;
+use crate::job::adopt::Cgroups;
 use crate::proc;
 
 /// What root remembers of a job: in a file that only root can write, beside the user's directory.
@@ -20,6 +21,19 @@ pub(super) struct Memory {
     pub(super) boot: String,
     pub(super) supervisor: Option<proc::Id>,
     pub(super) since_s: i64,
+    /// Slurm's name of this node.
+    #[serde(default)]
+    pub(super) node: Option<String>,
+}
+
+impl Memory {
+    pub(super) fn cgroups(&self) -> Cgroups<'_> {
+        Cgroups {
+            job: self.job.id,
+            uid: self.job.uid,
+            node: self.node.as_deref(),
+        }
+    }
 }
 
 /// `/run/capsid`, checked and open.

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use self::memory::{Memory, Top};
 use self::removal::{MAX_ENTRIES, is_empty, remove_tree, unmount_below};
 use super::adopt;
+use super::supervisor::nodes;
 use crate::host::{self, JOBS};
 use crate::proc::{self, Held};
 
@@ -55,6 +56,13 @@ pub struct Declaration {
     pub slurm_conf: Option<PathBuf>,
 }
 
+impl Declaration {
+    fn var(&self, name: &str) -> Option<OsString> {
+        let found = self.env.iter().find(|(key, _)| key == name);
+        found.map(|(_, value)| value.clone())
+    }
+}
+
 /// Makes the job's directory with the socket of its supervisor, and leaves a helper that goes into the job and becomes that, as
 /// the user.
 ///
@@ -77,6 +85,7 @@ pub fn begin(job: Job, declaration: &Declaration) -> Result<()> {
         boot: proc::boot_id(),
         supervisor: None,
         since_s: crate::instance::now_s(),
+        node: Some(nodes(&|name| declaration.var(name)).0),
     };
     // Before there is anything: whoever sweeps at the same time sees that the job is young.
     top.remember(&memory)?;
@@ -212,13 +221,13 @@ fn end_in(top: &Top, id: u32) -> Result<()> {
     }
     let mut left = Vec::new();
     if let Some(memory) = &memory {
-        end_processes(memory.job);
+        end_processes(memory);
         if there && !is_empty(top, &name) {
             tidy_as_user(memory.job);
         }
         // With `PrologFlags=RunInJob` the extern step outlives the Epilog, and removes them itself.
         if !steps::known_jobs().contains(&id) {
-            for directory in adopt::job_directories(memory.job.id, memory.job.uid) {
+            for directory in memory.cgroups().directories() {
                 adopt::remove(&directory);
             }
         }
@@ -241,11 +250,12 @@ fn end_in(top: &Top, id: u32) -> Result<()> {
 }
 
 /// Kills what is left in the job's own cgroups: held first, then looked at, then killed.
-fn end_processes(job: Job) {
+fn end_processes(memory: &Memory) {
+    let job = memory.job;
     let end = Instant::now() + Duration::from_secs(3);
     loop {
         let mut found = 0;
-        for directory in adopt::job_directories(job.id, job.uid) {
+        for directory in memory.cgroups().directories() {
             for pid in adopt::processes(&directory) {
                 let Some(held) = proc::Id::of(pid).and_then(proc::Id::hold) else {
                     continue;

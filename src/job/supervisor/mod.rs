@@ -322,7 +322,10 @@ impl Supervisor<'_> {
 
 /// The parts of a job that its environment names: this node, and all nodes in order.
 pub fn nodes(var: &dyn Fn(&str) -> Option<OsString>) -> (String, Vec<String>) {
-    let text = |name: &str| var(name).and_then(|v| v.to_str().map(str::to_owned));
+    let text = |name: &str| {
+        let text = var(name)?.to_str()?.to_owned();
+        (!text.is_empty()).then_some(text)
+    };
     let node = text("SLURMD_NODENAME").unwrap_or_else(crate::instance::logs::node_name);
     let list = text("SLURM_JOB_NODELIST").or_else(|| text("SLURM_NODELIST"));
     let nodes = list
