@@ -56,6 +56,11 @@ fn children(path: &Path, fits: &dyn Fn(&str) -> bool) -> Vec<PathBuf> {
         .collect()
 }
 
+/// The directory of a job's extern step.
+const EXTERN: &str = "step_extern";
+/// What we make in the directory of a job.
+const BESIDE_STEPS: &str = "capsid";
+
 /// A job on a node, as Slurm's cgroups have it.
 #[derive(Debug, Clone, Copy)]
 pub struct Cgroups<'a> {
@@ -98,16 +103,14 @@ impl Cgroups<'_> {
     /// The files that take a process into a step of the job, one for each hierarchy; none before Slurm has a process there.
     pub fn doors(&self, step: Step) -> Vec<PathBuf> {
         let step = match step {
-            Step::Extern => "step_extern",
+            Step::Extern => EXTERN,
             Step::Batch => "step_batch",
         };
         let lived_in = |door: &PathBuf| {
             std::fs::read_to_string(door).is_ok_and(|text| !text.trim().is_empty())
         };
         let door = |directory: PathBuf| {
-            let is_v1 = directory
-                .parent()
-                .is_some_and(|p| p.ends_with(format!("uid_{}", self.uid)));
+            let is_v1 = self.is_v1(&directory);
             let directory = directory.join(step);
             // In version 1 the step's directory is the user's, who may make others below it: nothing but the step itself is
             // entered. Version 2 allows processes in leaves only: of the step's task, or, without a plugin that follows
@@ -123,10 +126,40 @@ impl Cgroups<'_> {
         self.directories().into_iter().filter_map(door).collect()
     }
 
+    /// With version 2, makes a place in the job that is part of no step. In version 1 the job's directory is one.
+    pub fn doors_beside_steps(&self) -> std::io::Result<Vec<PathBuf>> {
+        let directories = self.directories().into_iter();
+        let place = |directory: PathBuf| {
+            let place = directory.join(BESIDE_STEPS);
+            match std::fs::create_dir(&place) {
+                Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(error),
+                _ => Ok(place.join("cgroup.procs")),
+            }
+        };
+        directories.filter(|d| !self.is_v1(d)).map(place).collect()
+    }
+
+    /// Removes what is empty of the job's directories; with `keep_extern`, nothing of the extern step.
+    pub fn remove(&self, keep_extern: bool) {
+        for directory in self.directories() {
+            if keep_extern {
+                let others = children(&directory, &|name| name != EXTERN);
+                others.iter().for_each(|other| remove(other));
+            } else {
+                remove(&directory);
+            }
+        }
+    }
+
+    fn is_v1(&self, directory: &Path) -> bool {
+        let parent = directory.parent();
+        parent.is_some_and(|p| p.ends_with(format!("uid_{}", self.uid)))
+    }
+
     /// Whether there is a step of another kind already: of `srun`'s, or an interactive one.
     pub fn has_other_step(&self) -> bool {
         let is_other =
-            |name: &str| name.starts_with("step_") && name != "step_extern" && name != "step_batch";
+            |name: &str| name.starts_with("step_") && name != EXTERN && name != "step_batch";
         self.directories()
             .iter()
             .any(|directory| !children(directory, &is_other).is_empty())
@@ -164,7 +197,7 @@ pub fn processes(directory: &Path) -> Vec<i32> {
 }
 
 /// Removes what is empty below a directory of a job, and itself.
-pub fn remove(directory: &Path) {
+fn remove(directory: &Path) {
     visit(directory, 0, &mut |path| {
         let _ = std::fs::remove_dir(path);
     });

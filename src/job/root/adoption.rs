@@ -149,14 +149,14 @@ fn detach() -> Result<()> {
 /// Goes into the extern step, and on into the batch script's where that is about to begin: Slurm ends the first at once at
 /// `scancel` and the time limit, the other only when services had time to stop.
 ///
-/// With `PrologFlags=RunInJob` it is where the extern step's `slurmstepd` is: in the job and its limits, and not in what
-/// Slurm kills before the Epilog. There it stays where there is no batch script, so that the Epilog can let services stop in
-/// order.
+/// With `PrologFlags=RunInJob` it is where the extern step's `slurmstepd` is: in the job and its limits. Where there is no batch
+/// script it stays there or, with cgroup version 2, where that is a part of the extern step, goes beside the steps: what is in
+/// no step Slurm leaves alone, so that the Epilog can let services stop in order.
 ///
 /// The batch script runs on the first node of a job.
 fn enter(cgroups: &Cgroups<'_>, is_first_node: bool) -> Result<()> {
-    let own = std::process::id().cast_signed();
-    if !adopt::is_in_job(own, cgroups.job) {
+    let begins_in_job = adopt::is_in_job(std::process::id().cast_signed(), cgroups.job);
+    if !begins_in_job {
         let doors = look(ADOPTION, || {
             let doors = cgroups.doors(Step::Extern);
             (!doors.is_empty()).then_some(doors)
@@ -169,20 +169,22 @@ fn enter(cgroups: &Cgroups<'_>, is_first_node: bool) -> Result<()> {
         };
         go_in(&doors)?;
     }
-    if is_first_node {
-        enter_batch(cgroups);
+    let is_in_batch = is_first_node && enter_batch(cgroups);
+    if begins_in_job && !is_in_batch {
+        let doors = cgroups.doors_beside_steps();
+        go_in(&doors.context("cannot make a cgroup in the job")?)?;
     }
     Ok(())
 }
 
-/// Another step shows that there is no batch script, or that it has begun.
-fn enter_batch(cgroups: &Cgroups<'_>) {
+/// Gives whether it has. Another step shows that there is no batch script, or that it has begun.
+fn enter_batch(cgroups: &Cgroups<'_>) -> bool {
     let mut trouble_so_far = None;
     let entered = look(BATCH, || {
         let others = cgroups.has_other_step();
         let doors = cgroups.doors(Step::Batch);
         match go_in(&doors) {
-            Ok(()) => (others || !doors.is_empty()).then_some(()),
+            Ok(()) => (others || !doors.is_empty()).then_some(!doors.is_empty()),
             // With cgroup version 2 Slurm moves the script from one to another at first, and removes the former.
             Err(error) => {
                 trouble_so_far = Some(error);
@@ -190,12 +192,13 @@ fn enter_batch(cgroups: &Cgroups<'_>) {
             }
         }
     });
-    if let (None, Some(error)) = (entered, trouble_so_far) {
+    if let (None, Some(error)) = (entered, &trouble_so_far) {
         trouble(&format!(
             "job {}: {error:#}; it stays where it is in the job",
             cgroups.job
         ));
     }
+    entered == Some(true)
 }
 
 /// Looks for something, more and more rarely, for as long as `limit`.

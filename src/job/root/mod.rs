@@ -225,12 +225,10 @@ fn end_in(top: &Top, id: u32) -> Result<()> {
         if there && !is_empty(top, &name) {
             tidy_as_user(memory.job);
         }
-        // With `PrologFlags=RunInJob` the extern step outlives the Epilog, and removes them itself.
-        if !steps::known_jobs().contains(&id) {
-            for directory in memory.cgroups().directories() {
-                adopt::remove(&directory);
-            }
-        }
+        // With `PrologFlags=RunInJob` the extern step outlives the Epilog, and is removed by itself. Of the batch script's,
+        // Slurm leaves what we were in when it ended.
+        let is_within_job = steps::known_jobs().contains(&id);
+        memory.cgroups().remove(is_within_job);
     }
     if there {
         unmount_below(top, &name);
