@@ -51,16 +51,17 @@ struct Shared {
 
 #[derive(Default)]
 struct Queue {
-    jobs: VecDeque<Job>,
+    /// Files, from which block on, and how many.
+    files: VecDeque<(Place, u64, u64)>,
+    /// Blocks of the files before, which come first.
+    blocks: VecDeque<Extent>,
     threads: usize,
     /// Threads that wait for a job.
     idle: usize,
 }
 
 enum Job {
-    /// So many blocks of a file, from this one on.
-    Blocks(Place, u64, u64),
-    /// One of them.
+    File(Place, u64, u64),
     Block(Extent),
 }
 
@@ -86,14 +87,14 @@ impl Ahead {
         }
         let end = offset.saturating_add(len as u64);
         if let Some((first, count)) = self.follow(at, offset, end, size) {
-            self.send(Job::Blocks(at, first, count));
+            self.send(at, first, count);
         }
     }
 
     /// Prepares a file from its start, as much of it as of one that is read here and there.
     pub(super) fn prepare(&self, at: Place, size: u64) {
         let blocks = size.min(WHOLE_BYTES).div_ceil(self.block_size);
-        self.send(Job::Blocks(at, 0, blocks));
+        self.send(at, 0, blocks);
     }
 
     /// The blocks to prepare now, and how many.
@@ -142,10 +143,10 @@ impl Ahead {
         count.map(|count| (first, count))
     }
 
-    fn send(&self, job: Job) {
+    fn send(&self, at: Place, first: u64, count: u64) {
         let mut queue = lock(&self.shared.queue);
-        if queue.jobs.len() < QUEUE_MAX {
-            queue.jobs.push_back(job);
+        if queue.files.len() < QUEUE_MAX {
+            queue.files.push_back((at, first, count));
             self.shared.wake(&mut queue);
         }
     }
@@ -154,7 +155,7 @@ impl Ahead {
 impl Shared {
     /// Sees to it that the jobs that wait find a thread.
     fn wake(self: &Arc<Self>, queue: &mut Queue) {
-        let wanted = queue.jobs.len().saturating_sub(queue.idle);
+        let wanted = (queue.files.len() + queue.blocks.len()).saturating_sub(queue.idle);
         for _ in 0..wanted.min(self.threads_max.saturating_sub(queue.threads)) {
             let shared = self.clone();
             let thread = std::thread::Builder::new().name("ahead".into());
@@ -170,12 +171,10 @@ impl Shared {
         while let Some(job) = self.next() {
             // Who asks for a bad block gets its error; a panic must not end the thread in silence.
             let work = std::panic::AssertUnwindSafe(|| match job {
-                Job::Blocks(at, first, count) => {
+                Job::File(at, first, count) => {
                     let blocks = self.tree.announce(at, first, count).unwrap_or_default();
                     let mut queue = lock(&self.queue);
-                    for extent in blocks.into_iter().rev() {
-                        queue.jobs.push_front(Job::Block(extent));
-                    }
+                    queue.blocks.extend(blocks);
                     self.wake(&mut queue);
                 }
                 Job::Block(extent) => {
@@ -191,8 +190,11 @@ impl Shared {
     fn next(&self) -> Option<Job> {
         let mut queue = lock(&self.queue);
         loop {
-            if let Some(job) = queue.jobs.pop_front() {
-                return Some(job);
+            if let Some(extent) = queue.blocks.pop_front() {
+                return Some(Job::Block(extent));
+            }
+            if let Some((at, first, count)) = queue.files.pop_front() {
+                return Some(Job::File(at, first, count));
             }
             queue.idle += 1;
             let (guard, waited) = self
@@ -201,7 +203,7 @@ impl Shared {
                 .unwrap_or_else(PoisonError::into_inner);
             queue = guard;
             queue.idle -= 1;
-            if waited.timed_out() && queue.jobs.is_empty() {
+            if waited.timed_out() && queue.files.is_empty() && queue.blocks.is_empty() {
                 queue.threads -= 1;
                 return None;
             }
