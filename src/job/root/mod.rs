@@ -188,7 +188,7 @@ fn sweep_others(top: &Top, own: u32) {
         };
         // Between its Prolog and its extern step nothing of Slurm runs for a job.
         let young = top.memory(id).is_some_and(|m| {
-            m.boot == proc::boot_id() && (0..120).contains(&(crate::instance::now_s() - m.since_s))
+            m.boot == proc::boot_id() && (0..60).contains(&(crate::instance::now_s() - m.since_s))
         });
         if young || Instant::now() > end {
             continue;
