@@ -185,20 +185,10 @@ impl Data {
     fn load(&self, position: u64, size: BlockSize) -> Result<Block> {
         let stored_len = size.stored_len();
         if size.is_compressed() {
-            let stored = Block {
-                len: stored_len,
-                buffer: self.buffer()?,
-                is_unread: AtomicBool::new(false),
-                shared: self.shared.clone(),
-            };
+            let stored = self.fresh_block(stored_len)?;
             return self.load_compressed(position, size, stored);
         }
-        let mut block = Block {
-            buffer: self.buffer()?,
-            len: stored_len,
-            is_unread: AtomicBool::new(false),
-            shared: self.shared.clone(),
-        };
+        let mut block = self.fresh_block(stored_len)?;
         self.source
             .read_block(position, size, &mut block.buffer[..stored_len])?;
         Ok(block)
@@ -209,12 +199,7 @@ impl Data {
         let len = stored.len;
         self.source
             .read_block(position, size, &mut stored.buffer[..len])?;
-        let mut block = Block {
-            buffer: self.buffer()?,
-            len: 0,
-            is_unread: AtomicBool::new(false),
-            shared: self.shared.clone(),
-        };
+        let mut block = self.fresh_block(0)?;
         let stored = &stored.buffer[..len];
         let mut decompress = || self.codec.decompress(stored, &mut block.buffer);
         block.len = match decompress() {
@@ -228,6 +213,16 @@ impl Data {
             return Err(Error::Damaged("data block length"));
         }
         Ok(block)
+    }
+
+    /// A block of so many bytes, with any content.
+    fn fresh_block(&self, len: usize) -> Result<Block> {
+        Ok(Block {
+            buffer: self.buffer()?,
+            len,
+            is_unread: AtomicBool::new(false),
+            shared: self.shared.clone(),
+        })
     }
 
     /// A buffer of one block size, with any content. Where memory is short, the cache gives its own back.
