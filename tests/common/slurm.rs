@@ -177,11 +177,10 @@ impl Slurm {
         while !self.are_epilogs_over(job) && begin.elapsed() < LATE_EPILOG {
             std::thread::sleep(Duration::from_millis(50));
         }
-        if !self.are_epilogs_over(job) {
-            eprintln!("job {job}: Slurm has ended it without an Epilog");
-            // Then the next Prolog sweeps.
-            self.run(&["srun", "-N2", "-n2", "true"]).ok();
-        }
+        assert!(
+            self.are_epilogs_over(job),
+            "job {job} has ended without an Epilog"
+        );
         let begin = Instant::now();
         while let Some(left) = self.left(job) {
             assert!(
