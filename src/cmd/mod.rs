@@ -17,6 +17,7 @@ pub mod inspect;
 pub mod instance;
 pub mod job;
 mod overlay;
+mod parse;
 mod prompt;
 pub mod pull;
 pub mod push;
@@ -26,16 +27,17 @@ pub mod sif;
 mod sif_edit;
 pub mod transfer;
 
-use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::OsStrExt;
+use std::ffi::OsString;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Result, bail};
-use clap::{Args, Command, FromArgMatches};
 
 use crate::host::Host;
 use crate::{exit, say};
 use flags::ActionArgs;
+use parse::{
+    command, parse, parse_action, parse_interspersed, parse_with_environment, parse_with_image,
+};
 
 /// The release of Apptainer whose behaviour we follow; printed when called by its name, because
 /// clients parse it (`reference/CLIENTS.md` A).
@@ -190,8 +192,8 @@ pub fn main(args: &[OsString]) -> Result<u8> {
         }
         "build" => {
             let host = Host::read()?;
-            let (args, words) = parse_interspersed::<build::BuildArgs>("build", rest, &host)?;
-            build::run(&args, &words, host)
+            let parsed = parse_interspersed::<build::BuildArgs>("build", rest, &host)?;
+            build::run(&parsed.args, &parsed.words, host)
         }
         "inspect" => inspect::run(parse::<inspect::InspectArgs>("inspect", rest)?),
         "instance" => instance::run(rest, persona),
@@ -326,215 +328,6 @@ fn level_from_environment() -> Result<()> {
     Ok(())
 }
 
-/// Parses the words of an action command, with the environment's options in front.
-fn parse_action(name: &str, words: &[OsString], host: &Host) -> Result<ActionArgs> {
-    let needed = if name == "exec" { 2 } else { 1 };
-    let (mut args, rest) = parse_with_image::<ActionArgs>(name, words, host, needed)?;
-    let mut rest = rest.into_iter();
-    args.image = rest.next().unwrap_or_default();
-    args.rest = rest.collect();
-    args.typed = typed(name, words)?;
-    Ok(args)
-}
-
-/// Names of the options that were typed.
-fn typed(name: &str, words: &[OsString]) -> Result<Vec<String>> {
-    let command = command::<ActionArgs>(name);
-    let (options, ..) = split_at_image(&command, words);
-    let matches = matches(command, name, options)?;
-    let typed = |id: &&clap::Id| {
-        matches.value_source(id.as_str()) == Some(clap::parser::ValueSource::CommandLine)
-    };
-    Ok(matches
-        .ids()
-        .filter(typed)
-        .map(|id| id.as_str().to_owned())
-        .collect())
-}
-
-/// Parses options, with the environment's in front, and gives with them the image and all words behind it.
-fn parse_with_image<A: Args + FromArgMatches>(
-    name: &str,
-    words: &[OsString],
-    host: &Host,
-    needed: usize,
-) -> Result<(A, Vec<OsString>)> {
-    let command = command::<A>(name);
-    let (options, denied, image, rest) = split_at_image(&command, words);
-    let matches = matches(command.clone(), name, options.clone())?;
-    let typed = |id: &str| {
-        denied.iter().any(|d| d == id)
-            || matches.value_source(id) == Some(clap::parser::ValueSource::CommandLine)
-    };
-    let mut all = environment::words(&command, &host.env, &typed)?;
-    let args = if all.is_empty() {
-        A::from_arg_matches(&matches)?
-    } else {
-        all.extend(options);
-        A::from_arg_matches(&self::matches(command, name, all)?)?
-    };
-    let words: Vec<OsString> = image.into_iter().chain(rest).collect();
-    if words.len() < needed {
-        print_action_usage(name)?;
-        let text = format!(
-            "requires at least {needed} arg(s), only received {}",
-            words.len()
-        );
-        return Err(Usage {
-            command: name.into(),
-            text,
-        }
-        .into());
-    }
-    Ok((args, words))
-}
-
-/// Parses options that may stand before, between and behind the other words, with the environment's in front. Gives the
-/// other words too.
-fn parse_interspersed<A: Args + FromArgMatches>(
-    name: &str,
-    words: &[OsString],
-    host: &Host,
-) -> Result<(A, Vec<OsString>)> {
-    let command = command::<A>(name);
-    let (mut options, mut denied, mut others) = (Vec::new(), Vec::new(), Vec::new());
-    let mut words = words.to_vec();
-    loop {
-        let literal = words.first().is_some_and(|w| *w == "--");
-        let (more, no, word, rest) = split_at_image(&command, &words);
-        options.extend(more);
-        denied.extend(no);
-        let Some(word) = word else { break };
-        others.push(word);
-        if literal {
-            others.extend(rest);
-            break;
-        }
-        words = rest;
-    }
-    let matches = matches(command.clone(), name, options.clone())?;
-    let typed = |id: &str| {
-        denied.iter().any(|d| d == id)
-            || matches.value_source(id) == Some(clap::parser::ValueSource::CommandLine)
-    };
-    let mut all = environment::words(&command, &host.env, &typed)?;
-    all.extend(options);
-    let args = A::from_arg_matches(&self::matches(command, name, all)?)?;
-    Ok((args, others))
-}
-
-/// Options, switches that were denied, image, and what belongs to the payload. `--flag=true` and `--flag=false` of
-/// switches, which Go programs accept, are settled here: the last one counts.
-fn split_at_image(
-    command: &Command,
-    words: &[OsString],
-) -> (Vec<OsString>, Vec<String>, Option<OsString>, Vec<OsString>) {
-    let mut options: Vec<OsString> = Vec::new();
-    let mut denied = Vec::new();
-    let mut i = 0;
-    let long = |name: &str| {
-        command.get_arguments().find(|a| {
-            a.get_long() == Some(name) || a.get_all_aliases().is_some_and(|all| all.contains(&name))
-        })
-    };
-    let short = |c: char| command.get_arguments().find(|a| a.get_short() == Some(c));
-    // An optional value can only be joined by a sign.
-    let takes_value = |a: &clap::Arg| a.get_action().takes_values() && !a.is_require_equals_set();
-    while let Some(word) = words.get(i) {
-        let bytes = word.as_bytes();
-        if bytes == b"--" {
-            i += 1;
-            break;
-        }
-        if bytes.len() < 2 || bytes[0] != b'-' {
-            break;
-        }
-        i += 1;
-        let mut value_follows = false;
-        if let Some(name) = bytes.strip_prefix(b"--") {
-            let mut parts = name.splitn(2, |b| *b == b'=');
-            let arg = parts
-                .next()
-                .and_then(|n| std::str::from_utf8(n).ok())
-                .and_then(long);
-            match (arg, parts.next()) {
-                (Some(arg), Some(value)) if !arg.get_action().takes_values() => {
-                    match environment::parse_bool("", OsStr::from_bytes(value)) {
-                        Ok(true) => {
-                            options.push(format!("--{}", arg.get_long().unwrap_or_default()).into())
-                        }
-                        Ok(false) => {
-                            let long = format!("--{}", arg.get_long().unwrap_or_default());
-                            let short = arg.get_short().map(|c| format!("-{c}"));
-                            options.retain(|o| {
-                                *o != *long && short.as_ref().is_none_or(|s| *o != **s)
-                            });
-                            denied.push(arg.get_id().to_string());
-                        }
-                        Err(_) => options.push(word.clone()), // clap explains
-                    }
-                    continue;
-                }
-                (Some(arg), None) => value_follows = takes_value(arg),
-                _ => {}
-            }
-        } else {
-            let letters: Vec<char> = String::from_utf8_lossy(&bytes[1..]).chars().collect();
-            for (n, c) in letters.iter().enumerate() {
-                if short(*c).is_some_and(takes_value) {
-                    value_follows = n + 1 == letters.len();
-                    break;
-                }
-            }
-        }
-        options.push(word.clone());
-        if value_follows && let Some(value) = words.get(i) {
-            // Joined by `=`, so that a value that begins with a dash is still one.
-            if bytes.starts_with(b"--") {
-                let mut joined = options.pop().unwrap_or_default();
-                joined.push("=");
-                joined.push(value);
-                options.push(joined);
-            } else {
-                options.push(value.clone());
-            }
-            i += 1;
-        }
-    }
-    (
-        options,
-        denied,
-        words.get(i).cloned(),
-        words.get(i + 1..).unwrap_or_default().to_vec(),
-    )
-}
-
-fn command<A: Args>(name: &str) -> Command {
-    A::augment_args(
-        Command::new(name.to_owned())
-            .no_binary_name(true)
-            .args_override_self(true)
-            .disable_version_flag(true),
-    )
-}
-
-/// Parses options that may stand anywhere, with the environment's in front.
-fn parse_with_environment<A: Args + FromArgMatches>(
-    name: &str,
-    words: &[OsString],
-    host: &Host,
-) -> Result<A> {
-    let command = command::<A>(name);
-    let matches = matches(command.clone(), name, words.to_vec())?;
-    let typed = |id: &str| matches.value_source(id) == Some(clap::parser::ValueSource::CommandLine);
-    let mut all = environment::words(&command, &host.env, &typed)?;
-    if all.is_empty() {
-        return Ok(A::from_arg_matches(&matches)?);
-    }
-    all.extend_from_slice(words);
-    Ok(A::from_arg_matches(&self::matches(command, name, all)?)?)
-}
-
 /// Answers a group of commands that was called without one of them, or with a wrong one.
 fn print_group(
     group: &str,
@@ -566,16 +359,20 @@ fn print_group(
     }
 }
 
-fn parse<A: Args + FromArgMatches>(name: &str, words: &[OsString]) -> Result<A> {
-    Ok(A::from_arg_matches(&matches(
-        command::<A>(name),
-        name,
-        words.to_vec(),
-    )?)?)
+/// Whether the program was called by a peer's name, for the usage lines.
+static PEER: AtomicBool = AtomicBool::new(false);
+
+/// The name that the usage lines show.
+fn own_name() -> &'static str {
+    program(if PEER.load(Ordering::Relaxed) {
+        Persona::Apptainer
+    } else {
+        Persona::Capsid
+    })
 }
 
-fn matches(command: Command, name: &str, words: Vec<OsString>) -> Result<clap::ArgMatches> {
-    let usage = usage_line(name);
+/// What a command does, as the list of its group has it.
+fn about(name: &str) -> &'static str {
     let groups = [
         ("instance ", instance::COMMANDS),
         ("job ", job::COMMANDS),
@@ -587,56 +384,8 @@ fn matches(command: Command, name: &str, words: Vec<OsString>) -> Result<clap::A
         .iter()
         .find_map(|(group, table)| Some((*table, name.strip_prefix(group)?)))
         .unwrap_or((COMMANDS, name));
-    let about = table.iter().find(|(n, _)| *n == own);
-    let command = command
-        .override_usage(usage)
-        .about(about.map_or("", |(_, about)| *about));
-    match command.try_get_matches_from(words) {
-        Ok(matches) => Ok(matches),
-        Err(error) if error.kind() == clap::error::ErrorKind::DisplayHelp => {
-            say::out(format_args!("{}", error.render()))?;
-            std::process::exit(exit::OK.into());
-        }
-        Err(error) => {
-            let text = error.render().to_string();
-            let text = text
-                .lines()
-                .next()
-                .unwrap_or_default()
-                .trim_start_matches("error: ");
-            let text = if error.kind() == clap::error::ErrorKind::UnknownArgument {
-                let word = error
-                    .get(clap::error::ContextKind::InvalidArg)
-                    .map(ToString::to_string)
-                    .unwrap_or_default();
-                let word = word.split('=').next().unwrap_or_default();
-                if word.starts_with("--") {
-                    format!("unknown flag: {word}")
-                } else {
-                    format!("unknown shorthand flag: {word}")
-                }
-            } else {
-                text.to_owned()
-            };
-            Err(Usage {
-                command: name.into(),
-                text,
-            }
-            .into())
-        }
-    }
-}
-
-/// Whether the program was called by a peer's name, for the usage lines.
-static PEER: AtomicBool = AtomicBool::new(false);
-
-/// The name that the usage lines show.
-fn own_name() -> &'static str {
-    program(if PEER.load(Ordering::Relaxed) {
-        Persona::Apptainer
-    } else {
-        Persona::Capsid
-    })
+    let found = table.iter().find(|(n, _)| *n == own);
+    found.map_or("", |(_, about)| *about)
 }
 
 fn usage_line(name: &str) -> String {
@@ -715,21 +464,11 @@ fn print_usage(persona: Persona) -> Result<()> {
 
 fn print_help(name: Option<&str>, persona: Persona) -> Result<()> {
     match name {
-        Some(name @ ("exec" | "run" | "shell" | "test" | "run-help")) => drop(matches(
-            command::<ActionArgs>(name),
-            name,
-            vec!["--help".into()],
-        )?),
-        Some("build") => drop(matches(
-            command::<build::BuildArgs>("build"),
-            "build",
-            vec!["--help".into()],
-        )?),
-        Some("inspect") => drop(matches(
-            command::<inspect::InspectArgs>("inspect"),
-            "inspect",
-            vec!["--help".into()],
-        )?),
+        Some(name @ ("exec" | "run" | "shell" | "test" | "run-help")) => {
+            parse::print_help_of::<ActionArgs>(name)?
+        }
+        Some("build") => parse::print_help_of::<build::BuildArgs>("build")?,
+        Some("inspect") => parse::print_help_of::<inspect::InspectArgs>("inspect")?,
         Some("instance") => drop(instance::run(&["help".into()], persona)?),
         Some("overlay") => drop(overlay::run(&["help".into()], persona)?),
         Some("sif") => drop(sif::run(&["help".into()], persona)?),
@@ -739,16 +478,8 @@ fn print_help(name: Option<&str>, persona: Persona) -> Result<()> {
         Some("remote") => drop(remote::run(&["help".into()], persona)?),
         Some("pull") => drop(pull::run(&["--help".into()])?),
         Some("push") => drop(push::run(&["--help".into()])?),
-        Some("doctor") => drop(matches(
-            command::<doctor::DoctorArgs>("doctor"),
-            "doctor",
-            vec!["--help".into()],
-        )?),
-        Some("demo") => drop(matches(
-            command::<demo::DemoArgs>("demo"),
-            "demo",
-            vec!["--help".into()],
-        )?),
+        Some("doctor") => parse::print_help_of::<doctor::DoctorArgs>("doctor")?,
+        Some("demo") => parse::print_help_of::<demo::DemoArgs>("demo")?,
         _ => print_usage(persona)?,
     }
     Ok(())
@@ -787,44 +518,6 @@ fn print_json(value: &impl serde::Serialize) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn split(words: &[&str]) -> (Vec<OsString>, Option<OsString>, Vec<OsString>) {
-        let words: Vec<OsString> = words.iter().map(Into::into).collect();
-        let (options, _, image, rest) = split_at_image(&command::<ActionArgs>("exec"), &words);
-        (options, image, rest)
-    }
-
-    #[test]
-    fn options_end_at_the_image() {
-        let (options, image, rest) =
-            split(&["-B", "/a:/b", "--pid", "x.sif", "prog", "--pid", "-B"]);
-        assert_eq!(options, ["-B", "/a:/b", "--pid"]);
-        assert_eq!(image.as_deref(), Some(OsStr::new("x.sif")));
-        assert_eq!(rest, ["prog", "--pid", "-B"]);
-    }
-
-    #[test]
-    fn values_may_be_joined_or_begin_with_a_dash() {
-        let (options, image, _) = split(&[
-            "-B/a:/b",
-            "--env",
-            "-x=1",
-            "-ec",
-            "--pid=false",
-            "--ipc=true",
-            "x.sif",
-        ]);
-        assert_eq!(options, ["-B/a:/b", "--env=-x=1", "-ec", "--ipc"]);
-        assert_eq!(image.as_deref(), Some(OsStr::new("x.sif")));
-    }
-
-    #[test]
-    fn two_dashes_end_the_options() {
-        let (options, image, rest) = split(&["--", "x.sif", "--", "a"]);
-        assert!(options.is_empty());
-        assert_eq!(image.as_deref(), Some(OsStr::new("x.sif")));
-        assert_eq!(rest, ["--", "a"]);
-    }
 
     #[test]
     fn times_are_civil() {

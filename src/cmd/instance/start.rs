@@ -61,8 +61,8 @@ pub fn spawned(verb: &str, words: &[OsString], life: OwnedFd) -> Result<u8> {
 }
 
 fn parse(command: &str, words: &[OsString], host: &Host) -> Result<(StartArgs, String)> {
-    let (mut args, words) = crate::cmd::parse_with_image::<StartArgs>(command, words, host, 2)?;
-    let mut words = words.into_iter();
+    let parsed = crate::cmd::parse_with_image::<StartArgs>(command, words, host, 2)?;
+    let (mut args, mut words) = (parsed.args, parsed.words.into_iter());
     args.action.image = words.next().unwrap_or_default();
     let name = words.next().unwrap_or_default();
     args.action.rest = words.collect();

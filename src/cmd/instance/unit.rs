@@ -31,7 +31,8 @@ pub struct UnitArgs {
 /// For a name that none can have.
 pub fn run(words: &[OsString]) -> Result<u8> {
     let host = Host::read()?;
-    let (args, rest) = crate::cmd::parse_with_image::<UnitArgs>("instance unit", words, &host, 2)?;
+    let parsed = crate::cmd::parse_with_image::<UnitArgs>("instance unit", words, &host, 2)?;
+    let (args, rest) = (parsed.args, parsed.words);
     let name = rest[1].to_string_lossy().into_owned();
     if !is_name(&name) {
         bail!("{name:?} is not a valid instance name");
