@@ -50,9 +50,6 @@ fn report(error: &anyhow::Error) -> u8 {
         return exit::signalled(libc::SIGPIPE);
     }
     // One line, whatever the cause holds.
-    say::fatal(format_args!(
-        "{}",
-        say::plain(&format!("{error:#}").replace('\n', " "))
-    ));
+    say::fatal(format_args!("{}", format!("{error:#}").replace('\n', " ")));
     exit::FATAL
 }

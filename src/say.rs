@@ -2,7 +2,7 @@
 //!
 //! The form (`FATAL:   text`, level word padded to nine columns) is Apptainer's, because clients sort
 //! on it. Text that came from outside (file names, images) may hold control bytes: they are escaped
-//! here, once, so that no message can drive a terminal.
+//! here, once, so that no message can drive a terminal. Nor does one show Rust's numbers of errors.
 
 use std::fmt::{Arguments, Write as _};
 use std::io::{IsTerminal, Write as _};
@@ -96,7 +96,7 @@ fn say(level: i8, word: &str, colour: &str, text: Arguments) {
     if level > self::level() {
         return;
     }
-    let text = printable(&text.to_string());
+    let text = printable(&plain(&text.to_string()));
     let stderr = std::io::stderr();
     let line = if COLOUR.load(Ordering::Relaxed) && stderr.is_terminal() {
         format!("\x1b[{colour}m{word:<9}\x1b[0m{text}\n")
@@ -139,6 +139,14 @@ pub fn plain(text: &str) -> String {
     plain + rest
 }
 
+/// The system's word for an error, as Go and so the peers print it: "no such file or directory".
+pub fn word(error: &std::io::Error) -> String {
+    let text = plain(&error.to_string());
+    let mut chars = text.chars();
+    let first = chars.next().into_iter().flat_map(char::to_lowercase);
+    first.chain(chars).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::plain;
@@ -155,5 +163,7 @@ mod tests {
             "a: No such file, b"
         );
         assert_eq!(plain("x (os error y) z"), "x (os error y) z");
+        let error = std::io::Error::from_raw_os_error(libc::ENOENT);
+        assert_eq!(super::word(&error), "no such file or directory");
     }
 }

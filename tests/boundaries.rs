@@ -41,7 +41,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         "job",
         &["engine", "exit", "host", "instance", "plan", "proc", "say"],
     ),
-    ("image", &["metadir", "sif"]),
+    ("image", &["metadir", "say", "sif"]),
     ("gpu", &[]),
     ("host", &[]),
     ("metadir", &[]),

@@ -235,6 +235,12 @@ impl Archive {
         Ok(extents)
     }
 
+    /// A fragment block that is not at hand, if there is one of this number.
+    pub(crate) fn missing_fragment(&self, index: u32) -> Result<Option<Extent>> {
+        let extent = self.files.fragment(&self.meta, index)?;
+        Ok(extent.filter(|e| !self.data.has(e.position, e.size)))
+    }
+
     /// Decompresses a block into the cache.
     pub(crate) fn make_ready(&self, extent: Extent) -> Result<()> {
         self.data.block(extent.position, extent.size).map(drop)

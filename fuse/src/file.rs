@@ -175,6 +175,19 @@ impl Files {
         (first..end).map(|_| walk.next()).collect()
     }
 
+    /// A fragment block; `None` behind the last one.
+    pub(crate) fn fragment(&self, meta: &Meta, index: u32) -> Result<Option<Extent>> {
+        let index = u64::from(index);
+        let Some(table) = self.fragments.as_ref().filter(|t| index < t.count()) else {
+            return Ok(None);
+        };
+        let entry = FragmentEntry::decode(&table.entry(meta, index)?, 1 << self.block_log2)?;
+        Ok(Some(Extent {
+            position: entry.start,
+            size: entry.size,
+        }))
+    }
+
     fn read_fragment(
         &self,
         (meta, data): (&Meta, &Data),
@@ -183,12 +196,10 @@ impl Files {
         start: usize,
         take: usize,
     ) -> Result<Piece> {
-        let (Some((index, offset)), Some(table)) = (content.fragment, &self.fragments) else {
-            return Err(Error::Damaged("fragment"));
-        };
-        let raw = table.entry(meta, u64::from(index))?;
-        let entry = FragmentEntry::decode(&raw, 1 << self.block_log2)?;
-        let block = data.block(entry.start, entry.size)?;
+        let (index, offset) = content.fragment.ok_or(Error::Damaged("fragment"))?;
+        let extent = self.fragment(meta, index)?;
+        let extent = extent.ok_or(Error::Damaged("fragment"))?;
+        let block = data.block(extent.position, extent.size)?;
         let offset = offset as usize;
         if offset
             .checked_add(tail_len)

@@ -321,7 +321,12 @@ fn definition(args: &BuildArgs, source: &OsStr, text: &str, host: &Host) -> Resu
         return Ok((two_lines(&agent, &from)?, Origin::Image));
     }
     let meta = there
-        .map_err(|error| anyhow!("unable to open file {text}: open {text}: {}", plain(&error)))
+        .map_err(|error| {
+            anyhow!(
+                "unable to open file {text}: open {text}: {}",
+                say::word(&error)
+            )
+        })
         .with_context(what)?;
     if meta.is_dir() || looks_like_image(&path).with_context(what)? {
         image::open(&path).with_context(what)?;
@@ -400,15 +405,6 @@ fn read(path: &Path) -> Result<Vec<u8>> {
         );
     }
     Ok(bytes)
-}
-
-/// The system's words without Rust's "(os error N)".
-fn plain(error: &std::io::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error")
-        .next()
-        .unwrap_or_default()
-        .to_lowercase()
 }
 
 /// Build arguments: those of files first, as those of the command line beat them.

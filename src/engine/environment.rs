@@ -533,13 +533,8 @@ pub fn dispatch(verb: &str, app: Option<&str>, shell: Option<&str>, args: &[OsSt
 pub fn find_program(name: &OsStr, path: &OsStr) -> Result<PathBuf> {
     let shown = name.display();
     if name.as_bytes().contains(&b'/') {
-        let meta = std::fs::metadata(name).map_err(|error| {
-            let text = error.to_string().to_lowercase();
-            anyhow!(
-                "stat {shown}: {}",
-                text.split(" (os error").next().unwrap_or_default()
-            )
-        })?;
+        let meta = std::fs::metadata(name)
+            .map_err(|error| anyhow!("stat {shown}: {}", say::word(&error)))?;
         if meta.is_dir() {
             bail!("{shown}: is a directory");
         }

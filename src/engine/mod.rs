@@ -83,7 +83,7 @@ pub fn run_emulated(
             let before = std::mem::take(owners);
             let status = run_owned(plan, places, network, before, tell).unwrap_or_else(|error| {
                 let text = format!("{error:#}").replace('\n', " ");
-                say::fatal(format_args!("{}", say::plain(&text)));
+                say::fatal(format_args!("{text}"));
                 exit::FATAL
             });
             sys::exit_now(status)

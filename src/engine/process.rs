@@ -58,7 +58,7 @@ pub fn enter_directory(process: &Process) -> Result<PathBuf> {
             bail!(
                 "failed to set working directory: chdir {}: {}",
                 process.cwd.display(),
-                plain(error)
+                say::word(&error.into())
             );
         }
         let instead = [process.home.as_path(), Path::new("/")]
@@ -70,7 +70,7 @@ pub fn enter_directory(process: &Process) -> Result<PathBuf> {
             "Error changing the container working directory. Using '{}' instead: chdir {}: {}",
             instead.display(),
             process.cwd.display(),
-            plain(error)
+            say::word(&error.into())
         ));
         entered = instead;
     }
@@ -84,16 +84,6 @@ pub fn enter_directory(process: &Process) -> Result<PathBuf> {
         );
     }
     Ok(entered.to_owned())
-}
-
-/// The kernel's word for an error, as C programs and Go print it.
-fn plain(error: rustix::io::Errno) -> String {
-    let text = std::io::Error::from_raw_os_error(error.raw_os_error()).to_string();
-    let text = text.split(" (os error").next().unwrap_or_default();
-    let mut chars = text.chars();
-    chars.next().map_or_else(String::new, |first| {
-        first.to_lowercase().chain(chars).collect()
-    })
 }
 
 /// Gives up privileges and sets what a process inherits.

@@ -165,7 +165,7 @@ pub const MAX_NAMES: usize = 65_536;
 pub fn open(path: &Path) -> Result<Box<dyn Image>> {
     let what = || format!("could not open image {}", path.display());
     let path = std::fs::canonicalize(path)
-        .map_err(|e| anyhow!(plain(&e)))
+        .map_err(|e| anyhow!(crate::say::word(&e)))
         .with_context(what)?;
     open_at(path).with_context(what)
 }
@@ -182,7 +182,7 @@ fn open_at(path: PathBuf) -> Result<Box<dyn Image>> {
         std::io::ErrorKind::PermissionDenied => {
             anyhow!("not readable by the current user, check permissions")
         }
-        _ => anyhow!(plain(&e)),
+        _ => anyhow!(crate::say::word(&e)),
     })?;
     let mut head = [0; 2048];
     let len = read_start(&file, &mut head)?;
@@ -279,16 +279,6 @@ fn name(path: &Path) -> String {
     path.file_name()
         .map(|n| n.to_string_lossy().into_owned())
         .unwrap_or_default()
-}
-
-/// The system's words without Rust's "(os error N)".
-fn plain(error: &std::io::Error) -> String {
-    let text = error.to_string();
-    let text = text.split(" (os error").next().unwrap_or_default();
-    let mut chars = text.chars();
-    chars.next().map_or_else(String::new, |first| {
-        first.to_lowercase().chain(chars).collect()
-    })
 }
 
 #[cfg(test)]

@@ -1,13 +1,15 @@
-//! Decompresses what a reader will want next, on threads of its own: the next blocks of one who reads on, and the whole
-//! of a program or library whose pages are asked for here and there, as by a program that starts.
+//! Decompresses what a reader will want next, on threads of its own: the next blocks of one who reads on, the whole of a
+//! program or library whose pages are asked for here and there, as by a program that starts, and the next fragment block
+//! of one who reads small files in the order in which they were packed, as all do who walk a tree.
 //!
 //! The kernel reads ahead too, but only 128 KiB for a user's mount: less than one block of many images.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::tree::{Place, Tree};
+use super::tree::{Extents, Place, Tree};
 use crate::cache::lock;
 use crate::file::Extent;
 
@@ -24,6 +26,8 @@ const WHOLE_BYTES: u64 = 4 << 20;
 const DISORDER_BYTES: u64 = 1 << 20;
 /// Requests to the threads that wait, at most; more are dropped, since they would come too late.
 const QUEUE_MAX: usize = 32;
+/// No fragment block.
+const NONE: u32 = u32::MAX;
 /// How long a thread waits for more before it ends.
 const IDLE: Duration = Duration::from_secs(5);
 
@@ -31,6 +35,9 @@ const IDLE: Duration = Duration::from_secs(5);
 pub(super) struct Ahead {
     block_size: u64,
     streams: Mutex<VecDeque<Stream>>,
+    /// The fragment block that was asked for last, and those in which readers of small files stand.
+    fragment: AtomicU32,
+    fragments: Mutex<VecDeque<u32>>,
     shared: Arc<Shared>,
 }
 
@@ -51,9 +58,9 @@ struct Shared {
 
 #[derive(Default)]
 struct Queue {
-    /// Files, from which block on, and how many.
-    files: VecDeque<(Place, u64, u64)>,
-    /// Blocks of the files before, which come first.
+    /// Files, from which block on, and how many; and fragment blocks.
+    jobs: VecDeque<Job>,
+    /// Blocks of those before, which come first.
     blocks: VecDeque<Extent>,
     threads: usize,
     /// Threads that wait for a job.
@@ -62,6 +69,7 @@ struct Queue {
 
 enum Job {
     File(Place, u64, u64),
+    Fragment(u32),
     Block(Extent),
 }
 
@@ -71,6 +79,8 @@ impl Ahead {
         Ahead {
             block_size: u64::from(block_size),
             streams: Mutex::default(),
+            fragment: AtomicU32::new(NONE),
+            fragments: Mutex::default(),
             shared: Arc::new(Shared {
                 tree,
                 threads_max,
@@ -80,21 +90,47 @@ impl Ahead {
         }
     }
 
-    /// Notes that `len` bytes at `offset` of a file of `size` bytes are read.
-    pub(super) fn note(&self, at: Place, offset: u64, len: usize, size: u64) {
-        if size <= self.block_size || len == 0 {
+    /// Notes that `len` bytes at `offset` of a file are read.
+    pub(super) fn note(&self, at: Place, offset: u64, len: usize, file: &Extents) {
+        if len == 0 {
+            return;
+        }
+        if file.size <= self.block_size {
+            if let Some(next) = file.fragment.and_then(|index| self.follow_fragments(index)) {
+                self.send(Job::Fragment(next));
+            }
             return;
         }
         let end = offset.saturating_add(len as u64);
-        if let Some((first, count)) = self.follow(at, offset, end, size) {
-            self.send(at, first, count);
+        if let Some((first, count)) = self.follow(at, offset, end, file.size) {
+            self.send(Job::File(at, first, count));
         }
     }
 
     /// Prepares a file from its start, as much of it as of one that is read here and there.
     pub(super) fn prepare(&self, at: Place, size: u64) {
         let blocks = size.min(WHOLE_BYTES).div_ceil(self.block_size);
-        self.send(at, 0, blocks);
+        self.send(Job::File(at, 0, blocks));
+    }
+
+    /// The fragment block to prepare now: the next one, when a reader comes from the one before.
+    fn follow_fragments(&self, index: u32) -> Option<u32> {
+        if self.fragment.swap(index, Relaxed) == index {
+            return None;
+        }
+        let mut readers = lock(&self.fragments);
+        if readers.contains(&index) {
+            return None;
+        }
+        let came = readers
+            .iter()
+            .position(|at| at.checked_add(1) == Some(index));
+        match came {
+            Some(reader) => drop(readers.remove(reader)),
+            None => readers.truncate(STREAMS - 1),
+        }
+        readers.push_front(index);
+        came.and(index.checked_add(1))
     }
 
     /// The blocks to prepare now, and how many.
@@ -143,10 +179,10 @@ impl Ahead {
         count.map(|count| (first, count))
     }
 
-    fn send(&self, at: Place, first: u64, count: u64) {
+    fn send(&self, job: Job) {
         let mut queue = lock(&self.shared.queue);
-        if queue.files.len() < QUEUE_MAX {
-            queue.files.push_back((at, first, count));
+        if queue.jobs.len() < QUEUE_MAX {
+            queue.jobs.push_back(job);
             self.shared.wake(&mut queue);
         }
     }
@@ -155,7 +191,7 @@ impl Ahead {
 impl Shared {
     /// Sees to it that the jobs that wait find a thread.
     fn wake(self: &Arc<Self>, queue: &mut Queue) {
-        let wanted = (queue.files.len() + queue.blocks.len()).saturating_sub(queue.idle);
+        let wanted = (queue.jobs.len() + queue.blocks.len()).saturating_sub(queue.idle);
         for _ in 0..wanted.min(self.threads_max.saturating_sub(queue.threads)) {
             let shared = self.clone();
             let thread = std::thread::Builder::new().name("ahead".into());
@@ -177,6 +213,11 @@ impl Shared {
                     queue.blocks.extend(blocks);
                     self.wake(&mut queue);
                 }
+                Job::Fragment(index) => {
+                    if let Ok(Some(extent)) = self.tree.missing_fragment(index) {
+                        let _told_to_who_asks = self.tree.make_ready(extent);
+                    }
+                }
                 Job::Block(extent) => {
                     let _told_to_who_asks = self.tree.make_ready(extent);
                     // Who was woken by an answer meanwhile comes first, also where there is no processor to spare.
@@ -193,8 +234,8 @@ impl Shared {
             if let Some(extent) = queue.blocks.pop_front() {
                 return Some(Job::Block(extent));
             }
-            if let Some((at, first, count)) = queue.files.pop_front() {
-                return Some(Job::File(at, first, count));
+            if let Some(job) = queue.jobs.pop_front() {
+                return Some(job);
             }
             queue.idle += 1;
             let (guard, waited) = self
@@ -203,7 +244,7 @@ impl Shared {
                 .unwrap_or_else(PoisonError::into_inner);
             queue = guard;
             queue.idle -= 1;
-            if waited.timed_out() && queue.files.is_empty() && queue.blocks.is_empty() {
+            if waited.timed_out() && queue.jobs.is_empty() && queue.blocks.is_empty() {
                 queue.threads -= 1;
                 return None;
             }
@@ -215,8 +256,7 @@ impl Shared {
 mod tests {
     use super::*;
 
-    /// What is prepared for requests of this place and length, one after the other, in a file of `size` bytes.
-    fn jobs(size: u64, requests: &[(u64, u64)]) -> Vec<Option<(u64, u64)>> {
+    fn ahead() -> Ahead {
         let dir = tempfile::tempdir().expect("a scratch directory");
         let image = dir.path().join("image");
         let packed = std::process::Command::new("mksquashfs")
@@ -226,7 +266,12 @@ mod tests {
         assert!(packed.expect("mksquashfs").status.success());
         let file = std::fs::File::open(&image).expect("the image");
         let archive = crate::Archive::open(file, 0, None).expect("an archive");
-        let ahead = Ahead::new(Arc::new(Tree::Squashfs(Arc::new(archive))), 128 << 10, 1);
+        Ahead::new(Arc::new(Tree::Squashfs(Arc::new(archive))), 128 << 10, 1)
+    }
+
+    /// What is prepared for requests of this place and length in KiB, one after the other, in a file of `size` KiB.
+    fn jobs(size: u64, requests: &[(u64, u64)]) -> Vec<Option<(u64, u64)>> {
+        let ahead = ahead();
         let follow = |(offset, len): &(u64, u64)| {
             ahead.follow(Place(7), offset << 10, (offset + len) << 10, size << 10)
         };
@@ -244,5 +289,16 @@ mod tests {
         assert_eq!(leaps, [None, Some((0, 16)), None, None, None]);
         // A large file is not prepared for one who leaps, and one of a single block never.
         assert_eq!(jobs(90_000, &[(0, 16), (50_000, 128)]), [None, None]);
+    }
+
+    #[test]
+    fn who_reads_small_files_in_order_gets_the_next_fragment_block() {
+        let ahead = ahead();
+        let mut next = |index| ahead.follow_fragments(index);
+        assert_eq!([7, 7, 8, 8].map(&mut next), [None, None, Some(9), None]);
+        // Two readers, each in its place, and one who leaps.
+        let both = [30, 9, 31, 10, 500, 32].map(&mut next);
+        assert_eq!(both, [None, Some(10), Some(32), Some(11), None, Some(33)]);
+        assert_eq!([NONE - 1, NONE].map(next), [None; 2]);
     }
 }

@@ -356,9 +356,9 @@ impl Server {
             return Ok(());
         };
         let len = asked.size.min(READ_MAX) as usize;
-        let size = self.tree.pieces(at, asked.offset, len, &mut reply.pieces)?;
+        let found = self.tree.pieces(at, asked.offset, len, &mut reply.pieces)?;
         if let Some(ahead) = &self.ahead {
-            ahead.note(at, asked.offset, len, size);
+            ahead.note(at, asked.offset, len, &found);
         }
         Ok(())
     }

@@ -58,6 +58,14 @@ pub(crate) struct Entry<'a> {
     pub(crate) next: u64,
 }
 
+/// Where the bytes of a file are.
+pub(crate) struct Extents {
+    /// Bytes of the file.
+    pub(crate) size: u64,
+    /// The fragment block of its end.
+    pub(crate) fragment: Option<u32>,
+}
+
 /// What statfs(2) shows.
 pub(crate) struct Usage {
     pub(crate) bytes: u64,
@@ -142,23 +150,32 @@ impl Tree {
         }
     }
 
-    /// Appends the pieces of at most `len` bytes at `offset`, fewer only at the end of the file. Returns the file's
-    /// size.
+    /// Appends the pieces of at most `len` bytes at `offset`, fewer only at the end of the file.
     pub(crate) fn pieces(
         &self,
         at: Place,
         offset: u64,
         len: usize,
         out: &mut Vec<Piece>,
-    ) -> Result<u64> {
+    ) -> Result<Extents> {
         match self {
-            Tree::Squashfs(archive) => Ok(archive.pieces(at.inode(), offset, len, out)?.size),
+            Tree::Squashfs(archive) => {
+                let inode = archive.pieces(at.inode(), offset, len, out)?;
+                let fragment = inode.content()?.fragment.map(|(index, _)| index);
+                Ok(Extents {
+                    size: inode.size,
+                    fragment,
+                })
+            }
             Tree::Ext(ext) => {
                 let (size, bytes) = ext.read(at, offset, len)?;
                 if !bytes.is_empty() {
                     out.push(Piece::Bytes(bytes));
                 }
-                Ok(size)
+                Ok(Extents {
+                    size,
+                    fragment: None,
+                })
             }
         }
     }
@@ -243,6 +260,14 @@ impl Tree {
         match self {
             Tree::Squashfs(archive) => archive.announce(at.inode(), first, count),
             Tree::Ext(_) => Ok(Vec::new()),
+        }
+    }
+
+    /// A fragment block that is not at hand, if there is one of this number.
+    pub(crate) fn missing_fragment(&self, index: u32) -> Result<Option<Extent>> {
+        match self {
+            Tree::Squashfs(archive) => archive.missing_fragment(index),
+            Tree::Ext(_) => Ok(None),
         }
     }
 

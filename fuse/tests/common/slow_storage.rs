@@ -6,6 +6,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -13,14 +14,25 @@ use capsid_fuse::{clone_device, mount};
 
 const REGULAR: u32 = libc::S_IFREG | 0o444;
 const DIRECTORY: u32 = libc::S_IFDIR | 0o755;
+const READ: u32 = 15;
+
+/// A directory that is served.
+pub struct Storage {
+    threads: Vec<JoinHandle<()>>,
+    /// How often the file was read.
+    pub reads: Arc<AtomicU64>,
+}
+
+impl Storage {
+    /// Waits until it is unmounted.
+    pub fn join(self) -> std::thread::Result<()> {
+        self.threads.into_iter().try_for_each(JoinHandle::join)
+    }
+}
 
 /// Mounts a directory with one file, `image`, on `point`: the bytes of `image`, each read of which takes `latency` longer.
 /// The threads that serve it, nine reads at the same time, end when it is unmounted.
-pub fn serve(
-    image: &Path,
-    point: &Path,
-    latency: Duration,
-) -> std::io::Result<Vec<JoinHandle<()>>> {
+pub fn serve(image: &Path, point: &Path, latency: Duration) -> std::io::Result<Storage> {
     let mounted = mount::fuse(&mount::MountOptions {
         uid: 0,
         gid: 0,
@@ -37,16 +49,23 @@ pub fn serve(
         devices.push(clone_device(mounted.device.as_fd()).map_err(std::io::Error::other)?);
     }
     devices.push(mounted.device);
+    let reads = Arc::new(AtomicU64::new(0));
     let serve = |device| {
-        let file = file.clone();
-        std::thread::spawn(move || answer_all(&device, &file, latency))
+        let (file, reads) = (file.clone(), reads.clone());
+        std::thread::spawn(move || answer_all(&device, &file, latency, &reads))
     };
-    Ok(devices.into_iter().map(serve).collect())
+    Ok(Storage {
+        threads: devices.into_iter().map(serve).collect(),
+        reads,
+    })
 }
 
-fn answer_all(device: &OwnedFd, file: &File, latency: Duration) {
+fn answer_all(device: &OwnedFd, file: &File, latency: Duration, reads: &AtomicU64) {
     let mut request = vec![0; 16 << 10];
     while let Ok(len) = rustix::io::read(device, request.as_mut_slice()) {
+        if request[4..8] == READ.to_le_bytes() {
+            reads.fetch_add(1, SeqCst);
+        }
         if let Some(answer) = answer(&request[..len], file, latency) {
             let _interrupted = rustix::io::write(device, &answer);
         }
@@ -84,7 +103,7 @@ fn answer(request: &[u8], file: &File, latency: Duration) -> Option<Vec<u8>> {
         }
         1 => Err(libc::ENOENT),
         3 => Ok([forever.to_vec(), vec![0; 8], attr(node)].concat()),
-        15 => {
+        READ => {
             std::thread::sleep(latency);
             let mut bytes = vec![0; u32_at(56) as usize];
             let len = file.read_at(&mut bytes, u64_at(48)).unwrap();

@@ -309,7 +309,10 @@ fn status(args: &StatusArgs) -> Result<u8> {
         }
     ))?;
     if let Some(failure) = &list.failure {
-        say::out(format_args!("services: {}\n", say::printable(failure)))?;
+        say::out(format_args!(
+            "services: {}\n",
+            say::printable(&say::plain(failure))
+        ))?;
     }
     for service in &list.services {
         let state = match &service.state {
@@ -317,7 +320,7 @@ fn status(args: &StatusArgs) -> Result<u8> {
             State::Starting => "is starting".into(),
             State::Ready => "ready".into(),
             State::Elsewhere => format!("runs on node {}", service.node),
-            State::Failed(why) => format!("failed: {}", say::printable(why)),
+            State::Failed(why) => format!("failed: {}", say::printable(&say::plain(why))),
         };
         say::out(format_args!("service {}: {state}\n", service.declared.name))?;
     }
