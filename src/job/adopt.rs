@@ -151,6 +151,11 @@ impl Cgroups<'_> {
         }
     }
 
+    /// Whether the job has directories of version 2.
+    pub fn has_version_2(&self) -> bool {
+        self.directories().iter().any(|d| !self.is_v1(d))
+    }
+
     fn is_v1(&self, directory: &Path) -> bool {
         let parent = directory.parent();
         parent.is_some_and(|p| p.ends_with(format!("uid_{}", self.uid)))

@@ -34,6 +34,8 @@ const STOPPING: Duration = Duration::from_secs(6);
 const LOCKED: Duration = Duration::from_secs(8);
 /// How long the user's own tidying may take.
 const TIDYING: Duration = Duration::from_secs(5);
+/// How long a slurmstepd may take to end after its steps.
+const ENDING: Duration = Duration::from_secs(2);
 /// Programs that are executed, with no others.
 const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
@@ -225,10 +227,7 @@ fn end_in(top: &Top, id: u32) -> Result<()> {
         if there && !is_empty(top, &name) {
             tidy_as_user(memory.job);
         }
-        // With `PrologFlags=RunInJob` the extern step outlives the Epilog, and is removed by itself. Of the batch script's,
-        // Slurm leaves what we were in when it ended.
-        let is_within_job = steps::known_jobs().contains(&id);
-        memory.cgroups().remove(is_within_job);
+        remove_cgroups(memory);
     }
     if there {
         unmount_below(top, &name);
@@ -245,6 +244,21 @@ fn end_in(top: &Top, id: u32) -> Result<()> {
     }
     top.forget(id);
     Ok(())
+}
+
+/// Removes what is empty of the job's cgroups: of the batch script's, Slurm leaves what we were in when it ended. With
+/// `PrologFlags=RunInJob` the extern step outlives the Epilog, which is in the job, and is removed by itself.
+fn remove_cgroups(memory: &Memory) {
+    let (id, cgroups) = (memory.job.id, memory.cgroups());
+    let own = std::process::id().cast_signed();
+    if cgroups.has_version_2() && !adopt::is_in_job(own, id) {
+        // The last slurmstepd may still end, and does not try again what it could not remove.
+        let end = Instant::now() + ENDING;
+        while steps::known_jobs().contains(&id) && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+    cgroups.remove(steps::known_jobs().contains(&id));
 }
 
 /// Kills what is left in the job's own cgroups: held first, then looked at, then killed.
