@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use super::tree::{Extents, Place, Tree};
+use super::tree::{Place, Stored, Tree};
 use crate::cache::lock;
 use crate::file::Extent;
 
@@ -91,7 +91,7 @@ impl Ahead {
     }
 
     /// Notes that `len` bytes at `offset` of a file are read.
-    pub(super) fn note(&self, at: Place, offset: u64, len: usize, file: &Extents) {
+    pub(super) fn note(&self, at: Place, offset: u64, len: usize, file: &Stored) {
         if len == 0 {
             return;
         }

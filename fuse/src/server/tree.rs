@@ -58,8 +58,8 @@ pub(crate) struct Entry<'a> {
     pub(crate) next: u64,
 }
 
-/// Where the bytes of a file are.
-pub(crate) struct Extents {
+/// How a file is stored.
+pub(crate) struct Stored {
     /// Bytes of the file.
     pub(crate) size: u64,
     /// The fragment block of its end.
@@ -157,12 +157,12 @@ impl Tree {
         offset: u64,
         len: usize,
         out: &mut Vec<Piece>,
-    ) -> Result<Extents> {
+    ) -> Result<Stored> {
         match self {
             Tree::Squashfs(archive) => {
                 let inode = archive.pieces(at.inode(), offset, len, out)?;
                 let fragment = inode.content()?.fragment.map(|(index, _)| index);
-                Ok(Extents {
+                Ok(Stored {
                     size: inode.size,
                     fragment,
                 })
@@ -172,7 +172,7 @@ impl Tree {
                 if !bytes.is_empty() {
                     out.push(Piece::Bytes(bytes));
                 }
-                Ok(Extents {
+                Ok(Stored {
                     size,
                     fragment: None,
                 })
