@@ -11,7 +11,9 @@ use std::time::Duration;
 
 use super::tree::{Place, Stored, Tree};
 use crate::cache::lock;
+use crate::error::Result;
 use crate::file::Extent;
+use crate::format::Kind;
 
 /// Readers that are watched; the one that was idle longest gives way.
 const STREAMS: usize = 16;
@@ -33,7 +35,6 @@ const IDLE: Duration = Duration::from_secs(5);
 
 /// See the module.
 pub(super) struct Ahead {
-    block_size: u64,
     streams: Mutex<VecDeque<Stream>>,
     /// The fragment block that was asked for last, and those in which readers of small files stand.
     fragment: AtomicU32,
@@ -51,6 +52,7 @@ struct Stream {
 
 struct Shared {
     tree: Arc<Tree>,
+    block_size: u64,
     threads_max: usize,
     queue: Mutex<Queue>,
     wanted: Condvar,
@@ -58,7 +60,7 @@ struct Shared {
 
 #[derive(Default)]
 struct Queue {
-    /// Files, from which block on, and how many; and fragment blocks.
+    /// Programs by their possible paths, files from which block on and how many, and fragment blocks.
     jobs: VecDeque<Job>,
     /// Blocks of those before, which come first.
     blocks: VecDeque<Extent>,
@@ -68,6 +70,7 @@ struct Queue {
 }
 
 enum Job {
+    Program(Vec<Vec<u8>>),
     File(Place, u64, u64),
     Fragment(u32),
     Block(Extent),
@@ -77,12 +80,12 @@ impl Ahead {
     /// With at most so many threads.
     pub(super) fn new(tree: Arc<Tree>, block_size: u32, threads_max: usize) -> Ahead {
         Ahead {
-            block_size: u64::from(block_size),
             streams: Mutex::default(),
             fragment: AtomicU32::new(NONE),
             fragments: Mutex::default(),
             shared: Arc::new(Shared {
                 tree,
+                block_size: u64::from(block_size),
                 threads_max,
                 queue: Mutex::default(),
                 wanted: Condvar::new(),
@@ -95,7 +98,7 @@ impl Ahead {
         if len == 0 {
             return;
         }
-        if file.size <= self.block_size {
+        if file.size <= self.shared.block_size {
             if let Some(next) = file.fragment.and_then(|index| self.follow_fragments(index)) {
                 self.send(Job::Fragment(next));
             }
@@ -107,10 +110,9 @@ impl Ahead {
         }
     }
 
-    /// Prepares a file from its start, as much of it as of one that is read here and there.
-    pub(super) fn prepare(&self, at: Place, size: u64) {
-        let blocks = size.min(WHOLE_BYTES).div_ceil(self.block_size);
-        self.send(Job::File(at, 0, blocks));
+    /// Prepares the first program that there is of `paths`, as much of it as of a file that is read here and there.
+    pub(super) fn expect(&self, paths: Vec<Vec<u8>>) {
+        self.send(Job::Program(paths));
     }
 
     /// The fragment block to prepare now: the next one, when a reader comes from the one before.
@@ -141,7 +143,7 @@ impl Ahead {
             |s: &Stream| s.at == at && (is_small || s.end.abs_diff(offset) <= DISORDER_BYTES);
         let Some(index) = streams.iter().position(is_same) else {
             streams.truncate(STREAMS - 1);
-            let next_block = end.div_ceil(self.block_size);
+            let next_block = end.div_ceil(self.shared.block_size);
             streams.push_front(Stream {
                 at,
                 end,
@@ -152,7 +154,7 @@ impl Ahead {
         let mut stream = streams.remove(index)?;
         let (first, last) = if is_small && offset != stream.end {
             // What is there already is passed over.
-            let blocks = size.div_ceil(self.block_size);
+            let blocks = size.div_ceil(self.shared.block_size);
             (
                 if stream.next_block < blocks {
                     0
@@ -161,9 +163,10 @@ impl Ahead {
                 },
                 blocks,
             )
-        } else if size > BLOCKS_MIN * self.block_size && end > stream.end {
-            let last = (end + AHEAD_BYTES.max(self.block_size)).min(size) / self.block_size;
-            (stream.next_block.max(end / self.block_size), last)
+        } else if size > BLOCKS_MIN * self.shared.block_size && end > stream.end {
+            let last =
+                (end + AHEAD_BYTES.max(self.shared.block_size)).min(size) / self.shared.block_size;
+            (stream.next_block.max(end / self.shared.block_size), last)
         } else {
             (0, 0)
         };
@@ -207,12 +210,14 @@ impl Shared {
         while let Some(job) = self.next() {
             // Who asks for a bad block gets its error; a panic must not end the thread in silence.
             let work = std::panic::AssertUnwindSafe(|| match job {
-                Job::File(at, first, count) => {
-                    let blocks = self.tree.announce(at, first, count).unwrap_or_default();
-                    let mut queue = lock(&self.queue);
-                    queue.blocks.extend(blocks);
-                    self.wake(&mut queue);
+                Job::Program(paths) => {
+                    let find = |path: &Vec<u8>| self.find_file(path).ok().flatten();
+                    if let Some((at, size)) = paths.iter().find_map(find) {
+                        let blocks = size.min(WHOLE_BYTES).div_ceil(self.block_size);
+                        self.announce(at, 0, blocks);
+                    }
                 }
+                Job::File(at, first, count) => self.announce(at, first, count),
                 Job::Fragment(index) => {
                     if let Ok(Some(extent)) = self.tree.missing_fragment(index) {
                         let _told_to_who_asks = self.tree.make_ready(extent);
@@ -226,6 +231,22 @@ impl Shared {
             });
             let _told_to_who_asks = std::panic::catch_unwind(work);
         }
+    }
+
+    /// A file by its path, links followed, with its size.
+    fn find_file(&self, path: &[u8]) -> Result<Option<(Place, u64)>> {
+        let Some(at) = self.tree.resolve(path)? else {
+            return Ok(None);
+        };
+        let stat = self.tree.stat(at)?;
+        Ok((stat.kind == Kind::File).then_some((at, stat.size)))
+    }
+
+    fn announce(self: &Arc<Self>, at: Place, first: u64, count: u64) {
+        let blocks = self.tree.announce(at, first, count).unwrap_or_default();
+        let mut queue = lock(&self.queue);
+        queue.blocks.extend(blocks);
+        self.wake(&mut queue);
     }
 
     fn next(&self) -> Option<Job> {

@@ -140,21 +140,12 @@ impl Server {
         views::kind(&self.tree, path)
     }
 
-    /// Says that the program at `path` will be started soon: its blocks are made ready in the background, where the image
-    /// has it and there is more than one thread. Links are followed. Returns whether the image has it.
-    ///
-    /// # Errors
-    /// When the image is damaged on the way.
-    pub fn expect(&self, path: &[u8]) -> Result<bool> {
-        let Some(at) = self.tree.resolve(path)? else {
-            return Ok(false);
-        };
-        let stat = self.tree.stat(at)?;
-        let is_file = stat.kind == crate::Kind::File;
-        if let Some(ahead) = self.ahead.as_ref().filter(|_| is_file) {
-            ahead.prepare(at, stat.size);
+    /// Says that a program will be started soon, the first that the image has of `paths`: its blocks are made ready in the
+    /// background, where there is more than one thread. Links are followed. What is damaged is told to who asks for it.
+    pub fn expect(&self, paths: Vec<Vec<u8>>) {
+        if let Some(ahead) = &self.ahead {
+            ahead.expect(paths);
         }
-        Ok(is_file)
     }
 
     /// Serves from one descriptor, until the file system is unmounted everywhere.

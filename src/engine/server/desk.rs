@@ -3,6 +3,7 @@
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,8 +13,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 use nix::sys::socket::{SockFlag, accept4};
 
-use super::keeper::{Bond, Keeper, leave_once, open_process, own_process, user_line};
-use super::mount::{MOUNT_POINT, Prepared};
+use super::keeper::{Bond, Keeper, leave_once, line, open_process, own_process};
+use super::mount::{Home, MOUNT_POINT, Mounted};
 use super::worker::{Known, Room, entries};
 use super::{Image, Place};
 use crate::engine::sys::{self, Fork};
@@ -29,7 +30,8 @@ pub(super) struct Desk<'a> {
     pub(super) hurry: Option<&'a SignalFd>,
     pub(super) image: &'a Image<'a>,
     pub(super) server: Arc<Server>,
-    pub(super) prepared: &'a Prepared,
+    pub(super) home: &'a Home,
+    pub(super) mounted: Rc<Mounted>,
     /// For a new keeper.
     pub(super) place: Option<&'a Place>,
     pub(super) bond: Bond,
@@ -126,7 +128,7 @@ impl Desk<'_> {
     /// The keeper was killed: makes a child the new one. Without one the worker goes on unprotected.
     fn replace_keeper(&mut self) {
         self.bond.keeper = None;
-        let (Ok((told, tell)), Ok(worker)) = (user_line(), own_process()) else {
+        let (Ok((told, tell)), Ok(worker)) = (line(), own_process()) else {
             return;
         };
         match sys::fork_beside_threads() {
@@ -134,7 +136,10 @@ impl Desk<'_> {
                 drop(tell);
                 let keeper = Keeper {
                     image: self.image,
-                    prepared: self.prepared,
+                    home: self.home,
+                    first: None,
+                    mounted: Some(Rc::clone(&self.mounted)),
+                    failure: None,
                     place: self.place,
                     users: std::mem::take(&mut self.users),
                     deaths: Vec::new(),
@@ -209,9 +214,9 @@ impl Desk<'_> {
                     client.as_fd(),
                     &answer,
                     &[
-                        self.prepared.userns.as_raw_fd(),
+                        self.home.userns.as_raw_fd(),
                         tree.as_raw_fd(),
-                        self.prepared.life.0.as_raw_fd(),
+                        self.home.life.0.as_raw_fd(),
                     ],
                 )
             }
@@ -228,8 +233,7 @@ impl Desk<'_> {
         if sent.is_ok()
             && let Some(user) = fds.into_iter().next()
         {
-            // A keeper that does not keep up knows fewer.
-            let _ = wire::send(self.bond.tell.as_fd(), &[0], &[user.as_raw_fd()]);
+            self.bond.tell_user(&user);
             self.users.push(user);
         }
         self.last = Instant::now();

@@ -1,17 +1,18 @@
 //! The keeper: holds what a worker that takes over needs, starts workers, and waits.
 
 use std::fs::File;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 use std::path::Path;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
-use super::mount::{Prepared, prepare};
-use super::worker::work;
+use super::mount::{Effort, Home, Mounted, settle};
+use super::worker::{Had, work};
 use super::{Image, Place};
 use crate::engine::sys::{self, Fork};
 use crate::engine::wire;
@@ -25,28 +26,35 @@ pub(super) const LEFT: &str = "/left";
 /// There when the worker has ended by itself.
 const ENDED: &str = "/ended";
 
-/// The keeper: makes namespaces and mount, starts workers. Does not return.
+/// The keeper: makes the namespaces and starts workers. Does not return.
 pub(super) fn keep(image: &Image, place: Option<&Place>, first: OwnedFd) {
-    let _ = rustix::process::setsid();
-    let ready = prepare(image, place, &first);
-    let prepared = match ready {
-        Ok(prepared) => prepared,
+    let home = match settle(image, place, &first) {
+        Ok(home) => home,
         Err(error) => return refuse(&first, place, &error),
     };
     let keeper = Keeper {
         image,
-        prepared: &prepared,
+        home: &home,
+        first: Some(first),
+        mounted: None,
+        failure: None,
         place,
         users: Vec::new(),
         deaths: Vec::new(),
     };
-    keeper.run(Some(first));
+    keeper.run();
 }
 
 /// Holds what a worker that takes over needs.
 pub(super) struct Keeper<'a> {
     pub(super) image: &'a Image<'a>,
-    pub(super) prepared: &'a Prepared,
+    pub(super) home: &'a Home,
+    /// The client that waits for the first worker, until that one has mounted the image.
+    pub(super) first: Option<OwnedFd>,
+    /// From the first worker, as soon as it has mounted the image.
+    pub(super) mounted: Option<Rc<Mounted>>,
+    /// Why it could not.
+    pub(super) failure: Option<anyhow::Error>,
     pub(super) place: Option<&'a Place>,
     /// The worker's users, which it tells over a socket.
     pub(super) users: Vec<OwnedFd>,
@@ -54,22 +62,41 @@ pub(super) struct Keeper<'a> {
 }
 
 impl Keeper<'_> {
-    /// Starts workers until one ends by itself. `first` is the client that waits for the first one.
-    fn run(mut self, mut first: Option<OwnedFd>) {
+    /// Starts the first worker, and goes on from there.
+    fn run(mut self) {
+        match self.start() {
+            Ok((worker, told)) => {
+                let ended = self.watch(&worker, &told);
+                if self.mounted.is_none() {
+                    self.refuse_first();
+                } else if ended == Ended::Killed && self.may_go_on() {
+                    self.replace();
+                }
+            }
+            Err(error) => {
+                self.failure = Some(error);
+                self.refuse_first();
+            }
+        }
+    }
+
+    /// Tells the client that waits for the first worker why there is no mount.
+    fn refuse_first(&mut self) {
+        let killed = || anyhow!("the image server was killed");
+        let error = self.failure.take().unwrap_or_else(killed);
+        if let Some(first) = &self.first {
+            refuse(first, self.place, &error);
+        }
+    }
+
+    /// Starts workers until one ends by itself.
+    fn replace(mut self) {
         loop {
-            match self.start(&mut first) {
-                Ok((worker, told)) => {
-                    first = None;
-                    if self.watch(&worker, &told) == Ended::ByItself || !self.may_go_on() {
-                        return;
-                    }
-                }
-                Err(error) => {
-                    return match &first {
-                        Some(first) => refuse(first, self.place, &error),
-                        None => leave_once(self.place),
-                    };
-                }
+            let Ok((worker, told)) = self.start() else {
+                return leave_once(self.place);
+            };
+            if self.watch(&worker, &told) == Ended::ByItself || !self.may_go_on() {
+                return;
             }
         }
     }
@@ -77,7 +104,7 @@ impl Keeper<'_> {
     /// Goes on for a keeper that was killed, beside its worker.
     pub(super) fn take_over(mut self, worker: &OwnedFd, told: &OwnedFd) {
         if self.watch(worker, told) == Ended::Killed && self.may_go_on() {
-            self.run(None);
+            self.replace();
         }
     }
 
@@ -92,8 +119,8 @@ impl Keeper<'_> {
     }
 
     /// Starts a worker; gives a descriptor of it, and the socket over which it tells of its users.
-    fn start(&mut self, first: &mut Option<OwnedFd>) -> Result<(OwnedFd, OwnedFd)> {
-        let (told, tell) = user_line()?;
+    fn start(&mut self) -> Result<(OwnedFd, OwnedFd)> {
+        let (told, tell) = line()?;
         let keeper = own_process()?;
         match sys::fork()? {
             Fork::Child => {
@@ -102,11 +129,13 @@ impl Keeper<'_> {
                     keeper: Some(keeper),
                     tell,
                 };
-                let users = std::mem::take(&mut self.users);
-                let (image, prepared, place) = (self.image, self.prepared, self.place);
-                let fresh = self.deaths.is_empty();
-                work(image, prepared, place, first.take(), users, bond, fresh);
-                end_worker()
+                let had = Had {
+                    first: self.first.take(),
+                    mounted: self.mounted.take(),
+                    users: std::mem::take(&mut self.users),
+                };
+                work(self.image, self.home, self.place, had, bond);
+                sys::exit_now(0)
             }
             Fork::Parent(worker) => {
                 let opened = rustix::process::Pid::from_raw(worker.as_raw())
@@ -114,13 +143,40 @@ impl Keeper<'_> {
                     .and_then(open_process);
                 let Ok(opened) = opened else {
                     // It serves its clients, and has no successor.
-                    *first = None;
                     while waitpid(worker, None) == Err(nix::Error::EINTR) {}
+                    while self.hear(&told) {}
+                    self.refuse_first();
                     sys::exit_now(0)
                 };
                 Ok((opened, told))
             }
         }
+    }
+
+    /// Takes what a worker tells; false when it has nothing more to say.
+    fn hear(&mut self, told: &OwnedFd) -> bool {
+        let (bytes, fds) = match wire::receive(told.as_fd()) {
+            Ok(received) => received,
+            Err(nix::Error::EMFILE) => {
+                self.first = None; // it may have been the mount: the worker has no successor
+                return false;
+            }
+            Err(_) => return false,
+        };
+        match bytes.split_first() {
+            Some((&USER, _)) => self.users.extend(fds),
+            Some((&MOUNTED, effort)) => {
+                self.first = None;
+                let devices = fds;
+                let effort = Effort::decode(effort).filter(|_| !devices.is_empty());
+                self.mounted = effort.map(|effort| Rc::new(Mounted { devices, effort }));
+            }
+            Some((&FAILED, text)) => {
+                self.failure = Some(anyhow!("{}", String::from_utf8_lossy(text)));
+            }
+            _ => return false,
+        }
+        true
     }
 
     /// Waits for the end of a worker, and meanwhile notes its users.
@@ -141,18 +197,11 @@ impl Keeper<'_> {
             let mut gone = ready.iter().skip(1);
             self.users.retain(|_| gone.next() != Some(&true));
             if gone.next() == Some(&true) {
-                match wire::receive(told.as_fd()) {
-                    Ok((bytes, users)) if !bytes.is_empty() => self.users.extend(users),
-                    _ => telling = false,
-                }
+                telling = self.hear(told);
             }
             if ready.first() == Some(&true) {
                 // What it told last.
-                while let Ok((bytes, users)) = wire::receive(told.as_fd())
-                    && !bytes.is_empty()
-                {
-                    self.users.extend(users);
-                }
+                while self.hear(told) {}
                 while matches!(waitpid(None, Some(WaitPidFlag::WNOHANG)), Ok(s) if s != WaitStatus::StillAlive)
                 {
                 }
@@ -177,12 +226,43 @@ pub(super) enum Ended {
 pub(super) struct Bond {
     /// The process, for the worker to see its end. `None` when there is no other any more.
     pub(super) keeper: Option<OwnedFd>,
-    /// Where users are told.
+    /// Where it is told of users and of the mount.
     pub(super) tell: OwnedFd,
 }
 
-/// A socket pair: the worker sends each user to its keeper, and never waits for it.
-pub(super) fn user_line() -> Result<(OwnedFd, OwnedFd)> {
+/// The first byte of what a worker tells: with a user's descriptor,
+const USER: u8 = 0;
+/// with those of the mount, and the effort,
+const MOUNTED: u8 = 1;
+/// and with the text of why there is none.
+const FAILED: u8 = 2;
+
+impl Bond {
+    /// A keeper that does not keep up knows fewer.
+    pub(super) fn tell_user(&self, user: &OwnedFd) {
+        let _fewer = wire::send(self.tell.as_fd(), &[USER], &[user.as_raw_fd()]);
+    }
+
+    /// Without it the worker has no successor.
+    pub(super) fn tell_mounted(&self, mounted: &Mounted) {
+        let devices: Vec<RawFd> = mounted.devices.iter().map(|d| d.as_raw_fd()).collect();
+        let message = [&[MOUNTED], mounted.effort.encode().as_slice()].concat();
+        let _alone = wire::send(self.tell.as_fd(), &message, &devices);
+    }
+
+    pub(super) fn tell_failed(&self, error: &anyhow::Error) {
+        let text = format!("{error:#}");
+        let message: Vec<u8> = [FAILED]
+            .into_iter()
+            .chain(text.bytes())
+            .take(8000)
+            .collect();
+        let _gone = wire::send(self.tell.as_fd(), &message, &[]);
+    }
+}
+
+/// A socket pair: the worker tells its keeper, and never waits for it.
+pub(super) fn line() -> Result<(OwnedFd, OwnedFd)> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags)
         .context("cannot create a socket")
@@ -204,7 +284,7 @@ pub(super) fn end_worker() -> ! {
 }
 
 /// Tells the first client why there is no server. Others that wait by now find the socket closed and try themselves.
-pub(super) fn refuse(first: &OwnedFd, place: Option<&Place>, error: &anyhow::Error) {
+fn refuse(first: &OwnedFd, place: Option<&Place>, error: &anyhow::Error) {
     leave(place);
     let mut answer = vec![1];
     answer.extend(format!("{error:#}").bytes().take(8000));

@@ -16,11 +16,8 @@ use crate::plan::IdMap;
 /// Where the image is mounted in the server's own, otherwise empty file tree.
 pub(super) const MOUNT_POINT: &str = "/m";
 
-pub(super) struct Prepared {
-    /// One descriptor of the FUSE connection for each thread that may serve.
-    pub(super) devices: Vec<OwnedFd>,
-    /// How much of the machine it may use.
-    pub(super) effort: Effort,
+/// What keeper and workers have from the beginning.
+pub(super) struct Home {
     pub(super) userns: OwnedFd,
     /// Both ends of a pipe that only keeper and worker write to: what clients get of it hangs up with the last of them.
     pub(super) life: (OwnedFd, OwnedFd),
@@ -28,8 +25,17 @@ pub(super) struct Prepared {
     pub(super) profiles: Option<OwnedFd>,
 }
 
-/// Namespaces, an empty file tree, and the image mounted in it.
-pub(super) fn prepare(image: &Image, place: Option<&Place>, first: &OwnedFd) -> Result<Prepared> {
+/// The mounted image, as the first worker made it and those after it take it over.
+pub(super) struct Mounted {
+    /// One descriptor of the FUSE connection for each thread that may serve.
+    pub(super) devices: Vec<OwnedFd>,
+    /// How much of the machine it may use.
+    pub(super) effort: Effort,
+}
+
+/// Leaves the caller's session, descriptors and namespaces, and gives up what a server has no use for.
+pub(super) fn settle(image: &Image, place: Option<&Place>, first: &OwnedFd) -> Result<Home> {
+    let _ = rustix::process::setsid();
     sys::ignore_signals(&[
         Signal::SIGHUP,
         Signal::SIGINT,
@@ -58,21 +64,29 @@ pub(super) fn prepare(image: &Image, place: Option<&Place>, first: &OwnedFd) -> 
         _ => None,
     };
     sys::set_title(&format!("capsid-image {}", image.path.display()));
-    // The image is looked at before anything is mounted, so that a bad one costs nothing.
-    let effort = Effort::allowed();
-    open_tree(image, effort)?;
     match image.namespace {
         Namespace::New => userns::create(&image.ids, CloneFlags::CLONE_NEWNS)?,
         Namespace::Current => nix::sched::unshare(CloneFlags::CLONE_NEWNS)
             .map_err(|error| userns::no_mounts(error.into()))?,
     }
-    rustix::mount::mount_change(
-        "/",
-        rustix::mount::MountPropagationFlags::DOWNSTREAM
-            | rustix::mount::MountPropagationFlags::REC,
-    )
-    .context("cannot make the mounts private")?;
-    let userns = userns::current()?;
+    let private = rustix::mount::MountPropagationFlags::DOWNSTREAM
+        | rustix::mount::MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", private).context("cannot make the mounts private")?;
+    // Where `pivot_root` of the first worker takes the keeper along.
+    rustix::process::chdir("/").context("cannot enter /")?;
+    sys::keep_only_mounting();
+    sys::confine_server();
+    let life = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+        .context("cannot create a pipe")?;
+    Ok(Home {
+        userns: userns::current()?,
+        life,
+        profiles,
+    })
+}
+
+/// Mounts the image in an empty file tree, which keeper and worker enter.
+pub(super) fn mount(image: &Image, effort: Effort) -> Result<Mounted> {
     let (uid, gid) = match &image.ids {
         IdMap::Own { uid, gid } => (*uid, *gid),
         _ => (0, 0),
@@ -94,21 +108,11 @@ pub(super) fn prepare(image: &Image, place: Option<&Place>, first: &OwnedFd) -> 
         }
     }
     enter_empty_tree(&mount.tree)?;
-    sys::keep_only_mounting();
-    sys::confine_server();
-    let life = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
-        .context("cannot create a pipe")?;
-    Ok(Prepared {
-        devices,
-        effort,
-        userns,
-        life,
-        profiles,
-    })
+    Ok(Mounted { devices, effort })
 }
 
 /// Leaves the host's mounts: the server must not keep a file system busy that an administrator wants to unmount.
-pub(super) fn enter_empty_tree(image: &OwnedFd) -> Result<()> {
+fn enter_empty_tree(image: &OwnedFd) -> Result<()> {
     let tree = sys::new_filesystem("tmpfs", &[("mode", Some(c"0700")), ("size", Some(c"4m"))])?;
     sys::attach_over_root(tree.as_fd())?;
     rustix::fs::mkdirat(&tree, &MOUNT_POINT[1..], rustix::fs::Mode::RWXU)
@@ -127,20 +131,37 @@ pub(super) fn enter_empty_tree(image: &OwnedFd) -> Result<()> {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Effort {
     /// Threads that serve, at most.
-    threads: usize,
+    pub(super) threads: usize,
     /// Bytes of decompressed data that are kept.
-    cache_bytes: usize,
+    pub(super) cache_bytes: usize,
 }
 
 impl Effort {
     /// One thread for each processor that this process may use, up to 8, and the cgroup's share of memory.
-    fn allowed() -> Effort {
+    pub(super) fn allowed() -> Effort {
         Effort {
             threads: std::thread::available_parallelism()
                 .map_or(1, usize::from)
                 .min(8),
             cache_bytes: budget::cache_bytes(),
         }
+    }
+}
+
+impl Effort {
+    /// For the keeper, which has it from the first worker.
+    pub(super) fn encode(self) -> Vec<u8> {
+        let words = [self.threads as u64, self.cache_bytes as u64];
+        words.iter().flat_map(|w| w.to_le_bytes()).collect()
+    }
+
+    pub(super) fn decode(raw: &[u8]) -> Option<Effort> {
+        let (threads, rest) = raw.split_first_chunk()?;
+        let cache_bytes = u64::from_le_bytes(*rest.first_chunk()?);
+        Some(Effort {
+            threads: u64::from_le_bytes(*threads) as usize,
+            cache_bytes: cache_bytes as usize,
+        })
     }
 }
 

@@ -4,8 +4,9 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io::Write as _;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -15,8 +16,8 @@ use nix::sys::signal::Signal;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use super::desk::Desk;
-use super::keeper::{Bond, LEFT, end_worker, refuse};
-use super::mount::{MOUNT_POINT, Prepared, open_tree};
+use super::keeper::{Bond, LEFT, end_worker};
+use super::mount::{Effort, Home, MOUNT_POINT, Mounted, mount, open_tree};
 use super::{Image, Place};
 use crate::engine::sys;
 use crate::engine::wire::{self, Point};
@@ -31,83 +32,51 @@ const VIEWS_BYTES_MAX: usize = 1 << 20;
 /// Where most images have their programs; a guess is enough.
 const USUAL: [&str; 4] = ["/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin"];
 
-/// The worker: serves the image from threads, and clients from this one, until nobody is left.
-pub(super) fn work(
-    image: &Image,
-    prepared: &Prepared,
-    place: Option<&Place>,
-    first: Option<OwnedFd>,
-    users: Vec<OwnedFd>,
-    bond: Bond,
-    fresh: bool,
-) {
-    let server = match open_tree(image, prepared.effort) {
-        Ok(server) => Arc::new(server),
-        Err(error) => {
-            if let Some(first) = &first {
-                refuse(first, place, &error);
-            }
-            return;
-        }
-    };
-    let devices: Vec<OwnedFd> = prepared
-        .devices
-        .iter()
-        .filter_map(|d| d.try_clone().ok())
-        .collect();
-    let mut known = Known::default();
-    let mut place = place;
-    if let Some(profiles) = prepared.profiles.as_ref().and_then(|p| p.try_clone().ok()) {
-        server.keep_profile(profiles);
-    }
-    if !fresh {
-        known.restore(&server);
-        place = place.filter(|_| !Path::new(LEFT).exists());
-        Server::resume(prepared.devices[0].as_fd());
-    }
+/// What a worker begins with.
+pub(super) struct Had {
+    /// The client that waits for the first one.
+    pub(super) first: Option<OwnedFd>,
+    /// The mount of the worker before; the first one makes it.
+    pub(super) mounted: Option<Rc<Mounted>>,
+    /// The users of the worker before.
+    pub(super) users: Vec<OwnedFd>,
+}
+
+/// The worker: serves the image from threads, and clients from this one, until nobody is left. Returns only when nothing
+/// was mounted.
+pub(super) fn work(image: &Image, home: &Home, place: Option<&Place>, had: Had, bond: Bond) {
     // Before there are threads, which then do not take it.
-    let told_to_hurry = sys::signal_set([libc::SIGTERM]).thread_block();
-    let bell = std::io::pipe().map_err(anyhow::Error::from);
-    let serving = bell.and_then(|(rung, bell)| {
-        let server = Arc::clone(&server);
-        let thread = std::thread::Builder::new()
-            .name("serve".into())
-            .spawn(move || {
-                let _bell = Bell(bell);
-                if server.serve_on(devices).is_err() {
-                    // The keeper replaces a worker that dies so.
-                    let _ = nix::sys::signal::kill(nix::unistd::getpid(), Signal::SIGKILL);
-                }
-            })?;
-        Ok((thread, rung))
-    });
-    let (serving, rung) = match serving {
-        Ok(serving) => serving,
-        Err(error) => {
-            if let Some(first) = &first {
-                refuse(first, place, &error.context("cannot start a thread"));
-            }
-            return;
-        }
-    };
-    let hurry = told_to_hurry
-        .and_then(|()| {
-            SignalFd::with_flags(&sys::signal_set([libc::SIGTERM]), SfdFlags::SFD_CLOEXEC)
-        })
+    let term = sys::signal_set([libc::SIGTERM]);
+    let hurry = term
+        .thread_block()
+        .and_then(|()| SignalFd::with_flags(&term, SfdFlags::SFD_CLOEXEC))
         .ok();
+    let is_first = had.mounted.is_none();
+    let begun = match begin(image, home, had.mounted) {
+        Ok(begun) => begun,
+        Err(error) if is_first => return bond.tell_failed(&error),
+        Err(_) => end_worker(),
+    };
+    let mut place = place;
+    if is_first {
+        bond.tell_mounted(&begun.mounted);
+    } else {
+        place = place.filter(|_| !Path::new(LEFT).exists());
+    }
     let mut desk = Desk {
         image,
         hurry: hurry.as_ref(),
-        server,
-        prepared,
+        server: begun.server,
+        home,
+        mounted: begun.mounted,
         place,
         bond,
-        users,
+        users: had.users,
         last: Instant::now(),
-        known,
+        known: begun.known,
         left: false,
     };
-    if let Some(first) = first
+    if let Some(first) = had.first
         && desk.answer(&first) == Room::Full
     {
         // Nothing is known yet, so it is descriptors that there is no room for.
@@ -120,26 +89,73 @@ pub(super) fn work(
             &[],
         );
     }
-    if fresh && let Some(program) = image.program {
-        expect(&desk.server, program);
-    }
-    desk.run(place, &serving);
+    desk.run(place, &begun.serving);
     // The mount goes when the last container's copy goes, and the serving thread ends with it.
     let _ = rustix::mount::unmount(MOUNT_POINT, rustix::mount::UnmountFlags::DETACH);
     desk.server.shrink();
-    desk.wait_for(&rung);
-    let _ = serving.join();
+    desk.wait_for(&begun.rung);
+    let _ = begun.serving.join();
     desk.server.save_profile();
     end_worker()
 }
 
-/// Has a program made ready while its process still makes its namespaces and mounts.
-fn expect(server: &Server, program: &Path) {
-    // A path from the root stays what it is. What is damaged is told to who asks for it.
-    let _found = USUAL.iter().any(|usual| {
-        let path = Path::new(usual).join(program);
-        server.expect(path.as_os_str().as_bytes()).unwrap_or(false)
-    });
+/// A server at work.
+struct Begun {
+    server: Arc<Server>,
+    mounted: Rc<Mounted>,
+    known: Known,
+    serving: std::thread::JoinHandle<()>,
+    /// Rings when that thread ends.
+    rung: std::io::PipeReader,
+}
+
+/// Opens the image, mounts it unless a worker before has, and starts to serve it.
+fn begin(image: &Image, home: &Home, mounted: Option<Rc<Mounted>>) -> Result<Begun> {
+    let effort = mounted.as_ref().map_or_else(Effort::allowed, |m| m.effort);
+    let server = Arc::new(open_tree(image, effort)?);
+    if let Some(profiles) = home.profiles.as_ref().and_then(|p| p.try_clone().ok()) {
+        server.keep_profile(profiles);
+    }
+    let mut known = Known::default();
+    let mounted = match mounted {
+        Some(mounted) => {
+            known.restore(&server);
+            Server::resume(mounted.devices[0].as_fd());
+            mounted
+        }
+        None => {
+            if let Some(program) = image.program {
+                // A path from the root stays what it is.
+                let paths = USUAL.map(|usual| Path::new(usual).join(program));
+                server.expect(paths.map(|path| path.into_os_string().into_vec()).into());
+            }
+            Rc::new(mount(image, effort)?)
+        }
+    };
+    let devices = mounted.devices.iter().filter_map(|d| d.try_clone().ok());
+    let devices: Vec<OwnedFd> = devices.collect();
+    let (rung, bell) = std::io::pipe().context("cannot create a pipe")?;
+    let serve = {
+        let server = Arc::clone(&server);
+        move || {
+            let _bell = Bell(bell);
+            if server.serve_on(devices).is_err() {
+                // The keeper replaces a worker that dies so.
+                let _ = nix::sys::signal::kill(nix::unistd::getpid(), Signal::SIGKILL);
+            }
+        }
+    };
+    let serving = std::thread::Builder::new()
+        .name("serve".into())
+        .spawn(serve)
+        .context("cannot start a thread")?;
+    Ok(Begun {
+        server,
+        mounted,
+        known,
+        serving,
+        rung,
+    })
 }
 
 /// Rings, by a byte in a pipe, when it goes: a copy of its descriptor in a new keeper does not matter.
