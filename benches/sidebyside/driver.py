@@ -1,6 +1,6 @@
 """The driver against squashfuse_ll and the kernel's own squashfs: the same work in fresh mounts of the same image."""
-import os, random, shutil, subprocess, sys, time
-from .basics import DRIVER, NULL, missing
+import os, random, shutil, statistics, subprocess, sys, time
+from .basics import DRIVER, NULL, missing, timed
 from .trees import small_path, tiny_path
 
 # Each target of the project: (row, peer, limit): capsid's time over the kernel's, or squashfuse_ll's over capsid's.
@@ -212,6 +212,25 @@ def first_byte(trees, mounts, counts):
         print(f"{count:<30}" + "".join(f"{best[h][0]:8.2f} ({best[h][1]:5.2f})" for h in mounts.programs), flush=True)
 
 
+def first_program(trees, mounts, kinds):
+    """What a cold start waits for at least: the driver, and the pages of the program."""
+    print("\nmilliseconds from the start of the driver to the end of `true`, a busybox in the image, median of 15 (and of them from the mount)\n")
+    print(f"{'':30}" + "".join(f"{how:>16}" for how in mounts.programs))
+    argv = [os.path.join(mounts.point, "bin/busybox"), "true"]
+    for kind in kinds:
+        image, spent = trees.image(trees.busybox(), kind), {}
+        for _ in range(15):
+            for how in mounts.programs:
+                begin = time.perf_counter()
+                child = mounts.mount(how, image)
+                there = time.perf_counter()
+                running = timed(argv)
+                spent.setdefault(how, []).append(((there - begin) * 1000 + running, running))
+                mounts.unmount(child)
+        middle = {how: map(statistics.median, zip(*times)) for how, times in spent.items()}
+        print(f"{kind:30}" + "".join("{:8.2f} ({:5.2f})".format(*middle[how]) for how in mounts.programs), flush=True)
+
+
 COMPUTE = """
 import argparse, ast, asyncio, collections, csv, decimal, email, hashlib, http.client, json, logging, sqlite3, unittest, xml.dom, zlib, glob, sys
 words = collections.Counter()
@@ -267,5 +286,6 @@ def read(trees, mounts, options):
     print_ratios(best, hows, kinds, TARGETS)
     if not options.only:
         first_byte(trees, mounts, options.counts)
+        first_program(trees, mounts, kinds)
         memory(trees, mounts, options.files)
         compute(trees, mounts)
