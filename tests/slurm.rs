@@ -72,7 +72,8 @@ fn jobs_at_their_time_limit_leave_nothing_and_their_services_stop_in_order() {
         let said = slurm.ended(job);
         assert!(
             said.contains("up") && slurm.state(job) == "TIMEOUT",
-            "{}: {said}",
+            "{}: said {said:?}: {}",
+            slurm.cluster,
             slurm.run(&["scontrol", "show", "job", job])
         );
         let log = slurm.log(job, "db");
@@ -424,7 +425,7 @@ mv $d/capsid/supervisor-$SLURM_JOB_ID $d/moved; ln -s /etc/passwd $d/capsid/serv
 
 #[test]
 fn job_that_ends_while_slurmd_is_down_leaves_nothing() {
-    let slurm = Slurm::new("linuxproc");
+    let slurm = Slurm::alone("linuxproc");
     let job = slurm.submit(
         &["-w", "n2", "-n1"],
         "srun -n1 $CAPSID instance start $IMAGE db; echo up; while [ ! -e go ]; do sleep 0.1; done",
@@ -495,7 +496,7 @@ wait_for {1}/services.toml; touch mounted; wait_for stop; kill -STOP %1; touch s
 
 #[test]
 fn instances_outlive_a_killed_slurmd() {
-    let slurm = Slurm::new("cgroup");
+    let slurm = Slurm::alone("cgroup");
     let job = slurm.submit(
         &["-w", "n2", "-n1"],
         "srun -n1 $CAPSID instance start $IMAGE db; echo up; while [ ! -e go ]; do sleep 0.1; done

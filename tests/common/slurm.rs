@@ -1,9 +1,11 @@
 //! A cluster of real Slurm, as `tests/slurm-cluster` starts it before (`tests/run` does), and a directory with an image.
 #![allow(dead_code)] // each test binary uses its own part
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use crate::common::{self, Env, Output, output, script};
@@ -34,10 +36,41 @@ pub struct Slurm {
     pub top: PathBuf,
     pub env: Env,
     pub image: String,
+    _turn: Turn,
+}
+
+/// Tests run beside each other, but none in a cluster of which another lets a node fail.
+enum Turn {
+    Shared(RwLockReadGuard<'static, ()>),
+    Alone(RwLockWriteGuard<'static, ()>),
+}
+
+/// The lock of a cluster.
+fn turns(cluster: &'static str) -> &'static RwLock<()> {
+    static TURNS: Mutex<BTreeMap<&str, &RwLock<()>>> = Mutex::new(BTreeMap::new());
+    let mut turns = TURNS.lock().unwrap_or_else(PoisonError::into_inner);
+    turns
+        .entry(cluster)
+        .or_insert_with(|| Box::leak(Box::default()))
 }
 
 impl Slurm {
     pub fn new(cluster: &'static str) -> Slurm {
+        let turn = turns(cluster)
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        Slurm::up(cluster, Turn::Shared(turn))
+    }
+
+    /// For a test that lets a node fail.
+    pub fn alone(cluster: &'static str) -> Slurm {
+        let turn = turns(cluster)
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        Slurm::up(cluster, Turn::Alone(turn))
+    }
+
+    fn up(cluster: &'static str, turn: Turn) -> Slurm {
         let top = std::env::var_os("CAPSID_SLURM")
             .expect("CAPSID_SLURM is not set: run tests/run as root, or tests/slurm-cluster");
         let env = Env::new();
@@ -49,6 +82,7 @@ impl Slurm {
             top: top.into(),
             env,
             image,
+            _turn: turn,
         };
         let up = slurm.run(&["sinfo", "-h", "-N", "-o", "%t"]);
         assert_eq!(
