@@ -40,8 +40,8 @@ pub struct Tree {
     hosts: Vec<(PathBuf, OwnedFd)>,
 }
 
-/// Further images as detached mounts.
-pub type Images = Vec<(Root, OwnedFd)>;
+/// Further images.
+pub type Images = Vec<(Root, server::View)>;
 
 /// What hangs up when an image server is gone.
 pub type Lives = Vec<OwnedFd>;
@@ -63,7 +63,7 @@ pub fn images(plan: &Plan, client: &server::Client, lives: &mut Lives) -> Result
     let mounted = |root: &Root| {
         let stage = server::enter(root, plan.ids, server::Namespace::Current, &[], client)?;
         lives.push(stage.life);
-        Ok((root.clone(), stage.tree))
+        Ok((root.clone(), stage.view))
     };
     layers.chain(binds).map(mounted).collect()
 }
@@ -158,7 +158,7 @@ impl Tree {
             MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
         )
         .context("cannot make the mounts private")?;
-        let (root, made) = match (stage, &plan.root) {
+        let (root, view, made) = match (stage, &plan.root) {
             (Some(stage), _) => {
                 let made = points
                     .iter()
@@ -166,9 +166,9 @@ impl Tree {
                     .filter(|(_, made)| **made)
                     .map(|(p, _)| p.path.clone())
                     .collect();
-                (stage.tree, made)
+                (stage.view.stage, Some(stage.view.name), made)
             }
-            (None, Root::Directory(path)) => (sys::clone_tree(CWD, path)?, Vec::new()),
+            (None, Root::Directory(path)) => (sys::clone_tree(CWD, path)?, None, Vec::new()),
             (None, _) => bail!("an image file needs an image server"),
         };
         let hosts = hosts(&plan.mounts)?;
@@ -184,6 +184,10 @@ impl Tree {
             images,
             hosts,
         };
+        if let Some(name) = view {
+            let stage = tree.root.try_clone()?;
+            tree.root = tree.view(&server::View { stage, name })?;
+        }
         let sandbox = matches!(plan.root, Root::Directory(_));
         if sandbox {
             let read_only = if plan.writable_root { 0 } else { attr::RDONLY };
@@ -449,7 +453,14 @@ impl Tree {
             .iter()
             .position(|(r, _)| r == root)
             .context("an image that was not asked for")?;
-        Ok(self.images.swap_remove(place).1)
+        let (_, view) = self.images.swap_remove(place);
+        self.view(&view)
+    }
+
+    /// A view of an image as a detached mount.
+    fn view(&mut self, view: &server::View) -> Result<OwnedFd> {
+        self.park(&view.stage)?;
+        sys::clone_tree(view.stage.as_fd(), Path::new(&view.name))
     }
 
     /// A small text file of the image: regular, at most 1 MiB, and `None` when it is not there.
@@ -520,7 +531,7 @@ impl Tree {
             OFlags::PATH | OFlags::CLOEXEC,
             Mode::empty(),
         )?;
-        sys::attach(tree.as_fd(), place.as_fd()).context("cannot attach a layer")
+        sys::attach(tree.as_fd(), place.as_fd()).context("cannot attach an image")
     }
 }
 

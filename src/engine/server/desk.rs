@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use capsid_fuse::Server;
+use capsid_fuse::{Server, ViewId};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 use nix::sys::socket::{SockFlag, accept4};
@@ -206,16 +206,17 @@ impl Desk<'_> {
         if self.known.room(&packet[1..]) == Room::Full {
             return Room::Full;
         }
-        let sent = match self.root_with(&points, &packet[1..]) {
-            Ok((tree, made)) => {
+        let sent = match self.view_with(&points, &packet[1..]) {
+            Ok((stage, view, made)) => {
                 let mut answer = vec![0];
+                answer.extend(view.0.to_le_bytes());
                 answer.extend(made.into_iter().map(u8::from));
                 wire::send(
                     client.as_fd(),
                     &answer,
                     &[
                         self.home.userns.as_raw_fd(),
-                        tree.as_raw_fd(),
+                        stage.as_raw_fd(),
                         self.home.life.0.as_raw_fd(),
                     ],
                 )
@@ -240,8 +241,8 @@ impl Desk<'_> {
         Room::Left
     }
 
-    /// A detached copy of the image's mount in which all mount points exist, and which of them are new.
-    fn root_with(&mut self, points: &[Point], raw: &[u8]) -> Result<(OwnedFd, Vec<bool>)> {
+    /// A detached copy of the mount, the view in it in which all mount points exist, and which of them are new.
+    fn view_with(&mut self, points: &[Point], raw: &[u8]) -> Result<(OwnedFd, ViewId, Vec<bool>)> {
         let missing = |p: &Point| {
             !self
                 .server
@@ -254,8 +255,7 @@ impl Desk<'_> {
             .add_view(&entries(points))
             .context("cannot make the mount points")?;
         self.known.note(raw)?;
-        let path = format!("{MOUNT_POINT}/{}", view.0);
-        let tree = sys::clone_tree(rustix::fs::CWD, Path::new(&path))?;
-        Ok((tree, made))
+        let stage = sys::clone_tree(rustix::fs::CWD, Path::new(MOUNT_POINT))?;
+        Ok((stage, view, made))
     }
 }

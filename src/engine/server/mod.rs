@@ -63,12 +63,21 @@ pub enum Namespace {
 pub struct Stage {
     /// The user namespace to join.
     pub userns: OwnedFd,
-    /// A detached mount of the image with all mount points.
-    pub tree: OwnedFd,
+    /// The image with all mount points.
+    pub view: View,
     /// For each mount point asked for: it was not in the image.
     pub made: Vec<bool>,
     /// Hangs up when no process of the server is left.
     pub life: OwnedFd,
+}
+
+/// An image with mount points, in a detached mount of all that its server shows. The server itself does not take the one
+/// from the other: it would wait for its own answer, and if it was killed then, could not end.
+pub struct View {
+    /// The mount, a directory of views.
+    pub stage: OwnedFd,
+    /// The name in it.
+    pub name: String,
 }
 
 /// Directories of the caller, as its environment names them.
@@ -351,12 +360,18 @@ fn ask(server: &OwnedFd, request: &[u8], client: &Client) -> Result<Result<Stage
     }
     match wire::receive(server.as_fd()) {
         Ok((bytes, fds)) => match (bytes.split_first(), <[OwnedFd; 3]>::try_from(fds)) {
-            (Some((0, made)), Ok([userns, tree, life])) => Ok(Ok(Stage {
-                userns,
-                tree,
-                life,
-                made: made.iter().map(|b| *b != 0).collect(),
-            })),
+            (Some((0, body)), Ok([userns, stage, life])) => {
+                let Some((number, made)) = body.split_first_chunk() else {
+                    return Err(Silence::Gone);
+                };
+                let name = u32::from_le_bytes(*number).to_string();
+                Ok(Ok(Stage {
+                    userns,
+                    view: View { stage, name },
+                    life,
+                    made: made.iter().map(|b| *b != 0).collect(),
+                }))
+            }
             (Some((1, text)), _) => Ok(Err(anyhow!("{}", String::from_utf8_lossy(text)))),
             _ => Err(Silence::Gone),
         },
