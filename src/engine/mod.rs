@@ -202,8 +202,10 @@ fn enter_user_namespace(
         return Ok(None);
     }
     say::debug(format_args!("image server for {:?}", plan.root));
-    let stage = server::enter(&plan.root, plan.ids, server::Namespace::New, points, client)?;
+    let mut stage = server::enter(&plan.root, plan.ids, server::Namespace::New, points, client)?;
     userns::join(&stage.userns)?;
+    let targets = plan.mounts.iter().map(|mount| mount.target.as_path());
+    stage.look(targets.chain([plan.process.cwd.as_path()]));
     Ok(Some(stage))
 }
 

@@ -53,15 +53,20 @@ pub type Lives = Vec<OwnedFd>;
 /// When one cannot be mounted.
 pub fn images(plan: &Plan, client: &server::Client, lives: &mut Lives) -> Result<Images> {
     let layers = plan.layers.iter().filter_map(|layer| match layer {
-        Layer::Image(root) => Some(root),
+        Layer::Image(root) => Some((root, Vec::new())),
         _ => None,
     });
     let binds = plan.mounts.iter().filter_map(|mount| match &mount.source {
-        Source::Image(part) => Some(&part.root),
+        Source::Image(part) => {
+            let targets = plan.mounts.iter().map(|m| &m.target);
+            let below = targets.filter_map(|target| target.strip_prefix(&mount.target).ok());
+            Some((&part.root, below.map(|rest| part.path.join(rest)).collect()))
+        }
         _ => None,
     });
-    let mounted = |root: &Root| {
-        let stage = server::enter(root, plan.ids, server::Namespace::Current, &[], client)?;
+    let mounted = |(root, below): (&Root, Vec<PathBuf>)| {
+        let mut stage = server::enter(root, plan.ids, server::Namespace::Current, &[], client)?;
+        stage.look(below.iter().map(PathBuf::as_path));
         lives.push(stage.life);
         Ok((root.clone(), stage.view))
     };

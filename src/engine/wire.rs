@@ -2,9 +2,10 @@
 //! Unix socket, so that a message arrives whole or not at all.
 //!
 //! Request: for each mount point wanted, kind (0 directory, 1 file), length (u16, little-endian), path; with the
-//! client's pidfd. Answer: a status byte; when 0, the number of the view (u32, little-endian), one byte a mount point (1 = it
-//! was not in the image and has been made) and the descriptors of the user namespace, of the detached mount of all views, and
-//! of a pipe that hangs up when the server is gone; when 1, the text of an error.
+//! client's pidfd. Answer: a status byte; when 0, a byte that is 1 when nobody has looked into the view yet, the number of the
+//! view (u32, little-endian), one byte a mount point (1 = it was not in the image and has been made) and the descriptors of
+//! the user namespace, of the detached mount of all views, and of a pipe that hangs up when the server is gone; when 1, the
+//! text of an error. The first one to look into a view says by one more packet of a byte that it has done so.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -17,7 +18,7 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use super::sys;
 
 /// Part of the socket's name: programs of different versions do not talk to each other.
-pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), ".3");
+pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), ".4");
 
 /// Largest message, bytes. The kernel's default limit for one packet is 208 KiB.
 const MAX: usize = 192 << 10;

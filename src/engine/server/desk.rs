@@ -1,5 +1,6 @@
 //! Where clients are received: each gets a detached copy of the mount, and is counted as long as it lives.
 
+use std::collections::HashSet;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
@@ -38,6 +39,8 @@ pub(super) struct Desk<'a> {
     pub(super) users: Vec<OwnedFd>,
     pub(super) last: Instant,
     pub(super) known: Known,
+    /// Views that a client has looked into.
+    pub(super) seen: HashSet<ViewId>,
     /// The name is given up.
     pub(super) left: bool,
 }
@@ -206,20 +209,19 @@ impl Desk<'_> {
         if self.known.room(&packet[1..]) == Room::Full {
             return Room::Full;
         }
-        let sent = match self.view_with(&points, &packet[1..]) {
+        let (sent, unseen) = match self.view_with(&points, &packet[1..]) {
             Ok((stage, view, made)) => {
-                let mut answer = vec![0];
+                let unseen = !self.seen.contains(&view);
+                let mut answer = vec![0, u8::from(unseen)];
                 answer.extend(view.0.to_le_bytes());
                 answer.extend(made.into_iter().map(u8::from));
-                wire::send(
-                    client.as_fd(),
-                    &answer,
-                    &[
-                        self.home.userns.as_raw_fd(),
-                        stage.as_raw_fd(),
-                        self.home.life.0.as_raw_fd(),
-                    ],
-                )
+                let fds = [
+                    self.home.userns.as_raw_fd(),
+                    stage.as_raw_fd(),
+                    self.home.life.0.as_raw_fd(),
+                ];
+                let sent = wire::send(client.as_fd(), &answer, &fds);
+                (sent, unseen.then_some(view))
             }
             // Another server has room.
             Err(error) if error.downcast_ref() == Some(&rustix::io::Errno::MFILE) => {
@@ -228,7 +230,7 @@ impl Desk<'_> {
             Err(error) => {
                 let mut answer = vec![1];
                 answer.extend(format!("{error:#}").bytes().take(8000));
-                wire::send(client.as_fd(), &answer, &[])
+                (wire::send(client.as_fd(), &answer, &[]), None)
             }
         };
         if sent.is_ok()
@@ -236,6 +238,13 @@ impl Desk<'_> {
         {
             self.bond.tell_user(&user);
             self.users.push(user);
+        }
+        // See `Stage::look`. One that ends meanwhile, or takes too long, leaves that to the next one.
+        if sent.is_ok()
+            && let Some(view) = unseen
+            && wire::receive(client.as_fd()).is_ok_and(|(said, _)| !said.is_empty())
+        {
+            self.seen.insert(view);
         }
         self.last = Instant::now();
         Room::Left

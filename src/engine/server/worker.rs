@@ -74,6 +74,7 @@ pub(super) fn work(image: &Image, home: &Home, place: Option<&Place>, had: Had, 
         users: had.users,
         last: Instant::now(),
         known: begun.known,
+        seen: HashSet::new(),
         left: false,
     };
     if let Some(first) = had.first
