@@ -24,6 +24,10 @@ use crate::engine::wire::{self, Point};
 /// How long a server without users goes on listening: long enough for the next command of a script.
 const IDLE: Duration = Duration::from_secs(3);
 
+/// For so long a name that no container uses any more is taken for known to the kernel, which may drop it when memory is
+/// short. Below it, commands one after the other do not look everything up twice.
+const KEPT: Duration = Duration::from_millis(100);
+
 /// Where clients are received.
 pub(super) struct Desk<'a> {
     /// Where `SIGTERM` arrives: a service manager wants an end, so an idle server does not linger. `None` when it has
@@ -39,7 +43,7 @@ pub(super) struct Desk<'a> {
     pub(super) users: Vec<OwnedFd>,
     pub(super) last: Instant,
     pub(super) known: Known,
-    /// Views that a client has looked into.
+    /// Views that a client has looked into, and that the kernel still knows.
     pub(super) seen: HashSet<ViewId>,
     /// The name is given up.
     pub(super) left: bool,
@@ -94,8 +98,9 @@ impl Desk<'_> {
             let knock = place.is_some() && ready.pop() == Some(true);
             let alone = self.bond.keeper.is_some() && ready.pop() == Some(true);
             let mut ready = ready.into_iter();
+            let before = self.users.len();
             self.users.retain(|_| !ready.next().unwrap_or(false));
-            if self.users.is_empty() {
+            if self.users.len() < before {
                 self.last = Instant::now();
             }
             if alone {
@@ -208,6 +213,9 @@ impl Desk<'_> {
         };
         if self.known.room(&packet[1..]) == Room::Full {
             return Room::Full;
+        }
+        if self.users.is_empty() && self.last.elapsed() > KEPT {
+            self.seen.clear();
         }
         let (sent, unseen) = match self.view_with(&points, &packet[1..]) {
             Ok((stage, view, made)) => {
