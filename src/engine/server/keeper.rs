@@ -80,12 +80,13 @@ impl Keeper<'_> {
         }
     }
 
-    /// Tells the client that waits for the first worker why there is no mount.
+    /// Tells the client that waits for the first worker why there is no mount. One whose worker was killed hears nothing,
+    /// and tries again.
     fn refuse_first(&mut self) {
-        let killed = || anyhow!("the image server was killed");
-        let error = self.failure.take().unwrap_or_else(killed);
-        if let Some(first) = &self.first {
-            refuse(first, self.place, &error);
+        match (&self.first, self.failure.take()) {
+            (Some(first), Some(error)) => refuse(first, self.place, &error),
+            (Some(_), None) => leave(self.place),
+            (None, _) => {}
         }
     }
 

@@ -21,6 +21,7 @@ mod mount;
 mod worker;
 
 use std::ffi::OsString;
+use std::fmt::Display;
 use std::fs::File;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
@@ -155,44 +156,55 @@ pub fn enter(
     let request = wire::encode_points(points)?;
     let image = Image::open(root, ids, namespace, client)?;
     let uid = rustix::process::getuid().as_raw();
-    let Some(directory) = runtime::open(uid, client.places.runtime.as_deref()) else {
+    let directory = runtime::open(uid, client.places.runtime.as_deref());
+    let alone = |why: &dyn Display| {
         say::verbose(format_args!(
-            "no runtime directory: this container gets an image server of its own"
+            "{why}: this container gets an image server of its own"
         ));
-        return start(&image, None, &request, client);
     };
+    if directory.is_none() {
+        alone(&"no runtime directory");
+    }
+    let mut shared = directory.as_ref();
     let name = image.socket_name()?;
-    // A server may end between our connect and its answer; then the next round starts one.
+    // A server may end before it answers, or be killed; then the next round starts one.
     for _ in 0..10 {
-        if let Some(server) = connect_to(&directory, &name) {
-            match ask(&server, &request, client) {
-                Ok(answer) => return answer,
-                Err(Silence::Gone) => continue,
-                Err(Silence::Stuck) => {
-                    say::warn(format_args!(
-                        "the image server of {} does not answer: using another one",
-                        image.path.display()
-                    ));
-                    return start(&image, None, &request, client);
-                }
-            }
-        }
-        let claimed = match claim(&directory, &name) {
-            Ok(claimed) => claimed,
-            Err(error) => {
-                say::verbose(format_args!(
-                    "{error:#}: this container gets an image server of its own"
-                ));
-                return start(&image, None, &request, client);
-            }
+        let answer = match shared {
+            None => start(&image, None, &request, client)?,
+            Some(directory) => match connect_to(directory, &name) {
+                Some(server) => ask(&server, &request, client),
+                None => match claim(directory, &name) {
+                    Ok(None) => continue,
+                    Ok(Some(listener)) => {
+                        let place = Place {
+                            directory: directory.reopen(),
+                            name: name.clone(),
+                            listener,
+                        };
+                        start(&image, Some(place), &request, client)?
+                    }
+                    Err(error) => {
+                        alone(&format_args!("{error:#}"));
+                        shared = None;
+                        continue;
+                    }
+                },
+            },
         };
-        if let Some(listener) = claimed {
-            let place = Place {
-                directory: directory.reopen(),
-                name: name.clone(),
-                listener,
-            };
-            return start(&image, Some(place), &request, client);
+        match answer {
+            Ok(answer) => return answer,
+            Err(Silence::Gone) => {}
+            Err(Silence::Stuck) if shared.is_some() => {
+                say::warn(format_args!(
+                    "the image server of {} does not answer: using another one",
+                    image.path.display()
+                ));
+                shared = None;
+            }
+            Err(Silence::Stuck) => bail!(
+                "the image server of {} does not answer",
+                image.path.display()
+            ),
         }
     }
     bail!(
@@ -373,8 +385,11 @@ enum Silence {
     Stuck,
 }
 
-/// Asks for a root. The inner error is the server's own, for the person.
-fn ask(server: &OwnedFd, request: &[u8], client: &Client) -> Result<Result<Stage>, Silence> {
+/// What a server answers: the inner error is its own, for the person.
+type Answer = Result<Result<Stage>, Silence>;
+
+/// Asks for a root.
+fn ask(server: &OwnedFd, request: &[u8], client: &Client) -> Answer {
     let timeout = nix::sys::time::TimeVal::new(ANSWER_S, 0);
     let _ =
         nix::sys::socket::setsockopt(server, nix::sys::socket::sockopt::ReceiveTimeout, &timeout);
@@ -428,7 +443,7 @@ struct Place {
 }
 
 /// Starts a server and is its first client.
-fn start(image: &Image, place: Option<Place>, request: &[u8], client: &Client) -> Result<Stage> {
+fn start(image: &Image, place: Option<Place>, request: &[u8], client: &Client) -> Result<Answer> {
     let ours = match launch(image, place.as_ref()) {
         Ok(ours) => ours,
         Err(error) => {
@@ -437,13 +452,7 @@ fn start(image: &Image, place: Option<Place>, request: &[u8], client: &Client) -
         }
     };
     drop(place);
-    match ask(&ours, request, client) {
-        Ok(answer) => answer,
-        Err(_) => bail!(
-            "the image server of {} ended before it began to serve",
-            image.path.display()
-        ),
-    }
+    Ok(ask(&ours, request, client))
 }
 
 /// Starts a server; gives the end of its first client.
