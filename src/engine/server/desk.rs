@@ -14,10 +14,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signalfd::SignalFd;
 use nix::sys::socket::{SockFlag, accept4};
 
+use super::Image;
 use super::keeper::{Bond, Keeper, leave_once, line, open_process, own_process};
 use super::mount::{Home, MOUNT_POINT, Mounted};
+use super::place::Place;
 use super::worker::{Known, Room, entries};
-use super::{Image, Place};
 use crate::engine::sys::{self, Fork};
 use crate::engine::wire::{self, Point};
 

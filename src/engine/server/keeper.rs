@@ -11,9 +11,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 
+use super::Image;
 use super::mount::{Effort, Home, Mounted, settle};
+use super::place::{Place, leave};
 use super::worker::{Had, work};
-use super::{Image, Place};
 use crate::engine::sys::{self, Fork};
 use crate::engine::wire;
 
@@ -291,22 +292,6 @@ fn refuse(first: &OwnedFd, place: Option<&Place>, error: &anyhow::Error) {
     answer.extend(format!("{error:#}").bytes().take(8000));
     let _ = wire::receive(first.as_fd());
     let _ = wire::send(first.as_fd(), &answer, &[]);
-}
-
-/// Takes the server's name away. Only while the listener is alive: as long as it answers, nobody else can have bound
-/// the name.
-pub(super) fn leave(place: Option<&Place>) {
-    if let Some(place) = place
-        && let Some(directory) = &place.directory
-    {
-        let _lock = directory.lock();
-        directory.remove(&place.name);
-        // Also ends the waiting of clients that found the name just before.
-        let _ = nix::sys::socket::shutdown(
-            place.listener.as_raw_fd(),
-            nix::sys::socket::Shutdown::Both,
-        );
-    }
 }
 
 /// The same where the server's own file tree is in place: once, as the name may be somebody else's afterwards.

@@ -18,36 +18,29 @@ mod budget;
 mod desk;
 mod keeper;
 mod mount;
+mod place;
 mod worker;
 
 use std::ffi::OsString;
 use std::fmt::Display;
 use std::fs::File;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
-use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
-use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket, socketpair,
-};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use nix::sys::wait::{WaitStatus, waitpid};
 use rustix::fs::{Mode, OFlags};
 
-use super::runtime::{self, Directory};
+use super::runtime;
 use super::sys::{self, Fork};
 use super::wire::{self, Point};
 use crate::image::Root;
 use crate::plan::IdMap;
 use crate::proc::Held;
 use crate::say;
-use keeper::{keep, leave};
-
-/// Sockets that are younger are not asked whether their server lives,
-const SWEEP_AGE: Duration = Duration::from_secs(10);
-/// and not more than so many by each new server.
-const SWEEP_MOST: usize = 4;
+use keeper::keep;
+use place::{Place, claim, connect_to, leave};
 
 /// How long a client waits for an answer before it does without the shared server.
 const ANSWER_S: i64 = 10;
@@ -175,14 +168,7 @@ pub fn enter(
                 Some(server) => ask(&server, &request, client),
                 None => match claim(directory, &name) {
                     Ok(None) => continue,
-                    Ok(Some(listener)) => {
-                        let place = Place {
-                            directory: directory.reopen(),
-                            name: name.clone(),
-                            listener,
-                        };
-                        start(&image, Some(place), &request, client)?
-                    }
+                    Ok(place) => start(&image, place, &request, client)?,
                     Err(error) => {
                         alone(&format_args!("{error:#}"));
                         shared = None;
@@ -314,70 +300,6 @@ fn step_scope(path: &str) -> &str {
         .map_or(path, |end| &path[..step + 1 + end])
 }
 
-fn connect_to(directory: &Directory, name: &str) -> Option<OwnedFd> {
-    let fd = packet_socket().ok()?;
-    let address = UnixAddr::new(&directory.entry(name)).ok()?;
-    connect(fd.as_raw_fd(), &address).ok()?;
-    // Only a socket of our own user is listened to, whoever made the file.
-    wire::is_own_peer(&fd).then_some(fd)
-}
-
-fn packet_socket() -> nix::Result<OwnedFd> {
-    socket(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        SockFlag::SOCK_CLOEXEC,
-        None,
-    )
-}
-
-/// Binds the server's socket, unless somebody else has by now. From here on others connect and wait for us.
-fn claim(directory: &Directory, name: &str) -> Result<Option<OwnedFd>> {
-    let _lock = directory.lock();
-    if connect_to(directory, name).is_some() {
-        return Ok(None);
-    }
-    directory.remove(name);
-    sweep(directory);
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
-        .context("cannot create a socket")?;
-    let address = UnixAddr::new(&directory.entry(name)).context("the socket's address")?;
-    let what = || format!("cannot create a socket in {}", directory.path.display());
-    bind(fd.as_raw_fd(), &address).with_context(what)?;
-    let listening = listen(&fd, Backlog::new(4095).unwrap_or(Backlog::MAXCONN));
-    if listening.is_err() {
-        directory.remove(name);
-    }
-    listening.with_context(what)?;
-    Ok(Some(fd))
-}
-
-/// Removes what servers left that were killed. Under the lock, so that none is between `bind` and `listen`.
-fn sweep(directory: &Directory) {
-    let Ok(entries) = std::fs::read_dir(directory.entry(".")) else {
-        return;
-    };
-    // A live server is woken by the question: young ones are not asked, and of the others only a few each time.
-    let old = |entry: &std::fs::DirEntry| {
-        let made = entry.metadata().and_then(|m| m.modified());
-        made.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > SWEEP_AGE))
-    };
-    let names = entries
-        .flatten()
-        .filter(|entry| entry.file_name().as_bytes().starts_with(b"image-") && old(entry));
-    for name in names.take(SWEEP_MOST).map(|e| e.file_name()) {
-        let Some(name) = name.to_str() else { continue };
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        if let Ok(fd) = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
-            && let Ok(address) = UnixAddr::new(&directory.entry(name))
-            && connect(fd.as_raw_fd(), &address) == Err(nix::Error::ECONNREFUSED)
-        {
-            directory.remove(name);
-        }
-    }
-}
-
 enum Silence {
     /// The server ended.
     Gone,
@@ -433,13 +355,6 @@ fn with_header(request: &[u8]) -> Vec<u8> {
     packet.push(0);
     packet.extend(request);
     packet
-}
-
-/// Where a server can be found by others.
-struct Place {
-    directory: Option<Directory>,
-    name: String,
-    listener: OwnedFd,
 }
 
 /// Starts a server and is its first client.

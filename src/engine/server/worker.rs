@@ -15,10 +15,11 @@ use capsid_fuse::{Server, ViewEntry, ViewKind};
 use nix::sys::signal::Signal;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 
+use super::Image;
 use super::desk::Desk;
 use super::keeper::{Bond, LEFT, end_worker};
 use super::mount::{Effort, Home, MOUNT_POINT, Mounted, mount, open_tree};
-use super::{Image, Place};
+use super::place::Place;
 use crate::engine::sys;
 use crate::engine::wire::{self, Point};
 
