@@ -9,7 +9,7 @@ use nix::sched::CloneFlags;
 use serde::Serialize;
 
 use crate::engine::sys::{self, Fork};
-use crate::engine::{cgroup, emulate, network, rootfs, runtime, userns};
+use crate::engine::{cgroup, emulate, network, overlay, runtime, userns};
 use crate::host::Host;
 use crate::plan::IdMap;
 use crate::{exit, say};
@@ -240,7 +240,7 @@ fn fuse(host: &Host) -> Check {
 fn overlay(host: &Host) -> Check {
     let result = in_child(|| {
         userns::create(&own_ids(host), CloneFlags::CLONE_NEWNS)?;
-        rootfs::try_overlay()
+        overlay::try_out()
             .context("--overlay, --writable-tmpfs and directories as images do not work")
     });
     Check::tried("overlayfs", result, State::Warn, "modprobe overlay")

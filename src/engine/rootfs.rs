@@ -3,7 +3,7 @@
 //! Everything is done by descriptor: sources are opened in the caller's view, targets are resolved as if the new root
 //! were `/` (`openat2(2)`, `RESOLVE_IN_ROOT`), so no symbolic link of an image leads a mount outside.
 
-use std::ffi::{CString, OsStr};
+use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -14,9 +14,11 @@ use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
 
+use super::overlay::Writable;
+use super::session::Session;
 use super::sys::{self, attr};
 use super::wire::Point;
-use super::{dev, server};
+use super::{dev, overlay, server};
 use crate::image::{Part, Root};
 use crate::plan::{Layer, Missing, Mount, Plan, Source, identity};
 use crate::say;
@@ -25,13 +27,7 @@ use crate::say;
 pub struct Tree {
     /// What becomes `/`.
     pub root: OwnedFd,
-    /// A small file system in memory for everything that is private to this container. It lies under the root, and
-    /// goes with the host's tree; what was copied from it stays.
-    session: OwnedFd,
-    /// Device number of the session: only there we may create mount points.
-    session_dev: u64,
-    /// How many private directories and files there are.
-    count: usize,
+    session: Session,
     /// Mount points that did not exist in the image.
     made: Vec<PathBuf>,
     /// Further images, for layers and binds: one for each use.
@@ -163,36 +159,28 @@ impl Tree {
             MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
         )
         .context("cannot make the mounts private")?;
-        let (root, view, made) = match (stage, &plan.root) {
-            (Some(stage), _) => {
-                let made = points
-                    .iter()
-                    .zip(&stage.made)
-                    .filter(|(_, made)| **made)
-                    .map(|(p, _)| p.path.clone())
-                    .collect();
-                (stage.view.stage, Some(stage.view.name), made)
-            }
-            (None, Root::Directory(path)) => (sys::clone_tree(CWD, path)?, None, Vec::new()),
-            (None, _) => bail!("an image file needs an image server"),
+        let copy = match &plan.root {
+            Root::Directory(path) => Some(sys::clone_tree(CWD, path)?),
+            _ => None,
         };
         let hosts = hosts(&plan.mounts)?;
-        let session = sys::new_filesystem("tmpfs", &[("mode", Some(c"0755"))])?;
-        sys::attach_over_root(session.as_fd())?;
-        let session_dev = sys::identity(session.as_fd())?.0;
+        let mut session = Session::new()?;
+        let (root, made) = match (stage, copy) {
+            (Some(stage), _) => {
+                let made = points.iter().zip(&stage.made);
+                let made = made.filter(|(_, made)| **made).map(|(p, _)| p.path.clone());
+                (session.view(&stage.view)?, made.collect())
+            }
+            (None, Some(copy)) => (copy, Vec::new()),
+            (None, None) => bail!("an image file needs an image server"),
+        };
         let mut tree = Tree {
             root,
             session,
-            session_dev,
-            count: 0,
             made,
             images,
             hosts,
         };
-        if let Some(name) = view {
-            let stage = tree.root.try_clone()?;
-            tree.root = tree.view(&server::View { stage, name })?;
-        }
         let sandbox = matches!(plan.root, Root::Directory(_));
         if sandbox {
             let read_only = if plan.writable_root { 0 } else { attr::RDONLY };
@@ -244,43 +232,47 @@ impl Tree {
         for layer in plan.layers.iter().rev() {
             match layer {
                 Layer::Tmpfs(size) => {
-                    let fd = throw_away(*size)?;
-                    self.park(&fd)?;
+                    let fd = overlay::throw_away(*size)?;
+                    self.session.park(&fd)?;
                     let path = hold(&mut held, fd);
-                    writable = Some((
-                        format!("{path}/upper"),
-                        format!("{path}/work"),
-                        PathBuf::from("memory"),
-                    ));
+                    writable = Some(Writable {
+                        upper: format!("{path}/upper"),
+                        work: format!("{path}/work"),
+                        directory: None,
+                    });
                 }
                 Layer::Directory(dir) => {
-                    let [upper, work] = upper_and_work(dir)?;
-                    writable = Some((hold(&mut held, upper), hold(&mut held, work), dir.clone()));
+                    let [upper, work] = overlay::upper_and_work(dir)?;
+                    writable = Some(Writable {
+                        upper: hold(&mut held, upper),
+                        work: hold(&mut held, work),
+                        directory: Some(dir.clone()),
+                    });
                 }
                 Layer::ReadOnlyDirectory(dir) => {
                     let fd = sys::open_path(dir)?;
-                    let upper = upper_of(&fd, dir)?;
+                    let upper = overlay::upper_of(&fd, dir)?;
                     lower.push(hold(&mut held, upper.unwrap_or(fd)));
                 }
                 Layer::Image(root) => {
                     let fd = self.image(root)?;
-                    self.park(&fd)?;
+                    self.session.park(&fd)?;
                     // A squashfs layer may hold its tree in `upper`, as a directory of layers does.
-                    let upper = upper_of(&fd, root.file())?;
+                    let upper = overlay::upper_of(&fd, root.file())?;
                     lower.push(hold(&mut held, upper.unwrap_or(fd)));
                 }
             }
         }
-        self.park(&self.root.try_clone()?)?;
+        self.session.park(&self.root.try_clone()?)?;
         lower.push(format!("/proc/self/fd/{}", self.root.as_raw_fd()));
         if !absent.is_empty() {
-            let (fd, _) = self.private_directory(0o755)?;
+            let (fd, _) = self.session.directory(0o755)?;
             for point in absent {
                 make_point(&fd, &point.path, point.directory)?;
             }
             lower.push(hold(&mut held, fd));
         }
-        self.root = mount_overlay(&lower, writable.as_ref())?;
+        self.root = overlay::mount(&lower, writable.as_ref())?;
         Ok(())
     }
 
@@ -373,7 +365,7 @@ impl Tree {
                 }
                 Err(error) => return Err(error.into()),
             };
-        if sys::identity(fd.as_fd())?.0 != self.session_dev {
+        if !self.session.holds(&fd)? {
             return Err(missing());
         }
         create_at(&fd, name, directory).with_context(|| format!("cannot create {}", path.display()))
@@ -395,13 +387,14 @@ impl Tree {
                 create_all(path, *mode)?;
                 (self.host_tree(path)?, attr::NOSUID | attr::NODEV)
             }
-            Source::Private(mode) => (self.private_directory(*mode)?.1, 0),
-            Source::Dev { .. } => (self.private_directory(0o755)?.1, 0),
+            Source::Private(mode) => (self.session.directory(*mode)?.1, 0),
+            Source::Dev { .. } => (self.session.directory(0o755)?.1, 0),
             Source::Proc => (sys::new_filesystem("proc", &[])?, 0),
-            Source::Text(text) => (self.private_file(text.as_bytes())?, 0),
+            Source::Text(text) => (self.session.file(text.as_bytes())?, 0),
             Source::Passwd(account) => match self.image_text("/etc/passwd")? {
                 Some(text) => (
-                    self.private_file(identity::passwd_text(&text, account).as_bytes())?,
+                    self.session
+                        .file(identity::passwd_text(&text, account).as_bytes())?,
                     0,
                 ),
                 None => {
@@ -413,7 +406,8 @@ impl Tree {
             },
             Source::Group(account) => match self.image_text("/etc/group")? {
                 Some(text) => (
-                    self.private_file(identity::group_text(&text, account).as_bytes())?,
+                    self.session
+                        .file(identity::group_text(&text, account).as_bytes())?,
                     0,
                 ),
                 None => {
@@ -428,7 +422,7 @@ impl Tree {
                 if path == Path::new("/") {
                     (tree, 0)
                 } else {
-                    self.park(&tree)?;
+                    self.session.park(&tree)?;
                     let part =
                         sys::open_in_root(tree.as_fd(), path, OFlags::PATH).with_context(|| {
                             format!("image-src {} is not in the image", path.display())
@@ -459,13 +453,7 @@ impl Tree {
             .position(|(r, _)| r == root)
             .context("an image that was not asked for")?;
         let (_, view) = self.images.swap_remove(place);
-        self.view(&view)
-    }
-
-    /// A view of an image as a detached mount.
-    fn view(&mut self, view: &server::View) -> Result<OwnedFd> {
-        self.park(&view.stage)?;
-        sys::clone_tree(view.stage.as_fd(), Path::new(&view.name))
+        self.session.view(&view)
     }
 
     /// A small text file of the image: regular, at most 1 MiB, and `None` when it is not there.
@@ -489,54 +477,6 @@ impl Tree {
         )
         .with_context(|| format!("cannot read {path} of the image"))?;
         Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
-    }
-
-    /// A private directory: opened in the session, and as a detached mount.
-    pub fn private_directory(&mut self, mode: u32) -> Result<(OwnedFd, OwnedFd)> {
-        let name = self.next_name();
-        let session = &self.session;
-        rustix::fs::mkdirat(session, &name, Mode::RWXU)
-            .context("cannot create a private directory")?;
-        let fd = rustix::fs::openat(
-            session,
-            &name,
-            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
-        rustix::fs::fchmod(&fd, Mode::from_raw_mode(mode))?;
-        let tree = sys::clone_tree(fd.as_fd(), Path::new(""))?;
-        Ok((fd, tree))
-    }
-
-    fn private_file(&mut self, content: &[u8]) -> Result<OwnedFd> {
-        let name = self.next_name();
-        let session = &self.session;
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(session, &name, flags, Mode::from_raw_mode(0o644))
-            .context("cannot create a private file")?;
-        rustix::fs::fchmod(&fd, Mode::from_raw_mode(0o644))?;
-        io::Write::write_all(&mut std::fs::File::from(fd), content)
-            .context("cannot write a private file")?;
-        sys::clone_tree(session.as_fd(), Path::new(&name))
-    }
-
-    fn next_name(&mut self) -> String {
-        self.count += 1;
-        self.count.to_string()
-    }
-
-    /// Attaches a detached mount out of sight: overlayfs takes, and parts can be copied from, attached mounts only.
-    fn park(&mut self, tree: &OwnedFd) -> Result<()> {
-        let name = self.next_name();
-        rustix::fs::mkdirat(&self.session, &name, Mode::RWXU)
-            .context("cannot create a private directory")?;
-        let place = rustix::fs::openat(
-            &self.session,
-            &name,
-            OFlags::PATH | OFlags::CLOEXEC,
-            Mode::empty(),
-        )?;
-        sys::attach(tree.as_fd(), place.as_fd()).context("cannot attach an image")
     }
 }
 
@@ -603,107 +543,6 @@ fn create_all(path: &Path, mode: u32) -> Result<()> {
         .with_context(|| format!("cannot create {} (--workdir)", path.display()))?;
     rustix::fs::chmod(path, Mode::from_raw_mode(mode))
         .with_context(|| format!("cannot set the mode of {}", path.display()))
-}
-
-/// An empty tree in memory with `upper` and `work`.
-fn throw_away(size_bytes: Option<u64>) -> Result<OwnedFd> {
-    let size = size_bytes
-        .map(|b| CString::new(b.to_string()))
-        .transpose()?;
-    let mut options = vec![("mode", Some(c"0755"))];
-    if let Some(size) = &size {
-        options.push(("size", Some(size)));
-    }
-    let fd = sys::new_filesystem("tmpfs", &options)?;
-    for name in ["upper", "work"] {
-        rustix::fs::mkdirat(&fd, name, Mode::from_raw_mode(0o755))
-            .context("cannot create the writable layer")?;
-    }
-    Ok(fd)
-}
-
-/// `upper` and `work` in the caller's directory, created when missing.
-fn upper_and_work(dir: &Path) -> Result<[OwnedFd; 2]> {
-    let fd = sys::open_path(dir)?;
-    let part = |name: &str| {
-        match rustix::fs::mkdirat(&fd, name, Mode::from_raw_mode(0o755)) {
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(error) => {
-                return Err(error).with_context(|| {
-                    format!("cannot create {name} in the overlay {}", dir.display())
-                });
-            }
-        }
-        sys::open_directory_of(fd.as_fd(), name).map_err(|error| bad_part(&error, name, dir))
-    };
-    Ok([part("upper")?, part("work")?])
-}
-
-/// `upper` of a read-only layer, if it has one. Never through a link: the kernel would follow it on the host.
-fn upper_of(layer: &OwnedFd, path: &Path) -> Result<Option<OwnedFd>> {
-    match sys::open_directory_of(layer.as_fd(), "upper") {
-        Ok(fd) => Ok(Some(fd)),
-        Err(error) => match error.kind() {
-            io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => Ok(None),
-            _ => Err(bad_part(&error, "upper", path)),
-        },
-    }
-}
-
-fn bad_part(error: &io::Error, name: &str, layer: &Path) -> anyhow::Error {
-    let layer = layer.display();
-    if error.raw_os_error() == Some(libc::ELOOP) {
-        anyhow!(
-            "cannot use the overlay {layer}: {name} in it is a symbolic link, and must be a directory"
-        )
-    } else {
-        anyhow!("cannot open {name} in the overlay {layer}: {error}")
-    }
-}
-
-fn mount_overlay(
-    lower: &[String],
-    writable: Option<&(String, String, PathBuf)>,
-) -> Result<OwnedFd> {
-    let text = |s: &str| CString::new(s).context("a path holds a NUL byte");
-    let lower = text(&lower.join(":"))?;
-    let mut options = vec![
-        ("source", Some(c"capsid")),
-        ("lowerdir", Some(lower.as_c_str())),
-    ];
-    let (upper, work);
-    if let Some((upper_path, work_path, _)) = writable {
-        (upper, work) = (text(upper_path)?, text(work_path)?);
-        options.push(("upperdir", Some(&upper)));
-        options.push(("workdir", Some(&work)));
-    }
-    // Marks in user.* attributes: trusted.* ones are not for user namespaces.
-    options.push(("userxattr", None));
-    sys::new_filesystem("overlay", &options).with_context(|| match writable {
-        Some((.., dir)) if dir != Path::new("memory") => format!(
-            "cannot use {} as a writable overlay; its file system must support extended attributes and whiteouts (not NFS, Lustre or \
-             FUSE): use --writable-tmpfs, or a directory on a local disk",
-            dir.display()
-        ),
-        _ => "cannot lay a layer over the image; the kernel must allow overlayfs in user namespaces (Linux 5.11)".into(),
-    })
-}
-
-/// Whether overlayfs can be mounted in the namespaces of this process, which are its own to spoil.
-///
-/// # Errors
-/// The kernel's refusal.
-pub fn try_overlay() -> Result<()> {
-    let tree = throw_away(None)?;
-    sys::attach_over_root(tree.as_fd())?;
-    let path = format!("/proc/self/fd/{}", tree.as_raw_fd());
-    rustix::fs::mkdirat(&tree, "lower", Mode::RWXU).context("cannot create a directory")?;
-    let writable = (
-        format!("{path}/upper"),
-        format!("{path}/work"),
-        PathBuf::from("memory"),
-    );
-    mount_overlay(&[format!("{path}/lower")], Some(&writable)).map(drop)
 }
 
 /// Creates a mount point and the directories above it in an empty tree of ours.
