@@ -4,9 +4,14 @@
 mod common;
 
 use std::fs;
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
 
-use common::Env;
+use common::{Env, output};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 fn golden(name: &str, text: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -111,16 +116,64 @@ fn plan_of_a_fixed_request() {
 #[test]
 fn demo_shows_that_containers_work_and_cleans_up() {
     let env = Env::new();
-    let out = env.run(["demo"]);
+    let scratch = env.path("scratch");
+    fs::create_dir(&scratch).unwrap();
+    let out = output(env.command(["demo"]).env("TMPDIR", &scratch));
     assert!(
         out.ok().contains("hello from the container") && out.stdout.contains("Everything works."),
         "{out}"
     );
-    let left = fs::read_dir(std::env::temp_dir())
-        .unwrap()
-        .flatten()
-        .any(|e| e.file_name().to_string_lossy().starts_with("capsid-demo."));
-    assert!(!left, "the demo's directory is gone");
+    assert_eq!(names(&scratch), [""; 0], "the demo's directory is gone");
+}
+
+/// What is in a directory.
+fn names(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).unwrap().flatten();
+    entries
+        .map(|e| e.file_name().to_string_lossy().into_owned())
+        .collect()
+}
+
+#[test]
+fn what_is_ended_by_a_signal_leaves_nothing() {
+    let env = Env::new();
+    let scratch = env.path("scratch");
+    fs::create_dir(&scratch).unwrap();
+    let cases: [&[&str]; 2] = [
+        &["demo"],
+        &["overlay", "create", "--size", "1024", "new.img"],
+    ];
+    for words in cases {
+        for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+            for delay_ms in [0, 20, 200] {
+                let mut command = env.command(words);
+                command.env("TMPDIR", &scratch).current_dir(&scratch);
+                command.stdout(Stdio::null()).stderr(Stdio::null());
+                let mut child = command.spawn().unwrap();
+                let begun = || !names(&scratch).is_empty();
+                common::wait_until("the first file", || {
+                    begun() || child.try_wait().unwrap().is_some()
+                });
+                std::thread::sleep(Duration::from_millis(delay_ms));
+                let _ = kill(Pid::from_raw(child.id().try_into().unwrap()), signal);
+                let status = child.wait().unwrap();
+                // It may have been quicker.
+                if status.success() {
+                    let _ = fs::remove_file(scratch.join("new.img"));
+                } else {
+                    assert_eq!(status.signal(), Some(signal as i32), "{words:?}: {status}");
+                }
+                assert_eq!(names(&scratch), [""; 0], "{words:?} {signal} {delay_ms} ms");
+            }
+        }
+    }
+    assert_eq!(
+        env.run(["instance", "list", "--json"])
+            .ok()
+            .matches("demo")
+            .count(),
+        0
+    );
 }
 
 #[test]

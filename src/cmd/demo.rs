@@ -10,6 +10,9 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail};
 
 use crate::build::pack;
+use crate::cache::DraftDirectory;
+use crate::engine::sys;
+use crate::engine::wait::Deferred;
 use crate::host::go_arch;
 use crate::sif::Stamp;
 use crate::{exit, metadir, say};
@@ -29,10 +32,11 @@ const RUNSCRIPT: &str = "#!/bin/sh\necho \"This is the image's runscript; it got
 /// # Errors
 /// When something of it does not work: then `capsid doctor` says more.
 pub fn run(_args: &DemoArgs) -> Result<u8> {
-    let scratch = Scratch::new()?;
-    let image = scratch.0.join("demo.sif");
+    let mut signals = Deferred::new()?;
+    let scratch = DraftDirectory::new(&std::env::temp_dir())?;
+    let image = scratch.path().join("demo.sif");
     let start = Instant::now();
-    let size = make_image(&scratch.0, &image)?;
+    let size = make_image(scratch.path(), &image)?;
     say::out(format_args!(
         "made demo.sif of this machine's shell, {} KiB, in {} ms\n",
         size >> 10,
@@ -82,7 +86,10 @@ pub fn run(_args: &DemoArgs) -> Result<u8> {
     ];
     let service = Service(&name);
     for words in shown {
-        step(&scratch.0, words)?;
+        if let Some(signal) = signals.came() {
+            bail!("ended by {signal}");
+        }
+        step(scratch.path(), words)?;
     }
     drop(service);
     say::out(format_args!(
@@ -106,11 +113,10 @@ fn step(directory: &Path, words: &[&str]) -> Result<()> {
     ))?;
     let program = std::env::current_exe().context("cannot tell where this program is")?;
     let start = Instant::now();
-    let status = Command::new(&program)
-        .args(words)
-        .current_dir(directory)
-        .status()
-        .context("cannot start capsid")?;
+    let mut command = Command::new(&program);
+    command.args(words).current_dir(directory);
+    sys::end_with_us(&mut command);
+    let status = command.status().context("cannot start capsid")?;
     if !status.success() {
         bail!("this step failed ({status}): see capsid doctor for what this machine lacks");
     }
@@ -127,32 +133,13 @@ struct Service<'a>(&'a str);
 impl Drop for Service<'_> {
     fn drop(&mut self) {
         if let Ok(program) = std::env::current_exe() {
+            let mut command = Command::new(program);
+            command.args(["-s", "instance", "stop", "-F", self.0]);
+            sys::end_with_us(&mut command);
+            let null = std::process::Stdio::null;
             // It has usually ended, and there is nothing to stop.
-            let _ = Command::new(program)
-                .args(["-s", "instance", "stop", "-F", self.0])
-                .stdout(std::process::Stdio::null())
-                .stderr(std::process::Stdio::null())
-                .status();
+            let _ = command.stdout(null()).stderr(null()).status();
         }
-    }
-}
-
-/// A private directory that goes with this value.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new() -> Result<Scratch> {
-        let path = std::env::temp_dir().join(format!("capsid-demo.{}", uuid::Uuid::new_v4()));
-        let what = || format!("cannot create {}", path.display());
-        fs::create_dir(&path).with_context(what)?;
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o700)).with_context(what)?;
-        Ok(Scratch(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
     }
 }
 

@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::fs::{self, DirBuilder, File};
 use std::io::{Seek as _, SeekFrom, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Component, Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -12,8 +12,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, bail};
 use rustix::fs::FallocateFlags;
 
-use super::{Persona, Usage, program};
-use crate::engine::sys::LimitsFail;
+use super::{Persona, Usage, program, transfer};
+use crate::cache::{Draft, DraftDirectory};
+use crate::engine::sys::{self, LimitsFail};
 use crate::sif::{Addition, DataType, Editor, Extra, FsType, Link, PartType, Partition, Sif};
 use crate::{exit, say};
 
@@ -101,23 +102,31 @@ fn create(args: &CreateArgs) -> Result<u8> {
         .parent()
         .filter(|p| !p.as_os_str().is_empty())
         .unwrap_or(Path::new("."));
-    let layout = Scratch::new(&std::env::temp_dir())?;
-    let made = lay_out(&layout.0, &args.create_dir)?;
+    transfer::guard_drafts()?;
+    let layout = DraftDirectory::new(&std::env::temp_dir())?;
+    let made = lay_out(layout.path(), &args.create_dir)?;
     // Beside the target, so that it can be renamed, and so that a full disk is the target's own.
-    let draft = Draft(directory.join(format!(".overlay.{}", uuid::Uuid::new_v4())));
-    let file = allocate(&draft.0, &image, args)?;
-    format(&mkfs, &draft.0, &layout.0)?;
+    let draft =
+        Draft::new(directory).with_context(|| format!("cannot create {}", image.display()))?;
+    allocate(&draft.file, &image, args)?;
+    format(&mkfs, draft.path(), layout.path())?;
     if args.fakeroot {
-        belong_to_root(&draft.0, &made)?;
+        belong_to_root(draft.path(), &made)?;
     }
     if sif {
-        append(&image, file)?;
+        append(
+            &image,
+            draft
+                .file
+                .try_clone()
+                .context("cannot duplicate a descriptor")?,
+        )?;
     } else {
         // Never in the place of a file that has come meanwhile.
-        fs::hard_link(&draft.0, &image)
+        fs::hard_link(draft.path(), &image)
             .or_else(|_| match image.symlink_metadata() {
                 Ok(_) => Err(std::io::ErrorKind::AlreadyExists.into()),
-                Err(_) => fs::rename(&draft.0, &image),
+                Err(_) => fs::rename(draft.path(), &image),
             })
             .with_context(|| format!("cannot create {}", image.display()))?;
     }
@@ -185,35 +194,6 @@ fn tool(name: &str) -> Result<PathBuf> {
         .with_context(|| format!("{name} was not found"))
 }
 
-/// A directory of ours, removed at the end.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn new(parent: &Path) -> Result<Scratch> {
-        let path = parent.join(format!("capsid-overlay-{}", uuid::Uuid::new_v4()));
-        DirBuilder::new()
-            .mode(0o700)
-            .create(&path)
-            .with_context(|| format!("cannot create {}", path.display()))?;
-        Ok(Scratch(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
-/// A file that is removed at the end, if it has not been renamed.
-struct Draft(PathBuf);
-
-impl Drop for Draft {
-    fn drop(&mut self) {
-        let _ = fs::remove_file(&self.0);
-    }
-}
-
 /// Makes `upper`, `work` and what shall be in `upper`. Returns all of these, relative.
 fn lay_out(root: &Path, wanted: &[PathBuf]) -> Result<Vec<PathBuf>> {
     let mut made = vec![PathBuf::from("upper"), PathBuf::from("work")];
@@ -247,21 +227,14 @@ fn lay_out(root: &Path, wanted: &[PathBuf]) -> Result<Vec<PathBuf>> {
 }
 
 /// The file for the file system, with its space unless it is sparse.
-fn allocate(draft: &Path, image: &Path, args: &CreateArgs) -> Result<File> {
+fn allocate(mut file: &File, image: &Path, args: &CreateArgs) -> Result<()> {
     let what = || format!("cannot write {}", image.display());
     let bytes = args.size << 20;
-    let mut file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(draft)
-        .with_context(|| format!("cannot create {}", image.display()))?;
     file.set_len(bytes).with_context(what)?;
     if args.sparse {
-        return Ok(file);
+        return Ok(());
     }
-    match rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, bytes) {
+    match rustix::fs::fallocate(file, FallocateFlags::empty(), 0, bytes) {
         Err(rustix::io::Errno::OPNOTSUPP) => {
             let zeros = vec![0; 1 << 20];
             for _ in 0..args.size {
@@ -271,7 +244,7 @@ fn allocate(draft: &Path, image: &Path, args: &CreateArgs) -> Result<File> {
         }
         other => other.with_context(what)?,
     }
-    Ok(file)
+    Ok(())
 }
 
 /// Makes the file system, filled with what is in `layout`.
@@ -317,6 +290,7 @@ fn tempfile_with(text: &str) -> Result<File> {
 
 /// Runs a tool; its first line of complaint is the cause.
 fn tell(command: &mut Command, what: &'static str) -> Result<()> {
+    sys::end_with_us(command);
     let out = command
         .stdout(Stdio::null())
         .output()

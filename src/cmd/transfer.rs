@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result, bail};
-use nix::sys::signal::{SigSet, Signal, raise};
+use nix::sys::signal::raise;
 
 use super::{environment, prompt};
 use crate::build::convert;
 use crate::cache::usage::parse_size;
 use crate::cache::{self, Cache, DraftDirectory, Kind, Obtained};
+use crate::engine::wait;
 use crate::host::Host;
 use crate::net::library::Choice;
 use crate::net::mirrors::Mirrors;
@@ -339,18 +340,7 @@ fn seconds(text: &str) -> Option<i64> {
 /// # Errors
 /// When there can be no more threads.
 pub fn guard_drafts() -> Result<()> {
-    let ignored = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let ignored = ignored
-        .lines()
-        .find_map(|l| u64::from_str_radix(l.strip_prefix("SigIgn:")?.trim(), 16).ok())
-        .unwrap_or(0);
-    let mut signals = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        // What the caller ignores (nohup) stays ignored.
-        if ignored & 1 << (signal as i32 - 1) == 0 {
-            signals.add(signal);
-        }
-    }
+    let signals = wait::ending();
     signals.thread_block().context("cannot block signals")?;
     std::thread::Builder::new()
         .name("signals".into())

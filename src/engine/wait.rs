@@ -38,6 +38,68 @@ pub fn block() -> Result<SigSet> {
         .context("cannot block signals")
 }
 
+/// The signals by which people and batch systems end a program, without those that the caller ignores (`nohup(1)`).
+pub fn ending() -> SigSet {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let ignored = status
+        .lines()
+        .find_map(|l| u64::from_str_radix(l.strip_prefix("SigIgn:")?.trim(), 16).ok())
+        .unwrap_or(0);
+    let signals = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
+    let heeded = |signal: &Signal| ignored & 1 << (*signal as i32 - 1) == 0;
+    signals.into_iter().filter(heeded).collect()
+}
+
+/// Those signals, held back until a program of short steps has tidied up: with this value it ends by the one that came.
+/// Its children inherit the mask: see [`sys::end_with_us`].
+pub struct Deferred {
+    mask: SigSet,
+    signals: SignalFd,
+    came: Option<Signal>,
+}
+
+impl Deferred {
+    /// From here on.
+    ///
+    /// # Errors
+    /// As `signalfd(2)`.
+    pub fn new() -> Result<Deferred> {
+        let set = ending();
+        let mask = set
+            .thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_BLOCK)
+            .context("cannot block signals")?;
+        let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+        let signals = SignalFd::with_flags(&set, flags).context("cannot watch signals")?;
+        Ok(Deferred {
+            mask,
+            signals,
+            came: None,
+        })
+    }
+
+    /// The first that came.
+    pub fn came(&mut self) -> Option<Signal> {
+        if self.came.is_none()
+            && let Ok(Some(info)) = self.signals.read_signal()
+        {
+            self.came = i32::try_from(info.ssi_signo)
+                .ok()
+                .and_then(|number| Signal::try_from(number).ok());
+        }
+        self.came
+    }
+}
+
+impl Drop for Deferred {
+    fn drop(&mut self) {
+        let came = self.came();
+        let _ = self.mask.thread_set_mask();
+        if let Some(signal) = came {
+            let _ = raise(signal);
+        }
+    }
+}
+
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
