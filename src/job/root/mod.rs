@@ -250,11 +250,13 @@ fn end_in(top: &Top, id: u32) -> Result<()> {
 /// `PrologFlags=RunInJob` the extern step outlives the Epilog, which is in the job, and is removed by itself.
 fn remove_cgroups(memory: &Memory) {
     let (id, cgroups) = (memory.job.id, memory.cgroups());
-    let own = std::process::id().cast_signed();
-    if cgroups.has_version_2() && !adopt::is_in_job(own, id) {
-        // The last slurmstepd may still end, and does not try again what it could not remove.
+    let in_job = adopt::is_in_job(std::process::id().cast_signed(), id);
+    if in_job || cgroups.has_version_2() {
+        // A slurmstepd that is still ending complains in the job's output when its directory is gone, and does not try
+        // again what it could not remove.
+        let is_ending = |step: &String| !in_job || step != "extern";
         let end = Instant::now() + ENDING;
-        while steps::known_jobs().contains(&id) && Instant::now() < end {
+        while steps::of_job(id).iter().any(is_ending) && Instant::now() < end {
             std::thread::sleep(Duration::from_millis(20));
         }
     }

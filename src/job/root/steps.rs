@@ -24,8 +24,18 @@ fn is_roots(pid: i32) -> bool {
 
 /// The jobs that Slurm has a step of on this node.
 pub(super) fn known_jobs() -> Vec<u32> {
+    known().into_iter().map(|(job, _)| job).collect()
+}
+
+/// The steps that Slurm has of a job on this node: numbers, `batch`, `extern`, `interactive`.
+pub(super) fn of_job(job: u32) -> Vec<String> {
+    let steps = known().into_iter().filter(|(of, _)| *of == job);
+    steps.map(|(_, step)| step).collect()
+}
+
+fn known() -> Vec<(u32, String)> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    let job = |entry: std::fs::DirEntry| {
+    let step = |entry: std::fs::DirEntry| {
         let pid = entry.file_name().to_str()?.parse::<i32>().ok()?;
         // Nothing is read of other users' processes.
         if entry.metadata().ok()?.uid() != 0 {
@@ -34,10 +44,12 @@ pub(super) fn known_jobs() -> Vec<u32> {
         let line = std::fs::read(entry.path().join("cmdline")).ok()?;
         let line = String::from_utf8_lossy(&line).into_owned();
         let title = line.strip_prefix("slurmstepd: [")?;
-        let job = title.split(['.', ']']).next()?.parse().ok()?;
-        is_roots(pid).then_some(job)
+        let title = title.split(']').next()?;
+        let (job, step) = title.split_once('.').unwrap_or((title, ""));
+        let job = job.parse().ok()?;
+        is_roots(pid).then(|| (job, step.to_owned()))
     };
-    entries.filter_map(job).collect()
+    entries.filter_map(step).collect()
 }
 
 /// Whether Slurm's configuration gives the steps of a job a `/tmp` of their own (`JobContainerType=job_container/tmpfs`, in
