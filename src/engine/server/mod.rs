@@ -5,8 +5,9 @@
 //! ranks of a job share one page cache, and may use cross-memory attach between each other.
 //!
 //! Two processes: a *keeper* makes the namespaces, which takes a process of one thread, holds `/dev/fuse` and waits; a
-//! *worker* serves. The first one mounts the image, while its threads decompress the program already. A worker that is killed is replaced, and
-//! asks the kernel to send pending requests again (node ids carry no state): containers notice nothing.
+//! *worker* serves. The first one mounts the image, while its threads decompress the program already. A worker that is
+//! killed is replaced, and asks the kernel to send pending requests again (node ids carry no state): containers notice
+//! nothing.
 //!
 //! Life: users are counted by pidfd. A few seconds after the last one the worker stops listening and detaches its own
 //! mount; the kernel ends the FUSE connection when the last mount of it is gone, wherever it is, and only then the
