@@ -247,11 +247,33 @@ fn drafts() -> std::sync::MutexGuard<'static, BTreeSet<PathBuf>> {
     DRAFTS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Removes what this process is writing: for the end by a signal.
+/// Removes what this process is writing, for its end by a signal: whoever would make, publish or drop a draft from now
+/// on waits for that end.
 pub fn remove_drafts() {
-    for path in std::mem::take(&mut *drafts()) {
-        // The program ends anyway.
-        let _ = fs::remove_file(&path).or_else(|_| fs::remove_dir_all(&path));
+    let drafts = drafts();
+    for path in &*drafts {
+        // The program ends anyway, and the next one that opens the cache removes what stays.
+        let _ = fs::remove_file(path).or_else(|_| remove_directory_in_use(path));
+    }
+    std::mem::forget(drafts);
+}
+
+/// A draft is done with. An end by a signal waits until it is gone, or removes it.
+fn forget(path: &Path, remove: bool) {
+    let mut drafts = drafts();
+    if remove {
+        // Published, it is not there any more; what cannot be removed goes when the cache is opened again.
+        let _ = fs::remove_file(path).or_else(|_| fs::remove_dir_all(path));
+    }
+    drafts.remove(path);
+}
+
+/// Removes a directory into which somebody may still be writing by its name.
+fn remove_directory_in_use(path: &Path) -> io::Result<()> {
+    let aside = draft_path(path.parent().unwrap_or(path));
+    match fs::rename(path, &aside) {
+        Ok(()) => fs::remove_dir_all(aside),
+        Err(_) => fs::remove_dir_all(path),
     }
 }
 
@@ -272,7 +294,9 @@ pub fn publish(from: &Path, place: &Path) -> Result<()> {
     File::open(from)
         .and_then(|f| f.sync_all())
         .with_context(what)?;
+    let held = drafts();
     fs::rename(from, place).with_context(what)?;
+    drop(held);
     sync_directory_of(place);
     Ok(())
 }
@@ -294,11 +318,11 @@ impl DraftDirectory {
     /// When it cannot be made.
     pub fn new(parent: &Path) -> Result<DraftDirectory> {
         let path = draft_path(parent);
-        drafts().insert(path.clone());
-        let draft = DraftDirectory(path);
-        let made = DirBuilder::new().mode(0o700).create(&draft.0);
+        let mut drafts = drafts();
+        let made = DirBuilder::new().mode(0o700).create(&path);
         made.with_context(|| format!("cannot create a directory in {}", parent.display()))?;
-        Ok(draft)
+        drafts.insert(path.clone());
+        Ok(DraftDirectory(path))
     }
 
     /// Where it is.
@@ -308,18 +332,13 @@ impl DraftDirectory {
 
     /// Removes it in any case: all went well.
     pub fn remove(self) {
-        // What is left goes when the cache is opened again.
-        let _ = fs::remove_dir_all(&self.0);
+        forget(&self.0, true);
     }
 }
 
 impl Drop for DraftDirectory {
     fn drop(&mut self) {
-        drafts().remove(&self.0);
-        if !KEPT.load(Ordering::Relaxed) {
-            // What is left goes when the cache is opened again.
-            let _ = fs::remove_dir_all(&self.0);
-        }
+        forget(&self.0, !KEPT.load(Ordering::Relaxed));
     }
 }
 
@@ -352,21 +371,16 @@ impl Draft {
     /// When it cannot be made.
     pub fn new(directory: &Path) -> Result<Draft> {
         let path = draft_path(directory);
-        drafts().insert(path.clone());
+        let mut drafts = drafts();
         let file = File::options()
             .read(true)
             .write(true)
             .create_new(true)
             .mode(0o600)
-            .open(&path);
-        match file {
-            Ok(file) => Ok(Draft { file, path }),
-            Err(error) => {
-                drafts().remove(&path);
-                Err(error)
-                    .with_context(|| format!("cannot create a file in {}", directory.display()))
-            }
-        }
+            .open(&path)
+            .with_context(|| format!("cannot create a file in {}", directory.display()))?;
+        drafts.insert(path.clone());
+        Ok(Draft { file, path })
     }
 
     /// Where it is now.
@@ -381,7 +395,9 @@ impl Draft {
     pub fn publish(self, place: &Path) -> Result<PathBuf> {
         let what = || format!("cannot write {}", place.display());
         self.file.sync_all().with_context(what)?;
+        let held = drafts();
         fs::rename(&self.path, place).with_context(what)?;
+        drop(held);
         sync_directory_of(place);
         Ok(place.to_owned())
     }
@@ -389,11 +405,7 @@ impl Draft {
 
 impl Drop for Draft {
     fn drop(&mut self) {
-        drafts().remove(&self.path);
-        if !KEPT.load(Ordering::Relaxed) {
-            // Published, it is not there any more.
-            let _ = fs::remove_file(&self.path);
-        }
+        forget(&self.path, !KEPT.load(Ordering::Relaxed));
     }
 }
 
