@@ -109,6 +109,8 @@ fn storm(image: &Path, profile: Option<&Path>) -> u64 {
     if let Some(directory) = profile {
         options += &format!(",profile={}", directory.display());
     }
+    // Before the driver begins: it may have mounted when we come to look.
+    let before = rustix::fs::stat(point.path()).unwrap().st_dev;
     let mut driver = Driver(
         Command::new(TOOL)
             .args(["-f", "-o", &options])
@@ -119,7 +121,6 @@ fn storm(image: &Path, profile: Option<&Path>) -> u64 {
             .spawn()
             .unwrap(),
     );
-    let before = rustix::fs::stat(point.path()).unwrap().st_dev;
     while rustix::fs::stat(point.path()).unwrap().st_dev == before {
         std::thread::sleep(Duration::from_millis(1));
         assert!(driver.0.try_wait().unwrap().is_none(), "the driver ended");
