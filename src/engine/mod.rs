@@ -10,6 +10,7 @@
 
 pub mod background;
 pub mod cgroup;
+pub mod command;
 pub mod dev;
 pub mod emulate;
 pub mod environment;

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::fs::Mode;
 
-use super::environment::{self as scripts, Dispatch, Finished};
+use super::command::{self, Dispatch, Level};
+use super::environment::{self, Finished};
 use super::sys;
 use crate::plan::env::Environment;
 use crate::plan::{IdMap, Process, Verb};
@@ -114,7 +115,7 @@ pub fn restrict(ids: &IdMap, process: &Process, private_keys: bool) -> Result<()
 /// # Errors
 /// When there is nothing to run, in the peers' words.
 pub fn resolve(process: &Process, environment: &Environment, cwd: &Path) -> Result<Next> {
-    let argv = match scripts::dispatch(
+    let argv = match command::dispatch(
         process.verb.name(),
         process.app.as_deref(),
         process.shell.as_deref(),
@@ -132,15 +133,15 @@ pub fn resolve(process: &Process, environment: &Environment, cwd: &Path) -> Resu
             status,
         } => {
             match level {
-                scripts::Level::Info => say::info(format_args!("{text}")),
-                scripts::Level::Error => say::error(format_args!("{text}")),
-                scripts::Level::Fatal => bail!("{text}"),
-                scripts::Level::Plain => say::out(format_args!("{text}\n"))?,
+                Level::Info => say::info(format_args!("{text}")),
+                Level::Error => say::error(format_args!("{text}")),
+                Level::Fatal => bail!("{text}"),
+                Level::Plain => say::out(format_args!("{text}\n"))?,
             }
             return Ok(Next::End(status));
         }
     };
-    match scripts::finish(environment, cwd)? {
+    match environment::finish(environment, cwd)? {
         Finished::Ready(mut env) => {
             if process.verb == Verb::Shell {
                 env.retain(|(name, _)| name != "SHELL");
@@ -168,7 +169,7 @@ fn program(argv: Vec<OsString>, env: Vec<(OsString, OsString)>) -> Result<Progra
         .iter()
         .find(|(k, _)| k == "PATH")
         .map_or(OsStr::new(""), |(_, v)| v.as_os_str());
-    let path = scripts::find_program(name, path)?;
+    let path = command::find_program(name, path)?;
     Ok(Program { path, argv, env })
 }
 

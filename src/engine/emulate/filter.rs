@@ -4,15 +4,11 @@
 //! untouched and see what is really there: one user, root. Everything that is not named is decided by the number alone,
 //! which the kernel caches (Linux 5.11), so it costs nothing. `io_uring_setup(2)` is refused: it would make the same calls
 //! past the filter, and programs do without it.
-//!
-//! `seccomp(2)`; the numbers in `struct seccomp_data` are at the offsets 0 (number), 4 (architecture), 16 + 8 n
-//! (arguments, little-endian).
 
-use libc::{
-    BPF_ABS, BPF_JEQ, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_RET, BPF_W, c_long, sock_filter,
-};
+use libc::{c_long, sock_filter};
 
 use super::super::sys::Notification;
+use super::super::sys::seccomp::{self, ARCHITECTURE, end, if_equal, load_argument};
 
 /// A file that a call names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -122,59 +118,31 @@ const CREATING: &[(c_long, u32)] = &[(libc::SYS_open, 1), (libc::SYS_openat, 2)]
 #[cfg(not(target_arch = "x86_64"))]
 const CREATING: &[(c_long, u32)] = &[(libc::SYS_openat, 2)];
 
-/// `AUDIT_ARCH_*` of `linux/audit.h`; `None` where the numbers are not known here.
-const ARCHITECTURE: Option<u32> = if cfg!(target_arch = "x86_64") {
-    Some(0xc000_003e)
-} else if cfg!(target_arch = "aarch64") {
-    Some(0xc000_00b7)
-} else {
-    None
-};
-
-/// Offset of the low half of an argument.
-const fn argument(index: u32) -> u32 {
-    16 + 8 * index
-}
-
 /// The program of the filter; `None` on a machine that it is not written for.
 pub fn program() -> Option<Vec<sock_filter>> {
-    let op = |code: u32, jt: u8, jf: u8, k: u32| sock_filter {
-        code: code as u16,
-        jt,
-        jf,
-        k,
-    };
-    let load = |offset: u32| op(BPF_LD | BPF_W | BPF_ABS, 0, 0, offset);
-    let end = |action: u32| op(BPF_RET | BPF_K, 0, 0, action);
     // Skips one when it is not equal.
-    let equal = |value: u32| op(BPF_JMP | BPF_JEQ | BPF_K, 0, 1, value);
+    let equal = |value: u32| if_equal(value, 0, 1);
     let (allow, ask) = (libc::SECCOMP_RET_ALLOW, libc::SECCOMP_RET_USER_NOTIF);
     let mut program = vec![
-        load(4),
-        op(BPF_JMP | BPF_JEQ | BPF_K, 1, 0, ARCHITECTURE?),
+        seccomp::load_architecture(),
+        if_equal(ARCHITECTURE?, 1, 0),
         end(allow),
-        load(0),
+        seccomp::load_number(),
     ];
     // First those that are frequent and not decided by the number alone.
-    let creates = op(BPF_JMP | BPF_JSET | BPF_K, 0, 1, libc::O_CREAT as u32);
     for (call, index) in CREATING {
         program.extend([
-            op(BPF_JMP | BPF_JEQ | BPF_K, 0, 4, *call as u32),
-            load(argument(*index)),
-            creates,
+            if_equal(*call as u32, 0, 4),
+            load_argument(*index),
+            seccomp::if_set(libc::O_CREAT as u32),
             end(ask),
             end(allow),
         ]);
     }
     program.extend([
-        op(BPF_JMP | BPF_JEQ | BPF_K, 0, 5, libc::SYS_prctl as u32),
-        load(argument(0)),
-        op(
-            BPF_JMP | BPF_JEQ | BPF_K,
-            1,
-            0,
-            libc::PR_SET_TIMERSLACK as u32,
-        ),
+        if_equal(libc::SYS_prctl as u32, 0, 5),
+        load_argument(0),
+        if_equal(libc::PR_SET_TIMERSLACK as u32, 1, 0),
         equal(libc::PR_SET_KEEPCAPS as u32),
         end(ask),
         end(allow),
@@ -187,9 +155,9 @@ pub fn program() -> Option<Vec<sock_filter>> {
     }
     program.extend([
         equal(libc::SYS_io_uring_setup as u32),
-        end(libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32),
+        seccomp::refuse(libc::ENOSYS),
+        end(allow),
     ]);
-    program.push(end(allow));
     Some(program)
 }
 
@@ -272,6 +240,8 @@ fn old_call(_: c_long, _: [u64; 3]) -> Option<Call> {
 
 #[cfg(test)]
 mod tests {
+    use libc::{BPF_ABS, BPF_JEQ, BPF_JMP, BPF_JSET, BPF_K, BPF_LD, BPF_W};
+
     use super::*;
 
     fn note(number: c_long, args: [u64; 6]) -> Notification {

@@ -1,0 +1,119 @@
+//! What a process gives up: capabilities, being traced, system calls.
+
+use anyhow::{Context as _, Result};
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
+
+use super::seccomp;
+
+/// Drops the whole capability bounding set (`capabilities(7)`): nothing executed later gains any.
+pub fn drop_bounding_set() {
+    for capability in 0..64 {
+        // SAFETY: prctl with integers only. Beyond the last known capability it fails with EINVAL.
+        if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0 {
+            break;
+        }
+    }
+}
+
+/// Gives up every capability (`capabilities(7)`).
+pub fn drop_capabilities() {
+    let none = CapabilitySet::empty();
+    let sets = CapabilitySets {
+        effective: none,
+        permitted: none,
+        inheritable: none,
+    };
+    let _ = set_capabilities(None, sets);
+}
+
+/// Gives up every capability but the one that copying and detaching mounts takes (`capabilities(7)`). Best effort: what
+/// it guards against is a bug.
+pub fn keep_only_mounting() {
+    drop_bounding_set();
+    let mounting = CapabilitySets {
+        effective: CapabilitySet::SYS_ADMIN,
+        permitted: CapabilitySet::SYS_ADMIN,
+        inheritable: CapabilitySet::empty(),
+    };
+    let _ = set_capabilities(None, mounting);
+}
+
+/// Until the next `execve(2)` no other process of the user may trace this one or open its descriptors
+/// (`PR_SET_DUMPABLE`): it holds capabilities in its user namespace, and files of the host.
+pub fn forbid_tracing() {
+    let _ = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+}
+
+/// Other processes of the user may look at this one again: `setns(2)` into its namespaces asks for that.
+pub fn allow_tracing() {
+    let _ = set_dumpable_behavior(DumpableBehavior::Dumpable);
+}
+
+/// Forbids the two ioctls that type into the caller's terminal, `TIOCSTI` and `TIOCLINUX`: a program in a
+/// container shares the terminal with the shell outside. The number is compared in 32 bits, as the kernel
+/// takes it.
+///
+/// # Errors
+/// When the kernel has seccomp and refuses the filter.
+pub fn forbid_terminal_injection() -> Result<()> {
+    const TIOCLINUX: u32 = 0x541C;
+    let ioctl = libc::SYS_ioctl as u32;
+    // The number of ioctl in the 32-bit table of x86; on other machines the same as `ioctl`.
+    let ioctl32 = if cfg!(target_arch = "x86_64") {
+        54
+    } else {
+        ioctl
+    };
+    let filter = [
+        seccomp::load_number(),
+        seccomp::if_equal(ioctl, 1, 0),
+        seccomp::if_equal(ioctl32, 0, 3),
+        seccomp::load_argument(1),
+        seccomp::if_equal(libc::TIOCSTI as u32, 2, 0),
+        seccomp::if_equal(TIOCLINUX, 1, 0),
+        seccomp::end(libc::SECCOMP_RET_ALLOW),
+        seccomp::refuse(libc::EPERM),
+    ];
+    match seccomp::install(&filter, 0) {
+        Ok(_) => Ok(()),
+        // A kernel without seccomp offers nobody this protection.
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EINVAL)) => Ok(()),
+        Err(error) => {
+            Err(error).context("cannot install the filter against terminal injection (seccomp)")
+        }
+    }
+}
+
+/// Takes from a process that parses strangers' bytes what it never needs: starting programs, opening connections,
+/// touching other processes. Its file tree is empty already. Machines whose numbers are not known here go without.
+pub fn confine_server() {
+    const DENIED: [libc::c_long; 9] = [
+        libc::SYS_execve,
+        libc::SYS_execveat,
+        libc::SYS_socket,
+        libc::SYS_connect,
+        libc::SYS_ptrace,
+        libc::SYS_process_vm_readv,
+        libc::SYS_process_vm_writev,
+        libc::SYS_bpf,
+        libc::SYS_keyctl,
+    ];
+    let Some(architecture) = seccomp::ARCHITECTURE else {
+        return;
+    };
+    let mut filter = vec![
+        seccomp::load_architecture(),
+        seccomp::if_equal(architecture, 1, 0),
+        seccomp::end(libc::SECCOMP_RET_KILL_PROCESS),
+        seccomp::load_number(),
+    ];
+    for call in DENIED {
+        filter.push(seccomp::if_equal(call as u32, 0, 1));
+        filter.push(seccomp::refuse(libc::EPERM));
+    }
+    filter.push(seccomp::end(libc::SECCOMP_RET_ALLOW));
+    let _ = rustix::thread::set_no_new_privs(true);
+    // Best effort, as above: what it guards against is a bug.
+    let _ = seccomp::install(&filter, 0);
+}
