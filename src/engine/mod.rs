@@ -18,6 +18,7 @@ pub mod init;
 pub mod join;
 pub mod network;
 pub mod overlay;
+mod points;
 pub mod process;
 pub mod profiles;
 pub mod ready;

@@ -3,18 +3,17 @@
 //! Everything is done by descriptor: sources are opened in the caller's view, targets are resolved as if the new root
 //! were `/` (`openat2(2)`, `RESOLVE_IN_ROOT`), so no symbolic link of an image leads a mount outside.
 
-use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{CWD, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
 
 use super::overlay::Writable;
+use super::points::{create_all, create_at, make_point, resolve_in};
 use super::session::Session;
 use super::sys::{self, attr};
 use super::wire::Point;
@@ -520,100 +519,4 @@ fn describe(source: &Source) -> String {
         Source::Text(_) | Source::Passwd(_) | Source::Group(_) => "a generated file".into(),
         Source::Image(part) => part.root.file().display().to_string(),
     }
-}
-
-fn create_at(parent: &OwnedFd, name: &OsStr, directory: bool) -> io::Result<()> {
-    if directory {
-        return Ok(rustix::fs::mkdirat(
-            parent,
-            name,
-            Mode::from_raw_mode(0o755),
-        )?);
-    }
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    Ok(rustix::fs::openat(parent, name, flags, Mode::from_raw_mode(0o644)).map(drop)?)
-}
-
-/// Creates a directory of the host with its parents (`--workdir`), and sets its mode when it is new.
-fn create_all(path: &Path, mode: u32) -> Result<()> {
-    if path.is_dir() {
-        return Ok(());
-    }
-    std::fs::create_dir_all(path)
-        .with_context(|| format!("cannot create {} (--workdir)", path.display()))?;
-    rustix::fs::chmod(path, Mode::from_raw_mode(mode))
-        .with_context(|| format!("cannot set the mode of {}", path.display()))
-}
-
-/// Creates a mount point and the directories above it in an empty tree of ours.
-fn make_point(tree: &OwnedFd, path: &Path, directory: bool) -> Result<()> {
-    let what = || format!("cannot create the mount point {}", path.display());
-    let mut at = rustix::io::dup(tree)?;
-    let mut names = path.components().filter_map(|c| match c {
-        Component::Normal(name) => Some(name),
-        _ => None,
-    });
-    let mut next = names.next();
-    while let Some(name) = next {
-        next = names.next();
-        match create_at(&at, name, directory || next.is_some()) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(error).with_context(what);
-            }
-            _ => {}
-        }
-        if next.is_some() {
-            at = rustix::fs::openat(
-                &at,
-                name,
-                OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-                Mode::empty(),
-            )
-            .with_context(what)?;
-        }
-    }
-    Ok(())
-}
-
-/// Where `path` leads inside `root`, with links followed as `chroot(2)` would, the last parts of which need not exist.
-fn resolve_in(root: &OwnedFd, path: &Path) -> Result<PathBuf> {
-    let mut todo: Vec<PathBuf> = path
-        .components()
-        .rev()
-        .map(|c| PathBuf::from(c.as_os_str()))
-        .collect();
-    let mut done = PathBuf::from("/");
-    let mut links = 0;
-    while let Some(part) = todo.pop() {
-        match part.as_os_str().as_bytes() {
-            b"/" => done = PathBuf::from("/"),
-            b"." => {}
-            b".." => {
-                done.pop();
-            }
-            _ => {
-                done.push(&part);
-                let Ok(fd) =
-                    sys::open_in_root(root.as_fd(), &done, OFlags::PATH | OFlags::NOFOLLOW)
-                else {
-                    continue;
-                };
-                let Ok(link) = rustix::fs::readlinkat(&fd, "", Vec::new()) else {
-                    continue;
-                };
-                links += 1;
-                if links > 40 {
-                    bail!("too many symbolic links in {}", path.display());
-                }
-                done.pop();
-                let link = PathBuf::from(OsStr::from_bytes(link.to_bytes()));
-                todo.extend(
-                    link.components()
-                        .rev()
-                        .map(|c| PathBuf::from(c.as_os_str())),
-                );
-            }
-        }
-    }
-    Ok(done)
 }

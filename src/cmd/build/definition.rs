@@ -1,0 +1,141 @@
+//! The definition that a build follows: a file's, or two lines made for an image or an address.
+
+use std::ffi::OsStr;
+use std::io::Read as _;
+use std::path::Path;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+
+use super::BuildArgs;
+use crate::build::deffile::{self, Def, Unused};
+use crate::host::Host;
+use crate::{image, say};
+
+/// Where a definition comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Origin {
+    /// A file with its sections.
+    Definition,
+    /// An image or an address: a definition of two lines.
+    Image,
+}
+
+/// Reads the source: an image and an address become a definition of two lines.
+pub(super) fn definition(
+    args: &BuildArgs,
+    source: &OsStr,
+    text: &str,
+    host: &Host,
+) -> Result<(Def, Origin)> {
+    let what = || format!("Unable to build from {text}");
+    let path = host.cwd.join(source);
+    let there = std::fs::metadata(&path);
+    if there.is_err()
+        && let Some((agent, from)) = address(text)
+    {
+        return Ok((two_lines(&agent, &from)?, Origin::Image));
+    }
+    let meta = there
+        .map_err(|error| {
+            anyhow!(
+                "unable to open file {text}: open {text}: {}",
+                say::word(&error)
+            )
+        })
+        .with_context(what)?;
+    if meta.is_dir() || looks_like_image(&path).with_context(what)? {
+        image::open(&path).with_context(what)?;
+        return Ok((two_lines("localimage", text)?, Origin::Image));
+    }
+    let bytes = read(&path).with_context(what)?;
+    let parsed = if args.json {
+        deffile::parse_json(text, &bytes)
+    } else {
+        let unused = if args.warn_unused_build_args {
+            Unused::Warn
+        } else {
+            Unused::Refuse
+        };
+        deffile::parse(text, &bytes, &build_args(args, host)?, unused)
+    };
+    let def = parsed
+        .context("while parsing definition")
+        .with_context(what)?;
+    Ok((def, Origin::Definition))
+}
+
+/// The agent and the rest of an address.
+fn address(text: &str) -> Option<(String, String)> {
+    let (scheme, rest) = text.split_once(':')?;
+    match scheme {
+        "docker" | "library" | "oras" | "shub" => {
+            Some((scheme.into(), rest.strip_prefix("//")?.into()))
+        }
+        "http" | "https" => Some((scheme.into(), rest.strip_prefix("//")?.into())),
+        "docker-daemon" | "docker-archive" | "oci" | "oci-archive" => Some((
+            scheme.into(),
+            rest.strip_prefix("//").unwrap_or(rest).into(),
+        )),
+        "instance" => Some(("localimage".into(), text.into())),
+        _ => None,
+    }
+}
+
+/// A definition that stands for "just this image".
+fn two_lines(agent: &str, from: &str) -> Result<Def> {
+    if from.contains(['\n', '\r']) {
+        bail!("{from:?}: a name with a line end cannot be built from");
+    }
+    let mut stage = deffile::Stage {
+        text: format!("bootstrap: {agent}\nfrom: {from}\n\n"),
+        ..deffile::Stage::default()
+    };
+    stage.header.insert("bootstrap".into(), agent.into());
+    stage.header.insert("from".into(), from.into());
+    Ok(Def {
+        stages: vec![stage],
+        warnings: Vec::new(),
+    })
+}
+
+/// Whether a file begins as no text does.
+fn looks_like_image(path: &Path) -> Result<bool> {
+    let mut head = Vec::new();
+    std::fs::File::open(path)?
+        .take(512)
+        .read_to_end(&mut head)?;
+    Ok(head.contains(&0)
+        || head.starts_with(b"hsqs")
+        || head.starts_with(b"#!/usr/bin/env run-singularity"))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    let file = std::fs::File::open(path)?;
+    let mut bytes = Vec::new();
+    file.take(deffile::MAX_LEN + 1).read_to_end(&mut bytes)?;
+    if bytes.len() as u64 > deffile::MAX_LEN {
+        bail!(
+            "larger than {} MiB: this is no definition",
+            deffile::MAX_LEN >> 20
+        );
+    }
+    Ok(bytes)
+}
+
+/// Build arguments: those of files first, as those of the command line beat them.
+fn build_args(args: &BuildArgs, host: &Host) -> Result<Vec<(String, String)>> {
+    let mut pairs = Vec::new();
+    for file in &args.build_arg_file {
+        let path = host.cwd.join(file);
+        let shown = file.display().to_string();
+        let bytes =
+            read(&path).with_context(|| format!("cannot read {shown} (--build-arg-file)"))?;
+        let text = String::from_utf8(bytes)
+            .map_err(|_| anyhow!("{shown}: not UTF-8 (--build-arg-file)"))?;
+        pairs.extend(deffile::template::pairs(&shown, &text)?);
+    }
+    for text in &args.build_arg {
+        pairs.push(deffile::template::pair(text).context("--build-arg")?);
+    }
+    Ok(pairs)
+}
