@@ -8,6 +8,7 @@
 
 pub mod control;
 pub mod ending;
+pub mod launch;
 pub mod logs;
 pub mod monitor;
 pub mod stats;

@@ -5,7 +5,7 @@
 //! It stays in the host's namespaces and holds nothing of the caller's.
 
 use std::io::Write as _;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -14,16 +14,15 @@ use anyhow::{Context, Result, anyhow, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use regex_lite::Regex;
-use serde::{Deserialize, Serialize};
 
 use super::ending::{self, Noted, Peak};
+use super::launch::Message;
 use super::logs::{self, Log};
 use super::{Record, Registry, State, now_s};
 use crate::engine::background::{self, Background, Event, Streams};
 use crate::engine::server::Places;
-use crate::engine::sys::{self, Fork};
+use crate::engine::sys;
 use crate::engine::{cgroup, init, network, wire};
 use crate::plan::limits::Policy;
 use crate::plan::{Plan, Service};
@@ -65,101 +64,12 @@ pub struct Spec<'a> {
     pub foreground: bool,
 }
 
-/// What the monitor tells the one who starts the instance.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Message {
-    /// The script has been executed.
-    Started,
-    /// The service is ready.
-    Ready,
-    /// There is no such instance, for this reason.
-    Failed(String),
-}
-
 /// Sees to it that a process 1 that speaks no more is gone.
 fn container_ends(container: Option<&Background>) {
     if let Some(container) = container {
         container.held.signal(rustix::process::Signal::KILL);
         container.held.wait(LAST_WORDS);
     }
-}
-
-/// Where the monitor's messages arrive.
-pub struct Report(OwnedFd);
-
-impl Report {
-    /// Waits for the next message; `None` at the deadline.
-    ///
-    /// # Errors
-    /// When the monitor has been killed.
-    pub fn next(&self, deadline: Option<Instant>) -> Result<Option<Message>> {
-        loop {
-            let left = deadline.map_or(PollTimeout::NONE, |at| {
-                let left = at.saturating_duration_since(Instant::now());
-                PollTimeout::try_from(left.as_micros().div_ceil(1000)).unwrap_or(PollTimeout::MAX)
-            });
-            let mut set = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
-            match poll(&mut set, left) {
-                Ok(0) if deadline.is_some_and(|at| at <= Instant::now()) => return Ok(None),
-                Ok(0) | Err(nix::Error::EINTR) => continue,
-                _ => {}
-            }
-            let (bytes, _) =
-                wire::receive(self.0.as_fd()).context("cannot hear from the instance's monitor")?;
-            if bytes.is_empty() {
-                bail!("the instance's monitor was killed");
-            }
-            return Ok(Some(
-                serde_json::from_slice(&bytes).context("what the instance's monitor says")?,
-            ));
-        }
-    }
-}
-
-/// Starts the monitor of an instance as a process of its own.
-///
-/// # Errors
-/// When no process can be made. What goes wrong later is a [`Message::Failed`].
-pub fn start(registry: &Registry, spec: Spec) -> Result<Report> {
-    let (ours, theirs) = socketpair(
-        AddressFamily::Unix,
-        SockType::SeqPacket,
-        None,
-        SockFlag::SOCK_CLOEXEC,
-    )
-    .context("cannot create a socket")?;
-    match sys::fork()? {
-        Fork::Parent(_) => Ok(Report(ours)),
-        Fork::Child => {
-            drop(ours);
-            let mut keep = vec![theirs.as_raw_fd(), registry.directory.fd().as_raw_fd()];
-            keep.extend(spec.life.iter().map(|fd| fd.as_raw_fd()));
-            keep.sort_unstable();
-            sys::close_all_but(&keep);
-            let tell = |message: &Message| {
-                // The one who started us may be gone; the instance stays.
-                let text = serde_json::to_vec(message).unwrap_or_default();
-                let _ = wire::send(theirs.as_fd(), &text, &[]);
-            };
-            if let Err(error) = detach().and_then(|()| run(registry, spec, &tell).map(drop)) {
-                tell(&Message::Failed(format!("{error:#}")));
-            }
-            sys::exit_now(0)
-        }
-    }
-}
-
-fn detach() -> Result<()> {
-    nix::unistd::setsid().context("cannot create a session")?;
-    sys::ignore_signals(&[
-        Signal::SIGHUP,
-        Signal::SIGINT,
-        Signal::SIGQUIT,
-        Signal::SIGPIPE,
-        Signal::SIGUSR1,
-        Signal::SIGUSR2,
-    ]);
-    Ok(())
 }
 
 /// Looks after an instance until it has ended. Gives the status of its script.

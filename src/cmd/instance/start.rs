@@ -12,7 +12,8 @@ use crate::cmd::flags::StartArgs;
 use crate::cmd::{Usage, action};
 use crate::host::{Host, normalise};
 use crate::instance::ending::Noted;
-use crate::instance::monitor::{self, Message, Report, Spec};
+use crate::instance::launch::{self, Message, Report};
+use crate::instance::monitor::{self, Spec};
 use crate::instance::{Container, Record, Registry, Script, control, logs, now_s};
 use crate::job::client;
 use crate::plan::service::{Ready, is_name, parse_port, parse_restart};
@@ -128,7 +129,7 @@ fn start(
     if args.foreground {
         return in_foreground(&registry, spec, &host);
     }
-    let report = monitor::start(&registry, spec)?;
+    let report = launch::start(&registry, spec)?;
     await_start(name, &report, &registry, &service, patience)
 }
 
