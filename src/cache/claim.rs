@@ -9,7 +9,6 @@
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
@@ -124,7 +123,6 @@ impl Claim {
                         .and_then(|f| f.set_modified(now));
                 }
             });
-        super::drafts().insert(path.clone());
         Claim {
             path,
             text,
@@ -141,7 +139,8 @@ impl Drop for Claim {
             // It does nothing that could panic.
             let _ = heart.join();
         }
-        super::drafts().remove(&self.path);
+        let mut drafts = super::drafts();
+        drafts.remove(&self.path);
         if fs::read_to_string(&self.path).is_ok_and(|text| text == self.text) {
             let _ = fs::remove_file(&self.path);
         }
@@ -155,12 +154,13 @@ struct Seen {
     since: Instant,
 }
 
-/// Gives what `ready` finds, or the claim to it.
+/// Gives what `ready` finds, or the claim to it, a file in `directory`. What it is made from lies in `drafts` for a moment.
 ///
 /// # Errors
-/// When the directory cannot be written.
+/// When the directories cannot be written.
 pub fn obtain(
     directory: &Path,
+    drafts: &Path,
     name: &str,
     ready: &dyn Fn() -> Option<PathBuf>,
 ) -> Result<Obtained> {
@@ -171,7 +171,7 @@ pub fn obtain(
         if let Some(found) = ready() {
             return Ok(Obtained::Ready(found));
         }
-        match create(&path, &own) {
+        match create(&path, drafts, &own) {
             Ok(()) => {
                 let claim = Claim::new(path, own);
                 // Whoever held it before may have just finished.
@@ -180,10 +180,8 @@ pub fn obtain(
                     None => Obtained::Claimed(claim),
                 });
             }
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-            Err(error) => {
-                return Err(error).with_context(|| format!("cannot create {}", path.display()));
-            }
+            Err(error) if is_taken(&error) => {}
+            Err(error) => return Err(error),
         }
         let text = fs::read_to_string(&path).unwrap_or_default();
         let touched = fs::metadata(&path).and_then(|m| m.modified()).ok();
@@ -191,7 +189,7 @@ pub fn obtain(
             Some(seen) if (&seen.text, seen.touched) == (&text, touched) => {
                 if is_void(seen) {
                     say::debug(format_args!("{}: its holder has died", path.display()));
-                    take_away(&path, &text);
+                    take_away(&path, drafts, &text);
                 }
             }
             before => {
@@ -211,25 +209,31 @@ pub fn obtain(
     }
 }
 
-fn create(path: &Path, text: &str) -> io::Result<()> {
+/// Makes a claim, which goes with the process when a signal ends it.
+fn create(path: &Path, drafts: &Path, text: &str) -> Result<()> {
+    let what = || format!("cannot create {}", path.display());
     // Written beside and linked, so that nobody sees a claim without a holder.
-    let beside = path.with_file_name(format!(".{}", text.rsplit('~').next().unwrap_or(text)));
-    let mut file = File::options()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&beside)?;
-    let linked = file
+    let draft = super::Draft::new(drafts)?;
+    (&draft.file)
         .write_all(text.as_bytes())
-        .and_then(|()| fs::hard_link(&beside, path));
-    fs::remove_file(&beside)?;
-    match linked {
+        .with_context(what)?;
+    let mut drafts = super::drafts();
+    match fs::hard_link(draft.path(), path) {
         Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
             // A file system without hard links: the claim is without a holder for a moment.
-            File::create_new(path)?.write_all(text.as_bytes())
+            File::create_new(path).and_then(|mut file| file.write_all(text.as_bytes()))
         }
         other => other,
     }
+    .with_context(what)?;
+    drafts.insert(path.to_owned());
+    Ok(())
+}
+
+fn is_taken(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref::<io::Error>()
+        .is_some_and(|e| e.kind() == io::ErrorKind::AlreadyExists)
 }
 
 fn is_void(seen: &Seen) -> bool {
@@ -241,8 +245,8 @@ fn is_void(seen: &Seen) -> bool {
 }
 
 /// Removes a void claim, and only that one.
-fn take_away(path: &Path, text: &str) {
-    let aside = path.with_file_name(format!(".{}", uuid::Uuid::new_v4()));
+fn take_away(path: &Path, drafts: &Path, text: &str) {
+    let aside = super::draft_path(drafts);
     if fs::rename(path, &aside).is_err() {
         return;
     }
@@ -283,8 +287,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut dead = Writer::own();
         dead.started += 1;
-        create(&dir.path().join("x"), &format!("{dead}~1")).unwrap();
-        let obtained = obtain(dir.path(), "x", &none).unwrap();
+        create(&dir.path().join("x"), dir.path(), &format!("{dead}~1")).unwrap();
+        let obtained = obtain(dir.path(), dir.path(), "x", &none).unwrap();
         assert!(matches!(obtained, Obtained::Claimed(_)));
         drop(obtained);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
@@ -293,13 +297,16 @@ mod tests {
     #[test]
     fn claim_of_a_living_process_is_waited_for() {
         let dir = tempfile::tempdir().unwrap();
-        let Obtained::Claimed(claim) = obtain(dir.path(), "x", &none).unwrap() else {
+        let Obtained::Claimed(claim) = obtain(dir.path(), dir.path(), "x", &none).unwrap() else {
             panic!("nobody else claims it");
         };
         let made = dir.path().join("made");
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| {
-                obtain(dir.path(), "x", &|| made.exists().then(|| made.clone())).unwrap()
+                obtain(dir.path(), dir.path(), "x", &|| {
+                    made.exists().then(|| made.clone())
+                })
+                .unwrap()
             });
             std::thread::sleep(Duration::from_millis(300));
             assert!(!waiting.is_finished(), "it waits");

@@ -207,7 +207,8 @@ impl Cache {
     pub fn obtain(&self, kind: Kind, key: &str) -> Result<Obtained> {
         self.place(kind, key)?;
         let name = format!("{}-{key}", kind.name());
-        claim::obtain(&self.root.join(".claims"), &name, &|| self.entry(kind, key))
+        let (claims, drafts) = (self.root.join(".claims"), self.root.join(".tmp"));
+        claim::obtain(&claims, &drafts, &name, &|| self.entry(kind, key))
     }
 
     /// Removes drafts whose writer has died.
