@@ -36,6 +36,9 @@ const READERS: usize = 4;
 /// Profiles in the directory, at most; the oldest go.
 const FILES_MAX: usize = 256;
 
+/// A draft of this age, in seconds, is of a server that was killed.
+const DRAFT_S: i64 = 3600;
+
 /// In the word of a range: it is a data block, and the rest is what the image says of its size.
 const IS_BLOCK: u32 = 1 << 31;
 
@@ -115,6 +118,8 @@ pub(crate) struct Profile {
     directory: OwnedFd,
     identity: [u8; Superblock::LEN + 8],
     known: Vec<Range>,
+    /// Held while it is written: whoever comes meanwhile, to end the process, waits.
+    saving: Mutex<()>,
 }
 
 impl Profile {
@@ -135,6 +140,7 @@ impl Profile {
             directory,
             identity,
             known,
+            saving: Mutex::default(),
         }
     }
 
@@ -192,6 +198,7 @@ impl Profile {
 
     /// Writes what was read since [`Profile::open`], if it is new; once.
     pub(crate) fn save(&self, source: &Source) {
+        let _saving = lock(&self.saving);
         let Some(fresh) = source.record.end() else {
             return;
         };
@@ -237,13 +244,21 @@ impl Profile {
 
     fn prune(&self) -> rustix::io::Result<()> {
         let mut files = Vec::new();
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let now_s = now.map_or(0, |now| now.as_secs().cast_signed());
         for entry in rustix::fs::Dir::read_from(&self.directory)? {
             let entry = entry?;
             let name = entry.file_name().to_owned();
-            if name.to_bytes().ends_with(b".profile") {
-                let flags = AtFlags::SYMLINK_NOFOLLOW;
-                let time = rustix::fs::statat(&self.directory, &name, flags)?.st_mtime;
-                files.push((time, name));
+            let is_whole = name.to_bytes().ends_with(b".profile");
+            if !is_whole && !name.to_string_lossy().contains(".profile.") {
+                continue;
+            }
+            let flags = AtFlags::SYMLINK_NOFOLLOW;
+            let time_s = rustix::fs::statat(&self.directory, &name, flags)?.st_mtime;
+            if is_whole {
+                files.push((time_s, name));
+            } else if now_s - time_s > DRAFT_S {
+                rustix::fs::unlinkat(&self.directory, &name, AtFlags::empty())?;
             }
         }
         files.sort_unstable();
