@@ -259,15 +259,22 @@ fn pasta(program: &Path, network: &Network, pid: i32) -> Result<Helper> {
     command.args(["--userns", &format!("/proc/{pid}/ns/user")]);
     command.args(["--netns", &format!("/proc/{pid}/ns/net")]);
     let mut helper = spawn(command)?;
-    let connected = || {
-        fs::read_to_string(format!("/proc/{pid}/net/dev")).is_ok_and(|t| {
-            t.lines()
-                .skip(2)
-                .any(|l| !l.trim_start().starts_with("lo:"))
-        }) && network.publish.iter().all(|p| is_open(p.host, p.udp))
-    };
+    let connected =
+        || has_default_route(pid) && network.publish.iter().all(|p| is_open(p.host, p.udp));
     until(&mut helper, connected)?;
     Ok(helper)
+}
+
+/// Whether a process's network leads outside: the last thing that `pasta` sets up, for IPv4 and then for IPv6, if the host
+/// has them (`/proc/PID/net/route`, `/proc/PID/net/ipv6_route`; `proc(5)`).
+fn has_default_route(pid: i32) -> bool {
+    let read = |name| fs::read_to_string(format!("/proc/{pid}/net/{name}")).unwrap_or_default();
+    let is_default = |line: &str| line.split_ascii_whitespace().nth(1) == Some("00000000");
+    let any = "00000000000000000000000000000000 00 ";
+    read("route").lines().skip(1).any(is_default)
+        || read("ipv6_route")
+            .lines()
+            .any(|line| line.starts_with(any) && !line.ends_with(" lo"))
 }
 
 /// Whether somebody listens on a port of this machine (`proc(5)`, `/proc/net/tcp`).
