@@ -152,9 +152,9 @@ def send(text):
 run = "%s exec %s %s " % (program, options, image)
 expect("$ ")
 # Ctrl-C ends the payload, and the shell sees why
-send(run + "sleep 100\n"); time.sleep(1.5); send("\x03"); send("echo status=$?=\n"); expect("status=130=")
+send(run + "sh -c 'echo rea\"\"dy; exec sleep 100'\n"); expect("ready"); send("\x03"); send("echo status=$?=\n"); expect("status=130=")
 # Ctrl-Z stops it, fg goes on
-send(run + "sh -c 'echo rea\"\"dy; sleep 3; echo fin\"\"ished'\n"); expect("ready")
+send(run + "sh -c 'echo rea\"\"dy; sleep 8; echo fin\"\"ished'\n"); expect("ready")
 send("\x1a"); expect("Stopped"); send("fg\n"); expect("finished")
 send("echo status=$?=\n"); expect("status=0=")
 # the terminal is the caller's, and its size changes arrive

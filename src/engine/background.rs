@@ -3,6 +3,7 @@
 //! The caller, an instance's monitor, remains in the host's namespaces. A process between joins the image server's user
 //! namespace and gives birth to process 1 as the monitor's child (`CLONE_PARENT`), then ends.
 
+use std::io::Read as _;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -127,13 +128,19 @@ fn give_birth(
     }
     sys::forbid_tracing();
     init::block_signals()?;
+    let (mut told, telling) = std::io::pipe().context("cannot create a pipe")?;
     match sys::fork_into_pid_namespace(sys::Parent::Sibling)? {
         Fork::Parent(pid) => {
             let lives: Vec<RawFd> = lives.iter().map(|fd| fd.as_raw_fd()).collect();
+            // The pipe closes with this process, afterwards.
             tell(control, &Event::Born(pid.as_raw()), &lives)
         }
         Fork::Child => {
             sys::die_with(client.user.as_ref());
+            drop(telling);
+            // Its own events come after that of its birth.
+            let _end = told.read(&mut [0]);
+            drop(told);
             let made = super::create_namespaces(plan, plan.namespaces).and_then(|()| {
                 init::serve(plan, service, streams, control, |plan| {
                     super::inside(plan, stage, &points, images)

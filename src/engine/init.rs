@@ -29,6 +29,8 @@ use crate::plan::{Plan, Service};
 /// # Errors
 /// When the program cannot be started.
 pub fn run(program: &Program, mask: &SigSet) -> Result<Infallible> {
+    // The program may look at once.
+    sys::set_name("appinit");
     match sys::fork()? {
         Fork::Child => {
             let _ = mask.thread_set_mask();
@@ -138,12 +140,16 @@ pub fn serve(
         again: None,
         stop: None,
     };
-    match &init.program {
-        Some(_) => init.launch()?,
-        None => tell(control, &Event::Idle, &[])?,
-    }
+    let event = if init.program.is_some() {
+        init.launch()?;
+        Event::Running
+    } else {
+        Event::Idle
+    };
+    // Whoever is told may join at once.
     sys::allow_tracing();
     redirect(&init.null, &init.null, &init.null)?;
+    tell(control, &event, &[])?;
     init.stay(&signals)
 }
 
@@ -200,7 +206,7 @@ impl Init<'_> {
         };
         self.began = Instant::now();
         self.main = Some(spawn(program, &self.null, &self.streams)?);
-        tell(self.control, &Event::Running, &[])
+        Ok(())
     }
 
     fn stay(&mut self, signals: &SignalFd) -> Result<Infallible> {
@@ -214,9 +220,11 @@ impl Init<'_> {
             }
             if self.again.is_some_and(|at| at <= Instant::now()) {
                 self.again = None;
-                if let Err(error) = self.launch() {
-                    tell(self.control, &Event::Failed(format!("{error:#}")), &[])?;
-                }
+                let event = match self.launch() {
+                    Ok(()) => Event::Running,
+                    Err(error) => Event::Failed(format!("{error:#}")),
+                };
+                tell(self.control, &event, &[])?;
             }
             if self.main.is_some() || children {
                 let program = self.program.as_ref();

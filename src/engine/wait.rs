@@ -110,11 +110,12 @@ pub enum End {
 }
 
 /// Waits for `child`, handing on every signal that somebody sent us. What the terminal sends reaches the whole
-/// foreground group without our help. `reap` also collects other children (process 1 has everybody's).
+/// foreground group without our help, once `child` is there: what waits for us at first is handed on too. `reap` also collects other children (process 1 has everybody's).
 ///
 /// # Errors
 /// As `signalfd(2)`.
 pub fn until_exit(child: Pid, reap: bool) -> Result<End> {
+    let mut early = sys::pending_signals();
     let mut set = SigSet::empty();
     for signal in FORWARDED {
         set.add(signal);
@@ -145,9 +146,10 @@ pub fn until_exit(child: Pid, reap: bool) -> Result<End> {
         // SI_KERNEL: typed at the terminal, or its end; the group has it already.
         let from_terminal = info.ssi_code == libc::SI_KERNEL;
         if number != libc::SIGCHLD
-            && !from_terminal
             && let Ok(signal) = Signal::try_from(number)
+            && (early.contains(signal) || !from_terminal)
         {
+            early.remove(signal);
             let _ = kill(child, signal);
         }
     }

@@ -106,6 +106,7 @@ pub fn run(registry: &Registry, mut spec: Spec, tell: &dyn Fn(&Message)) -> Resu
         pattern: None,
         lines: [Vec::new(), Vec::new()],
         said: Vec::new(),
+        news: Vec::new(),
         failure: None,
         life: spec.life.take(),
         peak: Peak::of(spec.noted),
@@ -136,6 +137,8 @@ struct Monitor<'a> {
     lines: [Vec<u8>; 2],
     /// The end of what the service said to standard error.
     said: Vec<u8>,
+    /// What the one who starts it is to be told.
+    news: Vec<Message>,
     /// Why the instance is no good.
     failure: Option<String>,
     /// Hangs up when the job's supervisor has ended.
@@ -338,7 +341,8 @@ impl Monitor<'_> {
             if pattern.is_match(&text) {
                 self.pattern = None;
                 self.lines = [Vec::new(), Vec::new()];
-                return self.service_is_ready();
+                self.service_is_ready();
+                return self.publish();
             }
             if part.ends_with(b"\n") || line.len() > CHUNK {
                 line.clear();
@@ -379,8 +383,16 @@ impl Monitor<'_> {
             } => self.script_ended(status, signal, again),
             Event::Ready => self.service_is_ready(),
         }
-        self.save();
+        self.publish();
         true
+    }
+
+    /// Writes the record, and then tells what there is to tell: who has been told finds it there.
+    fn publish(&mut self) {
+        self.save();
+        for message in std::mem::take(&mut self.news) {
+            (self.tell)(&message);
+        }
     }
 
     fn save(&self) {
@@ -396,16 +408,14 @@ impl Monitor<'_> {
         }
         if !self.started {
             self.started = true;
-            self.save();
-            (self.tell)(&Message::Started);
+            self.news.push(Message::Started);
         }
     }
 
     fn service_is_ready(&mut self) {
         if !self.record.script.ready {
             self.record.script.ready = true;
-            self.save();
-            (self.tell)(&Message::Ready);
+            self.news.push(Message::Ready);
         }
     }
 

@@ -149,8 +149,12 @@ pub fn set_title(title: &str) {
             std::ptr::write_bytes(area, 0, end - start);
         }
     }
-    let name = CString::new(title.split(' ').next().unwrap_or("capsid")).unwrap_or_default();
-    let _ = rustix::thread::set_name(&name);
+    set_name(title.split(' ').next().unwrap_or("capsid"));
+}
+
+/// Sets the short name of this process (`/proc/PID/comm`), of which the kernel keeps 15 bytes.
+pub fn set_name(name: &str) {
+    let _ = rustix::thread::set_name(&CString::new(name).unwrap_or_default());
 }
 
 /// A new anonymous session keyring, so that the caller's keys are out of reach.

@@ -26,6 +26,16 @@ pub fn signal_set(signals: impl IntoIterator<Item = i32>) -> SigSet {
     set
 }
 
+/// The signals that have come and are blocked (`sigpending(2)`).
+pub fn pending_signals() -> SigSet {
+    let mut raw = *SigSet::empty().as_ref();
+    // SAFETY: the call fills the set, which was initialised by `empty` before, so that it is valid in any case.
+    unsafe {
+        libc::sigpending(&raw mut raw);
+        SigSet::from_sigset_t_unchecked(raw)
+    }
+}
+
 /// Sends a signal with a number attached, as `sigqueue(3)` does, to exactly the process that is held.
 ///
 /// # Errors
