@@ -25,7 +25,7 @@ fn files_that_are_no_images_are_told_apart() {
     fs::set_permissions(env.path("secret.sif"), fs::Permissions::from_mode(0o000)).unwrap();
     exec(&env, &at("secret.sif")).fatal(&["secret.sif", "ermission"]);
     exec(&env, "bogus://image").fatal(&["bogus"]);
-    exec(&env, "docker://alpine").fatal(&["docker://alpine"]);
+    exec(&env, "docker://127.0.0.1:9/alpine").fatal(&["docker://127.0.0.1:9/alpine"]);
     exec(&env, "/dev/null").fatal(&["/dev/null"]);
     assert!(env.servers().is_empty());
 }

@@ -278,10 +278,13 @@ fn existing_target_needs_force() {
 #[test]
 fn signals_and_kills_leave_nothing() {
     let s = Site::new();
-    s.define("%post\n mkdir /d; chown 5:6 /d\n touch /tmp/begun; sleep 9471 &\n sleep 9471\n");
+    let sleep = format!("sleep 9471.{}", std::process::id());
+    s.define(&format!(
+        "%post\n mkdir /d; chown 5:6 /d\n touch /tmp/begun; {sleep} &\n {sleep}\n"
+    ));
     for signal in ["INT", "TERM", "HUP", "KILL"] {
         let mut build = s.command(&["x.sif", "x.def"]).spawn().unwrap();
-        let running = || processes().iter().any(|(_, line)| line == "sleep 9471");
+        let running = || processes().iter().any(|(_, line)| line == &sleep);
         wait_until("the section to run", running);
         let pid = build.id().to_string();
         output(Command::new("kill").args([&format!("-{signal}"), &pid])).ok();
@@ -299,9 +302,10 @@ fn signals_and_kills_leave_nothing() {
 #[test]
 fn processes_that_post_leaves_behind_are_ended() {
     let s = Site::new();
-    let out = s.build("%post\n sleep 9472 & setsid sleep 9472 &\n", &[]);
+    let sleep = format!("sleep 9472.{}", std::process::id());
+    let out = s.build(&format!("%post\n {sleep} & setsid {sleep} &\n"), &[]);
     assert_eq!(out.status, 0, "{out}");
-    assert!(!processes().iter().any(|(_, line)| line == "sleep 9472"));
+    assert!(!processes().iter().any(|(_, line)| line == &sleep));
 }
 
 #[test]

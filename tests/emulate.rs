@@ -8,7 +8,6 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::{Duration, Instant};
 
 use capsid::engine::emulate::{Device, Owner, Owners};
 use capsid::engine::{self, sys};
@@ -226,13 +225,14 @@ fn killed_program_leaves_the_others_alone() {
 fn nothing_outlives_the_supervisor() {
     let t = Env::new();
     let root = tree(&t);
-    let script = "chown ada /root; sleep 98765 & setsid sleep 98765 & echo > /ready; sleep 98765";
-    let mut child = t.command(arguments(&root, script)).spawn().unwrap();
+    let sleep = format!("sleep 98765.{}", std::process::id());
+    let script = format!("chown ada /root; {sleep} & setsid {sleep} & echo > /ready; {sleep}");
+    let mut child = t.command(arguments(&root, &script)).spawn().unwrap();
     wait_until("the payload to run", || root.join("ready").exists());
     let sleepers = || {
         let ours = format!("{}", nix::unistd::getuid());
         let found = Command::new("pgrep")
-            .args(["-u", &ours, "-f", "^sleep 98765"])
+            .args(["-u", &ours, "-f", &format!("^{sleep}")])
             .output();
         String::from_utf8(found.unwrap().stdout)
             .unwrap()
@@ -462,19 +462,17 @@ fn debian_packages_install_with_their_users() {
             .arg("--exclude=./dev/*"),
     )
     .ok();
-    let began = Instant::now();
     let out = exec(
         &t,
         &root,
         "export DEBIAN_FRONTEND=noninteractive
-         apt-get -qq update; apt-get -qq install -y --no-install-recommends redis-server openssh-client libcap2-bin >/log 2>&1
+         apt-get -qq -o Acquire::Retries=10 update; apt-get -qq -o Acquire::Retries=10 install -y --no-install-recommends redis-server openssh-client libcap2-bin >/log 2>&1
          stat -c '%n %U:%G %a' /var/lib/redis /etc/redis/redis.conf /var/log/redis /usr/bin/ssh-agent
          su redis -s /bin/sh -c 'id -un; touch /var/lib/redis/x; stat -c %U /var/lib/redis/x'
          setcap cap_net_raw+ep /usr/bin/ssh; getcap /usr/bin/ssh
          useradd -m eve; stat -c '%n %U:%G' /home/eve /home/eve/.profile; install -o daemon /bin/true /t; stat -c %U /t
          cp -a /var/lib/redis /copy; stat -c '%U %a' /copy /copy/x; dpkg --audit",
     );
-    assert!(began.elapsed() < Duration::from_secs(300), "{out}");
     assert_eq!(
         out.ok(),
         "/var/lib/redis redis:redis 750\n/etc/redis/redis.conf redis:redis 640\n/var/log/redis redis:adm 2750\n\

@@ -12,7 +12,7 @@ use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
-use common::{Env, Output, output, wait_until, write};
+use common::{Env, Output, free_port, output, wait_until, write};
 
 /// Debian's docker-registry with a base image in it, under the names that the definition files use.
 struct Registry {
@@ -69,11 +69,6 @@ impl Drop for Registry {
     }
 }
 
-fn free_port() -> u16 {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
-    listener.local_addr().unwrap().port()
-}
-
 /// A minimal Debian with nginx, as an OCI layout with the image `base`.
 fn base(env: &Env) -> PathBuf {
     let tar = env.path("base.tar");
@@ -81,6 +76,7 @@ fn base(env: &Env) -> PathBuf {
         Command::new("mmdebstrap")
             .env("TMPDIR", "/var/tmp") // its other ids must get there
             .args(["--mode=unshare", "--variant=minbase", "--quiet"])
+            .arg("--aptopt=Acquire::Retries \"10\"")
             .arg("--include=nginx-light,ca-certificates")
             .args([
                 "--dpkgopt=path-exclude=/usr/share/doc/*",
@@ -150,13 +146,16 @@ fn page(text: &'static str) -> u16 {
     std::thread::spawn(move || {
         for stream in listener.incoming() {
             let mut stream = stream.unwrap();
-            let mut request = [0; 4096];
-            let _ = stream.read(&mut request);
-            let _ = write!(
-                stream,
-                "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{text}",
-                text.len()
-            );
+            // A browser opens connections that it may never use.
+            std::thread::spawn(move || {
+                let mut request = [0; 4096];
+                let _ = stream.read(&mut request);
+                let _ = write!(
+                    stream,
+                    "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{text}",
+                    text.len()
+                );
+            });
         }
     });
     port

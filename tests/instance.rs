@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use common::{Env, Output, add_programs, output, processes, script, wait_until};
+use common::{Env, Output, add_programs, free_port, output, processes, script, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -291,8 +291,10 @@ fn daemon_of_an_exec_outlives_it() {
     );
     let mut command = s.env.command_as(Path::new("/bin/sh"), ["-c", &shell]);
     assert_eq!(output(&mut command).ok(), "got said");
-    let ps = s.run(&["exec", "instance://n", "ps", "-o", "ppid,args"]);
-    assert!(ps.ok().contains("1 sleep 77"), "{ps}");
+    wait_until("the daemon", || {
+        let ps = s.run(&["exec", "instance://n", "ps", "-o", "ppid,args"]);
+        ps.ok().contains("1 sleep 77")
+    });
     s.run(&["instance", "stop", "n"]).ok();
 }
 
@@ -546,7 +548,9 @@ fn stopped_service_is_woken_to_stop() {
 
 #[test]
 fn readiness_is_waited_for() {
-    let s = Services::new("sleep 0.3; echo now ready; touch \"$1\"; exec sleep 1000");
+    let s = Services::new(
+        "sleep 0.3; [ -z \"$2\" ] || while [ ! -e \"$2\" ]; do sleep 0.05; done; echo now ready; touch \"$1\"; exec sleep 1000",
+    );
     let file = s.env.work().join("ready");
     let file = file.to_str().unwrap();
     let command = format!("test -f {file}");
@@ -571,6 +575,7 @@ fn readiness_is_waited_for() {
         s.run(&["instance", "stop", "n"]).ok();
     }
     // Without --wait somebody else can wait for it. The file is there still, from before.
+    let go = s.env.work().join("go");
     s.run(&[
         "instance",
         "start",
@@ -579,9 +584,11 @@ fn readiness_is_waited_for() {
         "IMAGE",
         "n",
         file,
+        go.to_str().unwrap(),
     ])
     .ok();
     assert_eq!(s.inspect("n")["script"]["ready"], false);
+    fs::write(&go, "").unwrap();
     s.run(&["instance", "wait", "n"]).ok();
     assert_eq!(s.inspect("n")["script"]["ready"], true);
     s.run(&["instance", "stop", "n"]).ok();
@@ -945,14 +952,6 @@ fn unit_repeats_the_command_line() {
         out.ok().contains(&format!("User={}", common::user_name())),
         "{out}"
     );
-}
-
-fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port()
 }
 
 /// A web server of Debian's, in a SIF, that listens on `$PORT`.

@@ -53,9 +53,7 @@ fn runs_at_the_same_time_make_one_server() {
             .unwrap()
         })
         .collect();
-    wait_until("the first server", || !env.servers().is_empty());
-    std::thread::sleep(Duration::from_millis(500));
-    assert_eq!(env.servers().len(), 2);
+    wait_until("keeper and worker", || env.servers().len() == 2);
     let mut namespaces: Vec<String> = children
         .drain(..)
         .map(|c| {
@@ -226,9 +224,12 @@ fn daemon_left_behind_keeps_its_root() {
     let image = env.image();
     let image = image.to_str().unwrap();
     let out = env.path("work/out");
+    let go = env.path("work/go");
+    nix::unistd::mkfifo(&go, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let line = format!(
-        "(sleep 6; cat /opt/hello.txt > {0}.new; mv {0}.new {0}) > /dev/null 2>&1 &",
-        out.display()
+        "(read x < {1}; cat /opt/hello.txt > {0}.new; mv {0}.new {0}) > /dev/null 2>&1 &",
+        out.display(),
+        go.display()
     );
     env.run(["exec", image, "setsid", "sh", "-c", &line]).ok();
     std::thread::sleep(Duration::from_secs(4)); // longer than a server without users waits
@@ -241,6 +242,7 @@ fn daemon_left_behind_keeps_its_root() {
             env.servers() != all && workers(&env).len() == 1
         });
     }
+    fs::write(&go, "go\n").unwrap();
     wait_until("the daemon's file", || out.exists());
     assert_eq!(fs::read_to_string(&out).unwrap(), "hello\n");
     env.assert_nothing_left();
@@ -405,10 +407,13 @@ fn failed_start_leaves_nothing() {
 fn server_keeps_neither_environment_nor_capabilities_of_its_starter() {
     let env = Env::new();
     let image = env.image();
-    for options in ["--no-home", "--fakeroot"] {
-        let mut command = env.command(["exec", options, image.to_str().unwrap(), "true"]);
+    let image = image.to_str().unwrap();
+    let users = ["--no-home", "--fakeroot"].map(|options| {
+        let mut command = env.command(["exec", options, image, "true"]);
         common::output(command.env("TOKEN", "secret")).ok();
-    }
+        // It stays as long as it is used.
+        background(&env, &["exec", options, image, "sh", "-c", "echo; read x"])
+    });
     let servers = env.servers();
     assert_eq!(servers.len(), 4);
     for pid in servers {
@@ -422,6 +427,10 @@ fn server_keeps_neither_environment_nor_capabilities_of_its_starter() {
         ] {
             assert!(status.contains(line), "{line}: {status}");
         }
+    }
+    for mut user in users {
+        drop(user.stdin.take());
+        user.wait().unwrap();
     }
 }
 

@@ -8,8 +8,8 @@ mod common;
 
 use std::path::Path;
 
-use cluster::{Slurm, free_port};
-use common::{script, write};
+use cluster::Slurm;
+use common::{free_port, script, write};
 
 #[test]
 fn instances_have_what_the_requester_has() {
@@ -92,7 +92,7 @@ while :; do sleep 0.05; done
             &slurm.env.path("services.toml"),
             &format!(
                 "[[service]]\nname = \"first\"\nimage = \"asking.sif\"\n{words}
-[[service]]\nname = \"second\"\nimage = \"asking.sif\"\nnodes = 1\nafter = [\"first\"]\nargs = [\"second-{port}\"]\noptions = [\"--env\", \"ASK={port}\"]\n"
+[[service]]\nname = \"second\"\nimage = \"asking.sif\"\nnodes = 1\nafter = [\"first\"]\nargs = [\"second-{port}\"]\noptions = [\"--env\", \"ASK={port}\"]\nready = {{ log = \"hello\" }}\n"
             ),
         );
     };

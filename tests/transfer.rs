@@ -895,7 +895,13 @@ fn proxies_are_used_where_the_environment_says_so() {
     direct
         .env("http_proxy", format!("http://{}", proxy.address))
         .env("no_proxy", "registry.test");
-    output(&mut direct).fatal(&["dial tcp: lookup registry.test: no such host"]);
+    let out = output(&mut direct);
+    // A name server may also say nothing at all.
+    out.fatal(&["dial tcp"]);
+    assert!(
+        out.stderr.contains("no such host") || out.stderr.contains("i/o timeout"),
+        "{out}"
+    );
 }
 
 #[test]

@@ -220,6 +220,17 @@ pub fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
+/// A port of the loopback that nobody listens on, below those that the kernel gives to who asks for any.
+pub fn free_port() -> u16 {
+    loop {
+        let number = uuid::Uuid::new_v4().as_u128() % 6000;
+        let port = 20_000 + u16::try_from(number).unwrap();
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
+}
+
 /// All processes of the machine with their command lines.
 pub fn processes() -> Vec<(i32, String)> {
     let entries = fs::read_dir("/proc").expect("/proc");

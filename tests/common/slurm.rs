@@ -12,8 +12,8 @@ use crate::common::{self, Env, Output, output, script};
 
 /// Answers by HTTP on `$PORT`, and says when it is asked to stop.
 const SERVICE: &str = "#!/bin/sh
-echo started \"$@\"
 trap 'echo stopping; sleep 0.2; echo stopped; exit 0' TERM INT
+echo started \"$@\"
 if [ -n \"$PORT\" ]; then httpd -f -p $PORT -h /opt & fi
 while :; do sleep 0.05; done
 ";
@@ -23,12 +23,6 @@ const LATE_EPILOG: Duration = Duration::from_secs(75);
 
 /// The log of a service that was given the time to stop.
 pub const ORDERLY: &str = "stopping\nstopped\n";
-
-/// A port of the loopback that nobody listens on.
-pub fn free_port() -> u16 {
-    let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    socket.local_addr().unwrap().port()
-}
 
 /// A cluster, and a directory with an image for jobs in it.
 pub struct Slurm {
@@ -184,7 +178,7 @@ impl Slurm {
         let begin = Instant::now();
         while !done() {
             assert!(
-                begin.elapsed() < Duration::from_secs(120),
+                begin.elapsed() < Duration::from_secs(240),
                 "waited for {what} in vain; job {job} is {}, and said: {}",
                 self.state(job),
                 self.said(job)
