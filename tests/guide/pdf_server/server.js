@@ -6,14 +6,16 @@ const app = express();
 app.get('/api/render', async (request, response) => {
   let browser;
   try {
+    // However busy the machine is.
     browser = await puppeteer.launch({
+      timeout: 0,
       executablePath: '/usr/bin/chromium',
       args: ['--no-sandbox', '--disable-gpu', '--disable-quic', '--disable-dev-shm-usage',
         '--disable-background-networking', '--disable-component-update', '--disable-sync', '--no-first-run'],
     });
     const page = await browser.newPage();
-    await page.goto(request.query.url, { waitUntil: 'load' });
-    response.type('application/pdf').send(Buffer.from(await page.pdf()));
+    await page.goto(request.query.url, { waitUntil: 'load', timeout: 0 });
+    response.type('application/pdf').send(Buffer.from(await page.pdf({ timeout: 0 })));
   } catch (error) {
     response.status(500).send(String(error));
   } finally {
