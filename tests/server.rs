@@ -64,6 +64,7 @@ fn runs_at_the_same_time_make_one_server() {
         .collect();
     namespaces.dedup();
     assert_eq!(namespaces.len(), 1, "{namespaces:?}");
+    assert!(env.servers().len() <= 2, "no other one was left over");
     env.assert_nothing_left();
 }
 
@@ -226,6 +227,8 @@ fn daemon_left_behind_keeps_its_root() {
     let out = env.path("work/out");
     let go = env.path("work/go");
     nix::unistd::mkfifo(&go, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    // Should the test fail, the daemon reads its end.
+    let mut tell = fs::File::options().read(true).write(true).open(&go);
     let line = format!(
         "(read x < {1}; cat /opt/hello.txt > {0}.new; mv {0}.new {0}) > /dev/null 2>&1 &",
         out.display(),
@@ -242,7 +245,7 @@ fn daemon_left_behind_keeps_its_root() {
             env.servers() != all && workers(&env).len() == 1
         });
     }
-    fs::write(&go, "go\n").unwrap();
+    std::io::Write::write_all(tell.as_mut().unwrap(), b"go\n").unwrap();
     wait_until("the daemon's file", || out.exists());
     assert_eq!(fs::read_to_string(&out).unwrap(), "hello\n");
     env.assert_nothing_left();
@@ -460,6 +463,31 @@ fn lack_of_descriptors_is_named_and_spoils_nothing() {
             "{limit}"
         );
         few();
+    }
+    env.assert_nothing_left();
+}
+
+#[test]
+fn many_that_start_together_may_have_few_descriptors() {
+    let env = Env::new();
+    let image = env.image();
+    let capsid = env!("CARGO_BIN_EXE_capsid");
+    let words = [
+        // The lower limit: servers raise theirs to the upper one.
+        "--nofile=32:",
+        capsid,
+        "exec",
+        image.to_str().unwrap(),
+        "true",
+    ];
+    let start = |_| {
+        let mut command = env.command_as("prlimit".as_ref(), words);
+        command.stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let children: Vec<Child> = (0..150).map(start).collect();
+    for child in children {
+        let out = child.wait_with_output().unwrap();
+        assert!(out.status.success(), "{out:?}");
     }
     env.assert_nothing_left();
 }

@@ -11,6 +11,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
@@ -22,6 +23,9 @@ pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), ".4");
 
 /// Largest message, bytes. The kernel's default limit for one packet is 208 KiB.
 const MAX: usize = 192 << 10;
+
+/// How long there may be too many descriptors on their way.
+const CROWDED: Duration = Duration::from_secs(10);
 
 /// Descriptors that one packet carries at most.
 const MAX_FDS: usize = 16;
@@ -75,11 +79,29 @@ pub fn decode_points(mut bytes: &[u8]) -> Option<Vec<Point>> {
     Some(points)
 }
 
-/// Sends one packet with descriptors.
+/// Sends one packet with descriptors. Of one user's processes the kernel lets only so many descriptors be on their way as
+/// the sender may have open (`RLIMIT_NOFILE`, unix(7)): where many start together, they wait for each other.
+///
+/// # Errors
+/// As `sendmsg(2)`; `ETOOMANYREFS` after 10 s.
+pub fn send(socket: BorrowedFd, bytes: &[u8], fds: &[RawFd]) -> nix::Result<()> {
+    let end = Instant::now() + CROWDED;
+    let mut pause = Duration::from_millis(1);
+    loop {
+        match send_now(socket, bytes, fds) {
+            Err(nix::Error::ETOOMANYREFS) if Instant::now() < end => {}
+            other => return other,
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(20));
+    }
+}
+
+/// The same, once: for the one whom the others may be waiting for.
 ///
 /// # Errors
 /// As `sendmsg(2)`.
-pub fn send(socket: BorrowedFd, bytes: &[u8], fds: &[RawFd]) -> nix::Result<()> {
+pub fn send_now(socket: BorrowedFd, bytes: &[u8], fds: &[RawFd]) -> nix::Result<()> {
     let rights = [ControlMessage::ScmRights(fds)];
     let control: &[ControlMessage] = if fds.is_empty() { &[] } else { &rights };
     again(|| {

@@ -229,7 +229,10 @@ impl Desk<'_> {
                     stage.as_raw_fd(),
                     self.home.life.0.as_raw_fd(),
                 ];
-                let sent = wire::send(client.as_fd(), &answer, &fds);
+                let sent = wire::send_now(client.as_fd(), &answer, &fds);
+                if sent == Err(nix::Error::ETOOMANYREFS) {
+                    return Room::Full;
+                }
                 (sent, unseen.then_some(view))
             }
             // Another server has room.

@@ -242,14 +242,14 @@ const FAILED: u8 = 2;
 impl Bond {
     /// A keeper that does not keep up knows fewer.
     pub(super) fn tell_user(&self, user: &OwnedFd) {
-        let _fewer = wire::send(self.tell.as_fd(), &[USER], &[user.as_raw_fd()]);
+        let _fewer = wire::send_now(self.tell.as_fd(), &[USER], &[user.as_raw_fd()]);
     }
 
     /// Without it the worker has no successor.
     pub(super) fn tell_mounted(&self, mounted: &Mounted) {
         let devices: Vec<RawFd> = mounted.devices.iter().map(|d| d.as_raw_fd()).collect();
         let message = [&[MOUNTED], mounted.effort.encode().as_slice()].concat();
-        let _alone = wire::send(self.tell.as_fd(), &message, &devices);
+        let _alone = wire::send_now(self.tell.as_fd(), &message, &devices);
     }
 
     pub(super) fn tell_failed(&self, error: &anyhow::Error) {

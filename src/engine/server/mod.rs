@@ -27,6 +27,7 @@ use std::fmt::Display;
 use std::fs::File;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -45,6 +46,9 @@ use place::{Place, claim, connect_to, leave};
 
 /// How long a client waits for an answer before it does without the shared server.
 const ANSWER_S: i64 = 10;
+
+/// How long a client tries when there are too many descriptors on their way.
+const CROWDED: Duration = Duration::from_secs(10);
 
 /// Whose user namespace a server lives in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -161,12 +165,16 @@ pub fn enter(
     }
     let mut shared = directory.as_ref();
     let name = image.socket_name()?;
+    let begun = Instant::now();
+    let mut pause = Duration::from_millis(1);
+    let mut rounds = 0;
     // A server may end before it answers, or be killed; then the next round starts one.
-    for _ in 0..10 {
+    while rounds < 10 {
+        rounds += 1;
         let answer = match shared {
             None => start(&image, None, &request, client)?,
             Some(directory) => match connect_to(directory, &name) {
-                Some(server) => ask(&server, &request, client),
+                Some(server) => ask(&server, &request, client).and_then(|()| hear(&server)),
                 None => match claim(directory, &name) {
                     Ok(None) => continue,
                     Ok(place) => start(&image, place, &request, client)?,
@@ -181,6 +189,15 @@ pub fn enter(
         match answer {
             Ok(answer) => return answer,
             Err(Silence::Gone) => {}
+            // Those who start at the same time wait for each other, and none at the server's desk.
+            Err(Silence::Crowded) if begun.elapsed() < CROWDED => {
+                std::thread::sleep(pause);
+                pause = (pause * 2).min(Duration::from_millis(20));
+                rounds = 0;
+            }
+            Err(Silence::Crowded) => bail!(
+                "too many open files are on their way between processes of this user: raise the limit (ulimit -n)"
+            ),
             Err(Silence::Stuck) if shared.is_some() => {
                 say::warn(format_args!(
                     "the image server of {} does not answer: using another one",
@@ -306,24 +323,33 @@ enum Silence {
     Gone,
     /// It is there, and says nothing.
     Stuck,
+    /// It could not be asked: too many descriptors of this user are on their way between processes (`ETOOMANYREFS`,
+    /// unix(7)).
+    Crowded,
 }
 
 /// What a server answers: the inner error is its own, for the person.
 type Answer = Result<Result<Stage>, Silence>;
 
 /// Asks for a root.
-fn ask(server: &OwnedFd, request: &[u8], client: &Client) -> Answer {
-    let timeout = nix::sys::time::TimeVal::new(ANSWER_S, 0);
-    let _ =
-        nix::sys::socket::setsockopt(server, nix::sys::socket::sockopt::ReceiveTimeout, &timeout);
+fn ask(server: &OwnedFd, request: &[u8], client: &Client) -> Result<(), Silence> {
     let own: Vec<RawFd> = client
         .user
         .iter()
         .map(|user| user.as_fd().as_raw_fd())
         .collect();
-    if wire::send(server.as_fd(), &with_header(request), &own).is_err() {
-        return Err(Silence::Gone);
+    match wire::send_now(server.as_fd(), &with_header(request), &own) {
+        Ok(()) => Ok(()),
+        Err(nix::Error::ETOOMANYREFS) => Err(Silence::Crowded),
+        Err(_) => Err(Silence::Gone),
     }
+}
+
+/// Waits for the answer.
+fn hear(server: &OwnedFd) -> Answer {
+    let timeout = nix::sys::time::TimeVal::new(ANSWER_S, 0);
+    let _ =
+        nix::sys::socket::setsockopt(server, nix::sys::socket::sockopt::ReceiveTimeout, &timeout);
     match wire::receive(server.as_fd()) {
         Ok((bytes, fds)) => match (bytes.split_first(), <[OwnedFd; 3]>::try_from(fds)) {
             (Some((0, body)), Ok([userns, stage, life])) => {
@@ -360,26 +386,31 @@ fn with_header(request: &[u8]) -> Vec<u8> {
 
 /// Starts a server and is its first client.
 fn start(image: &Image, place: Option<Place>, request: &[u8], client: &Client) -> Result<Answer> {
-    let ours = match launch(image, place.as_ref()) {
-        Ok(ours) => ours,
-        Err(error) => {
-            leave(place.as_ref());
-            return Err(error).context("cannot start an image server");
-        }
-    };
-    drop(place);
-    Ok(ask(&ours, request, client))
-}
-
-/// Starts a server; gives the end of its first client.
-fn launch(image: &Image, place: Option<&Place>) -> Result<OwnedFd> {
-    let (ours, first) = socketpair(
+    const WHAT: &str = "cannot start an image server";
+    let pair = socketpair(
         AddressFamily::Unix,
         SockType::SeqPacket,
         None,
         SockFlag::SOCK_CLOEXEC,
-    )
-    .context("cannot create a socket")?;
+    );
+    let (ours, first) = pair
+        .inspect_err(|_| leave(place.as_ref()))
+        .context("cannot create a socket")
+        .context(WHAT)?;
+    // Before there is a server that would wait for it.
+    if let Err(silence) = ask(&ours, request, client) {
+        leave(place.as_ref());
+        return Ok(Err(silence));
+    }
+    let ours = launch(image, place.as_ref(), ours, first)
+        .inspect_err(|_| leave(place.as_ref()))
+        .context(WHAT)?;
+    drop(place);
+    Ok(hear(&ours))
+}
+
+/// Starts a server for its first client, whose end is given back.
+fn launch(image: &Image, place: Option<&Place>, ours: OwnedFd, first: OwnedFd) -> Result<OwnedFd> {
     match sys::fork()? {
         Fork::Parent(child) => {
             // The child only forks again, so that the server is nobody's child.
