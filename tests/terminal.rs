@@ -130,6 +130,51 @@ fn terminal_job_control_works_behind_a_pid_namespace() {
     on_a_terminal(&env, image.to_str().unwrap(), "--pid");
 }
 
+#[test]
+fn interrupt_during_a_start_ends_it() {
+    let env = Env::new();
+    let image = env.image();
+    let script = env.path("interrupt.py");
+    common::write(&script, INTERRUPT);
+    // Each time an image of its own: with the start of its server it takes longer.
+    let copies = (0..30).map(|n| {
+        let copy = env.path(&format!("{n}.sif"));
+        std::fs::copy(&image, &copy).unwrap();
+        copy.display().to_string()
+    });
+    let words = [
+        script.display().to_string(),
+        env!("CARGO_BIN_EXE_capsid").into(),
+    ];
+    let words: Vec<String> = words.into_iter().chain(copies).collect();
+    let out = output(&mut env.command_as("/usr/bin/python3".as_ref(), &words));
+    assert_eq!(out.ok(), "done");
+}
+
+/// A ^C, each time a millisecond later.
+const INTERRUPT: &str = r#"
+import os, pty, signal, sys, time
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+program, *images = sys.argv[1:]
+for delay_ms, image in enumerate(images):
+    pid, fd = pty.fork()
+    if pid == 0:
+        os.execv(program, [program, "exec", "--pid", image, "sleep", "20"])
+    time.sleep(delay_ms / 1000)
+    begin = time.monotonic()
+    os.write(fd, b"\x03")
+    try:
+        while os.read(fd, 4096):
+            pass
+    except OSError:
+        pass # the terminal has no other side any more
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.close(fd)
+    if time.monotonic() - begin > 15 or code not in (130, -signal.SIGINT):
+        sys.exit("^C after %d ms: %d" % (delay_ms, code))
+print("done")
+"#;
+
 const PTY: &str = r#"
 import os, pty, sys, time, select, struct, fcntl, termios
 program, image, options = sys.argv[1:]

@@ -254,17 +254,20 @@ impl Profile {
                 continue;
             }
             let flags = AtFlags::SYMLINK_NOFOLLOW;
-            let time_s = rustix::fs::statat(&self.directory, &name, flags)?.st_mtime;
+            // Another server may have renamed or removed it.
+            let Ok(stat) = rustix::fs::statat(&self.directory, &name, flags) else {
+                continue;
+            };
             if is_whole {
-                files.push((time_s, name));
-            } else if now_s - time_s > DRAFT_S {
-                rustix::fs::unlinkat(&self.directory, &name, AtFlags::empty())?;
+                files.push((stat.st_mtime, name));
+            } else if now_s - stat.st_mtime > DRAFT_S {
+                let _gone = rustix::fs::unlinkat(&self.directory, &name, AtFlags::empty());
             }
         }
         files.sort_unstable();
         let surplus = files.len().saturating_sub(FILES_MAX);
         for (_, name) in &files[..surplus] {
-            rustix::fs::unlinkat(&self.directory, name, AtFlags::empty())?;
+            let _gone = rustix::fs::unlinkat(&self.directory, name, AtFlags::empty());
         }
         Ok(())
     }

@@ -106,7 +106,7 @@ for r in 1 2 3 4 5 6 7 8; do (
         case $told in *"Input/output error"*) echo failed ;; *) echo "$told" ;; esac
         [ "$(sha256sum <good)" = "$SUM" ] && echo good
     done
-    [ $(($(date +%s) - begin)) -lt 60 ] && echo soon
+    [ $(($(date +%s) - begin)) -lt 20 ] && echo soon
     [ "$(tail -c 1000 large | sha256sum)" = "$TAIL" ] && echo rest
 ) & R="$R $!"; done; wait $R"#;
 

@@ -57,7 +57,7 @@ pub fn run(
         }
     };
     drop((alive, tell));
-    let end = wait::until_exit(keeper, false);
+    let end = wait::until_exit(keeper, false, sys::pending_signals());
     let mut text = String::new();
     // Also waits for a worker whose keeper was killed.
     let read = told

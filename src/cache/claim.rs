@@ -214,20 +214,20 @@ fn create(path: &Path, drafts: &Path, text: &str) -> Result<()> {
     let what = || format!("cannot create {}", path.display());
     // Written beside and linked, so that nobody sees a claim without a holder.
     let draft = super::Draft::new(drafts)?;
-    (&draft.file)
-        .write_all(text.as_bytes())
-        .with_context(what)?;
-    let mut drafts = super::drafts();
-    match fs::hard_link(draft.path(), path) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-            // A file system without hard links: the claim is without a holder for a moment.
-            File::create_new(path).and_then(|mut file| file.write_all(text.as_bytes()))
-        }
-        other => other,
-    }
-    .with_context(what)?;
-    drafts.insert(path.to_owned());
-    Ok(())
+    let linked = (&draft.file).write_all(text.as_bytes()).and_then(|()| {
+        let mut drafts = super::drafts();
+        match fs::hard_link(draft.path(), path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                // A file system without hard links: the claim is without a holder for a moment.
+                File::create_new(path).and_then(|mut file| file.write_all(text.as_bytes()))
+            }
+            other => other,
+        }?;
+        drafts.insert(path.to_owned());
+        Ok(())
+    });
+    draft.discard();
+    linked.with_context(what)
 }
 
 fn is_taken(error: &anyhow::Error) -> bool {

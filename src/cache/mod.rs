@@ -259,6 +259,12 @@ pub fn remove_drafts() {
     std::mem::forget(drafts);
 }
 
+/// Does something short that the end by a signal comes before or after, but not between.
+pub fn uninterrupted<T>(act: impl FnOnce() -> T) -> T {
+    let _held = drafts();
+    act()
+}
+
 /// A draft is done with. An end by a signal waits until it is gone, or removes it.
 fn forget(path: &Path, remove: bool) {
     let mut drafts = drafts();
@@ -295,9 +301,7 @@ pub fn publish(from: &Path, place: &Path) -> Result<()> {
     File::open(from)
         .and_then(|f| f.sync_all())
         .with_context(what)?;
-    let held = drafts();
-    fs::rename(from, place).with_context(what)?;
-    drop(held);
+    uninterrupted(|| fs::rename(from, place)).with_context(what)?;
     sync_directory_of(place);
     Ok(())
 }
@@ -389,6 +393,11 @@ impl Draft {
         &self.path
     }
 
+    /// Removes it in any case: it is not wanted.
+    pub fn discard(self) {
+        forget(&self.path, true);
+    }
+
     /// Gives it its place, where it replaces what was there, and safely: the content first.
     ///
     /// # Errors
@@ -396,9 +405,7 @@ impl Draft {
     pub fn publish(self, place: &Path) -> Result<PathBuf> {
         let what = || format!("cannot write {}", place.display());
         self.file.sync_all().with_context(what)?;
-        let held = drafts();
-        fs::rename(&self.path, place).with_context(what)?;
-        drop(held);
+        uninterrupted(|| fs::rename(&self.path, place)).with_context(what)?;
         sync_directory_of(place);
         Ok(place.to_owned())
     }

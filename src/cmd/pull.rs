@@ -201,10 +201,13 @@ fn sandbox(
     say::info(format_args!("Creating sandbox directory..."));
     convert::to_directory(&image, &root, &origin, time_s, &mut Owners::Writer)?;
     let what = || format!("cannot create {}", target.display());
-    if args.force && target.exists() {
-        fs::rename(target, draft.path().join("old")).with_context(what)?;
-    }
-    fs::rename(&root, target).with_context(what)?;
+    cache::uninterrupted(|| {
+        if args.force && target.exists() {
+            fs::rename(target, draft.path().join("old"))?;
+        }
+        fs::rename(&root, target)
+    })
+    .with_context(what)?;
     draft.remove();
     Ok(())
 }

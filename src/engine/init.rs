@@ -37,8 +37,9 @@ pub fn run(program: &Program, mask: &SigSet) -> Result<Infallible> {
             process::exec(program)
         }
         Fork::Parent(child) => {
+            let early = sys::pending_signals();
             sys::set_title("appinit");
-            let status = match wait::until_exit(child, true)? {
+            let status = match wait::until_exit(child, true, early)? {
                 End::Exited(status) => status,
                 End::Signalled(signal) => exit::signalled(signal as i32),
             };

@@ -22,7 +22,10 @@ pub fn run(join: &Join) -> Result<u8> {
     enter(join)?;
     let mask = wait::block()?;
     match sys::fork()? {
-        Fork::Parent(child) => Ok(wait::end_like(wait::until_exit(child, false)?)),
+        Fork::Parent(child) => {
+            let early = sys::pending_signals();
+            Ok(wait::end_like(wait::until_exit(child, false, early)?))
+        }
         Fork::Child => {
             sys::die_with(own.as_ref());
             let cwd = process::enter_directory(&join.process)?;

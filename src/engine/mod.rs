@@ -93,7 +93,7 @@ pub fn run_emulated(
             sys::exit_now(status)
         }
     };
-    let end = wait::until_exit(child, false);
+    let end = wait::until_exit(child, false, sys::pending_signals());
     mask.thread_set_mask()
         .context("cannot restore the signal mask")?;
     let mut bytes = Vec::new();
@@ -149,9 +149,10 @@ fn run_owned(
     let mask = wait::block()?;
     match sys::fork_into_pid_namespace(sys::Parent::Own)? {
         Fork::Parent(child) => {
+            let early = sys::pending_signals();
             drop((stage, images));
             let supervisor = link.map(|link| link.supervise(owners)).transpose()?;
-            let end = wait::until_exit(child, false)?;
+            let end = wait::until_exit(child, false, early)?;
             if let Some(supervisor) = supervisor {
                 tell(&supervisor.finish())?;
             }

@@ -110,12 +110,12 @@ pub enum End {
 }
 
 /// Waits for `child`, handing on every signal that somebody sent us. What the terminal sends reaches the whole
-/// foreground group without our help, once `child` is there: what waits for us at first is handed on too. `reap` also collects other children (process 1 has everybody's).
+/// foreground group without our help, but `early`, what had come right after the fork ([`sys::pending_signals`]), may have
+/// come before `child` was there. `reap` also collects other children (process 1 has everybody's).
 ///
 /// # Errors
 /// As `signalfd(2)`.
-pub fn until_exit(child: Pid, reap: bool) -> Result<End> {
-    let mut early = sys::pending_signals();
+pub fn until_exit(child: Pid, reap: bool, mut early: SigSet) -> Result<End> {
     let mut set = SigSet::empty();
     for signal in FORWARDED {
         set.add(signal);

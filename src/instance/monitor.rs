@@ -390,8 +390,11 @@ impl Monitor<'_> {
     /// Writes the record, and then tells what there is to tell: who has been told finds it there.
     fn publish(&mut self) {
         self.save();
-        for message in std::mem::take(&mut self.news) {
-            (self.tell)(&message);
+        // A line of the log may be seen before it is heard that the script runs.
+        if self.started {
+            for message in std::mem::take(&mut self.news) {
+                (self.tell)(&message);
+            }
         }
     }
 
@@ -408,7 +411,7 @@ impl Monitor<'_> {
         }
         if !self.started {
             self.started = true;
-            self.news.push(Message::Started);
+            self.news.insert(0, Message::Started);
         }
     }
 

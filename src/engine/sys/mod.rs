@@ -1,7 +1,8 @@
 //! System calls that `nix` and `rustix` do not offer safely; the only part of the program with `unsafe`.
 //!
 //! Wrappers take borrowed descriptors and paths, return owned descriptors, and set close-on-exec. Each
-//! failure names its arguments. All of them are called `sys::NAME`, whichever file they are in.
+//! failure names its arguments. They are called `sys::NAME`, whichever file they are in; filters
+//! of system calls have a module of their own.
 #![allow(unsafe_code)]
 
 mod descriptors;
