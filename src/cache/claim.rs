@@ -226,7 +226,7 @@ fn create(path: &Path, drafts: &Path, text: &str) -> Result<()> {
         drafts.insert(path.to_owned());
         Ok(())
     });
-    draft.discard();
+    draft.remove();
     linked.with_context(what)
 }
 

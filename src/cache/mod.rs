@@ -394,7 +394,7 @@ impl Draft {
     }
 
     /// Removes it in any case: it is not wanted.
-    pub fn discard(self) {
+    pub fn remove(self) {
         forget(&self.path, true);
     }
 

@@ -26,6 +26,26 @@ const MAX: usize = 192 << 10;
 
 /// How long there may be too many descriptors on their way.
 const CROWDED: Duration = Duration::from_secs(10);
+/// Between two tries at most; the first one comes soon.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// Who cannot send since too many descriptors are on their way. Nothing tells when there are fewer, so that it is tried
+/// again and again.
+#[derive(Default)]
+pub struct Crowd {
+    since: Option<Instant>,
+    last: Duration,
+}
+
+impl Crowd {
+    /// Waits for a moment; false when that has been done for too long.
+    pub fn pause(&mut self) -> bool {
+        let since = *self.since.get_or_insert_with(Instant::now);
+        self.last = (self.last * 2).clamp(Duration::from_millis(1), PAUSE);
+        std::thread::sleep(self.last);
+        since.elapsed() < CROWDED
+    }
+}
 
 /// Descriptors that one packet carries at most.
 const MAX_FDS: usize = 16;
@@ -85,15 +105,12 @@ pub fn decode_points(mut bytes: &[u8]) -> Option<Vec<Point>> {
 /// # Errors
 /// As `sendmsg(2)`; `ETOOMANYREFS` after 10 s.
 pub fn send(socket: BorrowedFd, bytes: &[u8], fds: &[RawFd]) -> nix::Result<()> {
-    let end = Instant::now() + CROWDED;
-    let mut pause = Duration::from_millis(1);
+    let mut crowd = Crowd::default();
     loop {
         match send_now(socket, bytes, fds) {
-            Err(nix::Error::ETOOMANYREFS) if Instant::now() < end => {}
+            Err(nix::Error::ETOOMANYREFS) if crowd.pause() => {}
             other => return other,
         }
-        std::thread::sleep(pause);
-        pause = (pause * 2).min(Duration::from_millis(20));
     }
 }
 

@@ -27,7 +27,6 @@ use std::fmt::Display;
 use std::fs::File;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
@@ -46,9 +45,6 @@ use place::{Place, claim, connect_to, leave};
 
 /// How long a client waits for an answer before it does without the shared server.
 const ANSWER_S: i64 = 10;
-
-/// How long a client tries when there are too many descriptors on their way.
-const CROWDED: Duration = Duration::from_secs(10);
 
 /// Whose user namespace a server lives in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -165,8 +161,7 @@ pub fn enter(
     }
     let mut shared = directory.as_ref();
     let name = image.socket_name()?;
-    let begun = Instant::now();
-    let mut pause = Duration::from_millis(1);
+    let mut crowd = wire::Crowd::default();
     let mut rounds = 0;
     // A server may end before it answers, or be killed; then the next round starts one.
     while rounds < 10 {
@@ -190,11 +185,7 @@ pub fn enter(
             Ok(answer) => return answer,
             Err(Silence::Gone) => {}
             // Those who start at the same time wait for each other, and none at the server's desk.
-            Err(Silence::Crowded) if begun.elapsed() < CROWDED => {
-                std::thread::sleep(pause);
-                pause = (pause * 2).min(Duration::from_millis(20));
-                rounds = 0;
-            }
+            Err(Silence::Crowded) if crowd.pause() => rounds = 0,
             Err(Silence::Crowded) => bail!(
                 "too many open files are on their way between processes of this user: raise the limit (ulimit -n)"
             ),
