@@ -29,6 +29,7 @@ pub mod net;
 pub mod oci;
 pub mod plan;
 pub mod proc;
+pub mod progress;
 pub mod say;
 pub mod shell;
 pub mod sif;

@@ -17,14 +17,14 @@ const ARROWS: &[(&str, &[&str])] = &[
         "build",
         &[
             "cache", "digest", "engine", "exit", "host", "image", "instance", "metadir", "net",
-            "oci", "plan", "proc", "say", "sif", "squash",
+            "oci", "plan", "proc", "progress", "say", "sif", "squash",
         ],
     ),
-    ("oci", &["digest", "metadir", "say", "squash"]),
+    ("oci", &["digest", "metadir", "progress", "say", "squash"]),
     // Images of registries are OCI images; the file that a cache's claim names is a process's.
-    ("net", &["cache", "digest", "oci", "say"]),
+    ("net", &["cache", "digest", "oci", "progress", "say"]),
     ("cache", &["digest", "proc", "say"]),
-    ("squash", &["say"]),
+    ("squash", &["progress", "say"]),
     ("digest", &[]),
     ("plan", &["host", "image", "metadir", "proc", "shell"]),
     (
@@ -46,6 +46,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("host", &[]),
     ("metadir", &[]),
     ("proc", &[]),
+    ("progress", &["say"]),
     ("say", &[]),
     ("shell", &[]),
     ("sif", &[]),

@@ -11,9 +11,9 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::http::Response;
-use super::progress::Progress;
 use crate::cache::Draft;
 use crate::digest::{Digest, Hashing};
+use crate::progress::Progress;
 use crate::say;
 
 /// Content of at least this length is fetched in parts where the server can do that.

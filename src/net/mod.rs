@@ -9,7 +9,6 @@ pub mod http;
 pub mod library;
 pub mod mirrors;
 pub mod oci;
-mod progress;
 mod proxy;
 pub mod reference;
 pub mod registry;

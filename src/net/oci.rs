@@ -10,7 +10,6 @@ use anyhow::{Context, Result, anyhow, bail};
 
 use super::download::{self, CONNECTIONS, Expected};
 use super::http::{Body, Method, Request};
-use super::progress::Progress;
 use super::reference::Repository;
 use super::registry::{Access, Received, Remote, check_platform};
 use super::url::Url;
@@ -19,6 +18,7 @@ use crate::cache::{Cache, Kind, Obtained};
 use crate::digest::{Digest, Hashing};
 use crate::oci::blob::Verified;
 use crate::oci::{self, Blobs, Descriptor, Image, ImageConfig, Manifest};
+use crate::progress::Progress;
 use crate::say;
 
 /// Configuration of a SIF artifact.

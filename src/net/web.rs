@@ -7,10 +7,10 @@ use anyhow::{Result, anyhow};
 use super::Options;
 use super::download::{self, Expected};
 use super::http::{Method, Request, Response};
-use super::progress::Progress;
 use super::url::Url;
 use crate::cache::{Cache, Kind, Obtained};
 use crate::digest::Digest;
+use crate::progress::Progress;
 use crate::say;
 
 /// Downloads a file, unless the cache has the version that the server has.

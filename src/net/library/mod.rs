@@ -22,12 +22,12 @@ use serde_json::Value;
 use super::Options;
 use super::download::{self, Expected};
 use super::http::{Client, Method, Request, Response};
-use super::progress::Progress;
 use super::reference::LibraryName;
 use super::remotes::{Endpoint, Files, Remotes};
 use super::url::{Scheme, Url};
 use crate::cache::{Cache, Kind, Obtained};
 use crate::digest::Digest;
+use crate::progress::Progress;
 use crate::say;
 
 pub use push::push;

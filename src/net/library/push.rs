@@ -9,11 +9,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::super::http::{Body, Method, Request};
-use super::super::progress::Progress;
 use super::super::reference::LibraryName;
 use super::super::{Options, is_sif};
 use super::{ImageInfo, Library, refusal};
 use crate::digest::{Digest, Hashing};
+use crate::progress::Progress;
 use crate::say;
 
 /// A file that is longer goes in parts.
