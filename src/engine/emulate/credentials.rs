@@ -32,6 +32,8 @@ pub struct Credentials {
     pub keep: bool,
     /// They have.
     pub kept: bool,
+    /// It confined itself by Landlock, for ever.
+    pub confined: bool,
 }
 
 /// What a call may refuse.
@@ -129,6 +131,15 @@ impl Credentials {
     /// Whether it may do what root may.
     pub fn is_privileged(&self) -> bool {
         self.uid.effective == 0 || self.kept
+    }
+
+    /// Whether its ids are those that the container began with.
+    pub fn is_first(&self) -> bool {
+        let first = Credentials {
+            confined: self.confined,
+            ..Credentials::default()
+        };
+        *self == first
     }
 
     /// With other users: `capabilities(7)`, "Effect of user ID changes".

@@ -16,10 +16,10 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 
 use super::super::sys::{self, Answer, Raw};
-use super::credentials::KEEP;
+use super::credentials::{Credentials, KEEP};
 use super::filter::{At, Call};
 use super::owners::{self, Device, Owner};
-use super::tracee::Tracee;
+use super::view::View;
 
 /// What is to be made, beside a file that is opened.
 enum New {
@@ -34,15 +34,9 @@ fn failed(error: Errno) -> Answer {
     Answer::Error(error.raw_os_error())
 }
 
-impl Tracee<'_> {
+impl View<'_> {
     /// `None`: the kernel carries it out as it is.
     pub fn file(&self, call: Call) -> Option<Answer> {
-        if matches!(call, Call::Stat(..) | Call::Statx(..))
-            && !self.shared.has_owners.load(Ordering::Acquire)
-        {
-            return None;
-        }
-        let _elsewhere = self.enter_root()?;
         match call {
             Call::Stat(at, buffer) => {
                 let (file, owner) = self.recorded(&at)?;
@@ -52,7 +46,7 @@ impl Tracee<'_> {
                     stat.st_mode = device.kind() | (stat.st_mode & 0o7777);
                     stat.st_rdev = libc::makedev(device.major, device.minor);
                 }
-                self.write(buffer, stat.raw())?;
+                self.tracee.write(buffer, stat.raw())?;
                 Some(Answer::Value(0))
             }
             Call::Statx(at, flags, mask, buffer) => self.statx(&at, flags, mask, buffer),
@@ -64,7 +58,7 @@ impl Tracee<'_> {
             }
             Call::MakeNode(at, mode, device) => self.make_node(&at, mode, device),
             Call::MakeLink(at, target) => {
-                let target = self.read_path(target)?;
+                let target = self.tracee.read_path(target)?;
                 self.make(&at, &New::Link(target))
             }
             _ => None,
@@ -73,14 +67,20 @@ impl Tracee<'_> {
 
     /// The file and its record; `None` without one.
     fn recorded(&self, at: &At) -> Option<(OwnedFd, Owner)> {
-        let place = self.place(at)?;
-        let key = owners::key(&self.look(&place)?);
-        if !self.shared.owners().may_know(key) {
+        let file = self.open(&self.named(at)?)?;
+        let owner = self.owner(&file)?;
+        Some((file, owner))
+    }
+
+    /// What is recorded of an open file. The record is not held while its file system, which may be the container's own,
+    /// is asked.
+    fn owner(&self, file: &OwnedFd) -> Option<Owner> {
+        let seen = owners::Seen::look(file.as_fd()).ok()?;
+        if !self.tracee.shared.owners().may_know(&seen) {
             return None;
         }
-        let file = self.open(&place)?;
-        let owner = self.shared.owners().get(file.as_fd()).ok()??;
-        Some((file, owner))
+        let handle = sys::file_handle(file.as_fd());
+        self.tracee.shared.owners().find(&seen, &handle)
     }
 
     fn statx(&self, at: &At, flags: i32, mask: u32, buffer: u64) -> Option<Answer> {
@@ -93,22 +93,22 @@ impl Tracee<'_> {
             stat.stx_mode = (device.kind() as u16) | (stat.stx_mode & 0o7777);
             (stat.stx_rdev_major, stat.stx_rdev_minor) = (device.major, device.minor);
         }
-        self.write(buffer, stat.raw())?;
+        self.tracee.write(buffer, stat.raw())?;
         Some(Answer::Value(0))
     }
 
     fn chown(&self, at: &At, uid: u32, gid: u32) -> Option<Answer> {
         let is_root = |id: u32| id == 0 || id == KEEP;
-        let caller = self.credentials();
+        let caller = self.tracee.credentials();
         let to_root = is_root(uid) && is_root(gid) && caller.is_privileged();
-        if (to_root && !self.shared.has_owners.load(Ordering::Acquire))
-            || (uid, gid) == (KEEP, KEEP)
-        {
+        let has_owners = self.tracee.shared.has_owners.load(Ordering::Acquire);
+        if (to_root && !has_owners) || (uid, gid) == (KEEP, KEEP) {
             return None;
         }
-        let file = self.open(&self.place(at)?)?;
-        let before = self.shared.owners().get(file.as_fd()).ok()?;
-        if to_root && before.is_none() {
+        let file = self.open(&self.named(at)?)?;
+        let before = self.owner(&file);
+        // The files of procfs are what they are for who asks: the kernel's.
+        if (to_root && before.is_none()) || is_in_procfs(&file)? {
             return None;
         }
         let before = before.unwrap_or_default();
@@ -116,9 +116,6 @@ impl Tracee<'_> {
         let own = before.uid == caller.uid.fs && (gid == KEEP || caller.is_in(gid));
         if !(caller.is_privileged() || keeps && own) {
             return Some(Answer::Error(libc::EPERM));
-        }
-        if !self.is_pending() {
-            return None;
         }
         // A group of the host that the file may have stays, unless root's is asked for.
         let group = (gid == 0).then_some(Gid::ROOT);
@@ -137,55 +134,59 @@ impl Tracee<'_> {
     }
 
     fn record(&self, file: &OwnedFd, owner: Owner) -> Option<()> {
+        let shared = self.tracee.shared;
         if owner != Owner::default() {
             // Before the record: who looks from now on asks for the lock.
-            self.shared.has_owners.store(true, Ordering::Release);
+            shared.has_owners.store(true, Ordering::Release);
         }
-        self.shared.owners().set(file.as_fd(), owner).ok()
+        let seen = owners::Seen::look(file.as_fd()).ok()?;
+        let handle = sys::file_handle(file.as_fd());
+        shared.owners().note(&seen, handle, owner);
+        Some(())
     }
 
-    /// User and group of a file that is made in this place now.
-    fn owner_of_new(&self, at: &At) -> Option<(u32, u32)> {
-        let caller = self.credentials();
-        if !self.shared.owners().has_group_directories() {
-            return Some((caller.uid.fs, caller.gid.fs));
-        }
-        let (parent, _) = self.open_parent(at)?;
-        self.owner_in(&parent)
+    /// Whether a file that the thread makes now may belong to somebody else than root, and may be made here.
+    fn makes_for_others(&self, caller: &Credentials) -> bool {
+        let other = (caller.uid.fs, caller.gid.fs) != (0, 0);
+        let grouped = || self.tracee.shared.owners().has_group_directories();
+        // Landlock would have its say in the thread, and has none here.
+        !(caller.confined || self.tracee.shared.is_confined.load(Ordering::Acquire))
+            && (other || grouped())
     }
 
-    fn owner_in(&self, parent: &OwnedFd) -> Option<(u32, u32)> {
-        let caller = self.credentials();
+    /// User and group of what the thread makes in this directory.
+    fn owner_in(&self, parent: &OwnedFd, caller: &Credentials) -> Option<(u32, u32)> {
         let own = (caller.uid.fs, caller.gid.fs);
         let mode = rustix::fs::fstat(parent).ok()?.st_mode;
         if !Mode::from_raw_mode(mode).contains(Mode::SGID) {
             return Some(own);
         }
-        let directory = self.shared.owners().get(parent.as_fd()).ok()?;
-        Some((own.0, directory.map_or(0, |owner| owner.gid)))
+        Some((own.0, self.owner(parent).map_or(0, |owner| owner.gid)))
     }
 
     /// Opens a file that may be new.
     fn open_new(&self, at: &At, flags: i32, mode: u32) -> Option<Answer> {
-        if self.owner_of_new(at)? == (0, 0) || flags & libc::O_DIRECTORY != 0 {
+        let caller = self.tracee.credentials();
+        if !self.makes_for_others(&caller) || flags & libc::O_DIRECTORY != 0 {
             return None;
         }
-        let (parent, name) = self.open_parent(at)?;
-        if self.wants_directory(at)? {
+        let wanted = self.named(at)?;
+        if wanted.wants_directory() {
             return None;
         }
-        let (uid, gid) = self.owner_in(&parent)?;
+        let rights = self.tracee.rights()?;
+        let (parent, name) = self.open_parent(&wanted, &rights)?;
+        let (uid, gid) = self.owner_in(&parent, &caller)?;
+        let _taken = rights.take()?;
         // What exists is only opened; a symbolic link may lead to a new file, which is then root's.
         let there = rustix::fs::statat(&parent, &name, AtFlags::SYMLINK_NOFOLLOW);
-        if !matches!(there, Err(Errno::NOENT)) {
+        if !matches!(there, Err(Errno::NOENT)) || (uid, gid) == (0, 0) {
             return None;
         }
-        rustix::process::umask(self.umask()?);
-        if !self.is_pending() {
-            return None;
-        }
-        let wanted = OFlags::from_bits_retain(flags.cast_unsigned());
-        let open = wanted | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let open = OFlags::from_bits_retain(flags.cast_unsigned())
+            | OFlags::EXCL
+            | OFlags::NOFOLLOW
+            | OFlags::CLOEXEC;
         let mode = Mode::from_raw_mode(mode & 0o7777);
         // Somebody else was first, or it cannot be made: the kernel tells.
         let file = rustix::fs::openat(&parent, &name, open, mode).ok()?;
@@ -195,9 +196,10 @@ impl Tracee<'_> {
             device: None,
         };
         self.record(&file, owner)?;
-        let (listener, id) = (self.shared.listener.as_fd(), self.note.id);
+        let note = self.tracee.note;
+        let listener = self.tracee.shared.listener.as_fd();
         let close = flags & libc::O_CLOEXEC;
-        match sys::give_descriptor(listener, id, file.as_fd(), close) {
+        match sys::give_descriptor(listener, note.id, file.as_fd(), close) {
             Ok(fd) => Some(Answer::Value(fd.into())),
             Err(error) => {
                 let _ = rustix::fs::unlinkat(&parent, &name, AtFlags::empty());
@@ -211,7 +213,7 @@ impl Tracee<'_> {
         if !(24..=4096).contains(&size) {
             return None;
         }
-        let bytes = self.read_exact(how, 24)?;
+        let bytes = self.tracee.read_exact(how, 24)?;
         let mut words = bytes
             .chunks_exact(8)
             .map(|b| b.try_into().map_or(0, u64::from_ne_bytes));
@@ -234,7 +236,7 @@ impl Tracee<'_> {
                 self.make(at, &New::Node(kind, bits))
             }
             FileType::CharacterDevice | FileType::BlockDevice => {
-                if !self.credentials().is_privileged() {
+                if !self.tracee.credentials().is_privileged() {
                     return Some(Answer::Error(libc::EPERM));
                 }
                 let device = Device {
@@ -257,18 +259,21 @@ impl Tracee<'_> {
             New::Device(device, _) => Some(*device),
             _ => None,
         };
-        if device.is_none() && self.owner_of_new(at)? == (0, 0) {
+        let caller = self.tracee.credentials();
+        if device.is_none() && !self.makes_for_others(&caller) {
             return None;
         }
-        let (parent, name) = self.open_parent(at)?;
-        if !matches!(new, New::Directory(_)) && self.wants_directory(at)? {
+        let wanted = self.named(at)?;
+        if !matches!(new, New::Directory(_)) && wanted.wants_directory() {
             return None;
         }
-        let (uid, gid) = self.owner_in(&parent)?;
-        rustix::process::umask(self.umask()?);
-        if !self.is_pending() {
+        let rights = self.tracee.rights()?;
+        let (parent, name) = self.open_parent(&wanted, &rights)?;
+        let (uid, gid) = self.owner_in(&parent, &caller)?;
+        if device.is_none() && (uid, gid) == (0, 0) {
             return None;
         }
+        let _taken = rights.take()?;
         if let Err(error) = make_in(&parent, &name, new) {
             return Some(failed(error));
         }
@@ -280,6 +285,10 @@ impl Tracee<'_> {
         }
         Some(Answer::Value(0))
     }
+}
+
+fn is_in_procfs(file: &OwnedFd) -> Option<bool> {
+    Some(rustix::fs::fstatfs(file).ok()?.f_type as i64 == super::view::PROC_MAGIC)
 }
 
 fn make_in(parent: &OwnedFd, name: &CStr, new: &New) -> rustix::io::Result<()> {

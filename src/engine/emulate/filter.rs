@@ -1,9 +1,10 @@
 //! Which system calls the supervisor is asked about, and what their arguments mean.
 //!
 //! The filter names them by number for this machine's architecture. Calls of another one (32-bit programs) pass
-//! untouched and see what is really there: one user, root. Everything that is not named is decided by the number alone,
+//! untouched and see what is really there: one user, root; but the supervisor hears of those after which paths or rights
+//! may be others. Everything that is not named is decided by the number alone,
 //! which the kernel caches (Linux 5.11), so it costs nothing. `io_uring_setup(2)` is refused: it would make the same calls
-//! past the filter, and programs do without it.
+//! past the filter, and programs do without it; so are the second set of numbers that x86 has (x32).
 
 use libc::{c_long, sock_filter};
 
@@ -52,6 +53,8 @@ pub enum Call {
     KeepCapabilities(bool),
     /// `execve(2)`.
     Execute,
+    /// `landlock_restrict_self(2)`: flags.
+    Landlock(u32),
 }
 
 const FILES: &[c_long] = &[
@@ -107,8 +110,18 @@ const ROOTS: &[c_long] = &[
     libc::SYS_setns,
     libc::SYS_mount,
     libc::SYS_move_mount,
+    libc::SYS_mount_setattr,
     libc::SYS_umount2,
 ];
+
+/// The same of 32-bit programs: chroot, pivot_root, unshare, setns, mount, move_mount, mount_setattr, umount, umount2.
+#[cfg(target_arch = "x86_64")]
+const ROOTS_32: &[u32] = &[61, 217, 310, 346, 21, 429, 442, 22, 52];
+#[cfg(not(target_arch = "x86_64"))]
+const ROOTS_32: &[u32] = &[61, 218, 337, 375, 21, 429, 442, 52];
+
+/// On every architecture.
+const LANDLOCK: u32 = 446;
 
 const EXECUTE: &[c_long] = &[libc::SYS_execve, libc::SYS_execveat];
 
@@ -123,12 +136,25 @@ pub fn program() -> Option<Vec<sock_filter>> {
     // Skips one when it is not equal.
     let equal = |value: u32| if_equal(value, 0, 1);
     let (allow, ask) = (libc::SECCOMP_RET_ALLOW, libc::SECCOMP_RET_USER_NOTIF);
-    let mut program = vec![
-        seccomp::load_architecture(),
-        if_equal(ARCHITECTURE?, 1, 0),
+    let mut others = vec![
+        if_equal(seccomp::ARCHITECTURE_32, 1, 0),
         end(allow),
         seccomp::load_number(),
     ];
+    for call in ROOTS_32.iter().chain([&LANDLOCK]) {
+        others.extend([equal(*call), end(ask)]);
+    }
+    others.push(end(allow));
+    let mut program = vec![
+        seccomp::load_architecture(),
+        if_equal(ARCHITECTURE?, u8::try_from(others.len()).ok()?, 0),
+    ];
+    program.extend(others);
+    program.push(seccomp::load_number());
+    if cfg!(target_arch = "x86_64") {
+        const X32: u32 = 0x4000_0000;
+        program.extend([seccomp::if_set(X32), seccomp::refuse(libc::ENOSYS)]);
+    }
     // First those that are frequent and not decided by the number alone.
     for (call, index) in CREATING {
         program.extend([
@@ -154,6 +180,8 @@ pub fn program() -> Option<Vec<sock_filter>> {
         program.extend([equal(*call as u32), end(ask)]);
     }
     program.extend([
+        equal(LANDLOCK),
+        end(ask),
         equal(libc::SYS_io_uring_setup as u32),
         seccomp::refuse(libc::ENOSYS),
         end(allow),
@@ -188,6 +216,12 @@ fn new(dir: u64, path: u64) -> At {
 /// What is asked. The kernel takes the low half of most arguments.
 pub fn call(note: &Notification) -> Option<Call> {
     let [a, b, c, d, e, _] = note.args;
+    if note.number.cast_unsigned() == LANDLOCK {
+        return Some(Call::Landlock(b as u32));
+    }
+    if Some(note.architecture) != ARCHITECTURE {
+        return Some(Call::Root);
+    }
     let number = c_long::from(note.number);
     if IDENTITY.contains(&number) {
         return Some(Call::Identity);
@@ -248,6 +282,7 @@ mod tests {
         Notification {
             id: 1,
             thread: 1,
+            architecture: ARCHITECTURE.unwrap(),
             number: i32::try_from(number).unwrap(),
             args,
         }
@@ -297,7 +332,21 @@ mod tests {
         let (allow, ask) = (libc::SECCOMP_RET_ALLOW, libc::SECCOMP_RET_USER_NOTIF);
         assert_eq!(decide(libc::SYS_fchownat, arch, [0; 6]), ask);
         assert_eq!(decide(libc::SYS_setgroups, arch, [0; 6]), ask);
-        assert_eq!(decide(libc::SYS_fchownat, 0x4000_0003, [0; 6]), allow);
+        let other = seccomp::ARCHITECTURE_32;
+        assert_eq!(decide(libc::SYS_fchownat, other, [0; 6]), allow);
+        for call in ROOTS_32.iter().chain([&LANDLOCK]) {
+            assert_eq!(decide((*call).into(), other, [0; 6]), ask, "{call}");
+        }
+        for call in ROOTS.iter().chain([&c_long::from(LANDLOCK)]) {
+            assert_eq!(decide(*call, arch, [0; 6]), ask, "{call}");
+        }
+        if cfg!(target_arch = "x86_64") {
+            let refused = libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32;
+            assert_eq!(
+                decide(libc::SYS_fchownat | 0x4000_0000, arch, [0; 6]),
+                refused
+            );
+        }
         assert_eq!(decide(libc::SYS_read, arch, [0; 6]), allow);
         assert_eq!(decide(libc::SYS_openat, arch, [0; 6]), allow);
         let create = [0, 0, (libc::O_CREAT | libc::O_WRONLY) as u64, 0, 0, 0];

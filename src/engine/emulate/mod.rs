@@ -14,10 +14,33 @@
 //!         └─ payload      and all that it starts: the filter is inherited
 //! ```
 //!
-//! The supervisor lives in the container's user namespace: that gives it the right to read memory of the container, and
-//! no right that the container has not, so a program that tricks it gains nothing. It lives outside of the pid namespace,
-//! where nobody inside can see or end it. When it dies, process 1 dies by `PR_SET_PDEATHSIG` and the kernel ends the
-//! rest. So emulation always comes with a pid namespace.
+//! It lives outside of the pid namespace, where nobody inside can see or end it. When it dies, process 1 dies by
+//! `PR_SET_PDEATHSIG` and the kernel ends the rest. So emulation always comes with a pid namespace.
+//!
+//! # What a container can make it do
+//!
+//! The supervisor is root of the container's user namespace, but it sees the host's files and processes. So it acts in the
+//! view of who asks and with the rights of who asks, or not at all:
+//!
+//! - a path is opened once, where the thread that asks would find it ([`view::View`], the only door to files), and what
+//!   was opened is changed, or a plain name in it is made;
+//! - no link of procfs that means the one who follows it is followed: those paths are left to the kernel;
+//! - what is made is made with the thread's capabilities ([`tracee::Rights`]), and not for a thread in a
+//!   Landlock domain or in a user namespace further inside;
+//! - what was learnt by a thread's number counts when its call still waits afterwards;
+//! - the kernel has the word on everything else, and files that exist are opened by the kernel alone.
+//!
+//! With `--containall`, and in `%post`, a program therefore can do to Capsid and to its user's files this much:
+//!
+//! | to | it can | because |
+//! |---|---|---|
+//! | supervisor, image server, connector | nothing: they have no number inside | the pid namespace; `/proc` of its own (`plan::mounts`) |
+//! | all of its process group outside | signals by `kill(0, ...)`, as any program of a terminal's job | the group is the caller's, so that Ctrl-C works |
+//! | process 1 (`appinit`) | see its name; not trace it, nor open its memory, descriptors, program | `sys::forbid_tracing` before the fork |
+//! | sockets of ours | nothing: names in directories that are not mounted, never abstract ones | `engine::server::place`; those made for the container are passed closed (`sys::close_on_exec`) |
+//! | descriptors of ours | nothing: all are close-on-exec | `engine::sys` |
+//! | the record of owners | what `chown` of its own files does | [`owners`] knows files by what was opened |
+//! | the host's files | what was bound, as the caller may | `pivot_root` in `engine::rootfs`, and the rules above |
 //!
 //! # For builders
 //!
@@ -39,6 +62,7 @@ pub mod filter;
 pub mod owners;
 pub mod supervisor;
 pub mod tracee;
+pub mod view;
 
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::sync::Arc;
@@ -71,9 +95,7 @@ pub fn check() -> Result<()> {
 pub struct Link {
     supervisor: OwnedFd,
     container: OwnedFd,
-    /// Of the host.
-    proc: OwnedFd,
-    slack: u64,
+    host: supervisor::Host,
 }
 
 /// A supervisor at work.
@@ -105,11 +127,20 @@ impl Link {
             .ok()
             .and_then(|text| text.trim().parse().ok())
             .context("cannot read /proc/self/timerslack_ns")?;
+        let own = rustix::process::getpid().as_raw_nonzero().get();
+        let userns = sys::namespace(proc.as_fd(), own.cast_unsigned(), "user")
+            .context("cannot look at /proc/self/ns/user")?;
+        let capabilities = rustix::thread::capabilities(None).context("capget")?;
+        let host = supervisor::Host {
+            proc,
+            slack,
+            userns,
+            capabilities,
+        };
         Ok(Link {
             supervisor,
             container,
-            proc,
-            slack,
+            host,
         })
     }
 
@@ -150,7 +181,7 @@ impl Link {
         let Ok([listener, root]) = <[OwnedFd; 2]>::try_from(fds) else {
             return Ok(Supervisor::Idles(owners));
         };
-        let shared = Arc::new(Shared::new(listener, self.proc, root, self.slack, owners));
+        let shared = Arc::new(Shared::new(owners, self.host, listener, root));
         supervisor::start(&shared).context("cannot emulate owners")?;
         Ok(Supervisor::Works(shared))
     }

@@ -55,7 +55,7 @@ pub struct Owner {
 }
 
 /// Device and inode number.
-pub(super) type Key = (u64, u64);
+type Key = (u64, u64);
 
 /// What a file has that the next one of its number has not.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -103,12 +103,11 @@ impl Owners {
         if self.is_empty() {
             return Ok(None);
         }
-        let (key, born, _) = identify(file)?;
-        let Some(record) = self.records.get(&key) else {
+        let seen = Seen::look(file)?;
+        if !self.may_know(&seen) {
             return Ok(None);
-        };
-        let same = record.proof.born == born && record.proof.handle == sys::file_handle(file);
-        Ok(same.then_some(record.owner))
+        }
+        Ok(self.find(&seen, &sys::file_handle(file)))
     }
 
     /// Records the owner of an open file. Root's files need no record.
@@ -116,21 +115,35 @@ impl Owners {
     /// # Errors
     /// As `statx(2)`.
     pub fn set(&mut self, file: BorrowedFd, owner: Owner) -> io::Result<()> {
-        let (key, born, directory) = identify(file)?;
-        if owner == Owner::default() {
-            self.records.remove(&key);
-            return Ok(());
-        }
-        let handle = sys::file_handle(file);
-        self.group_directories |= directory && owner.gid != 0;
-        let proof = Proof { born, handle };
-        self.records.insert(key, Record { proof, owner });
+        let seen = Seen::look(file)?;
+        self.note(&seen, sys::file_handle(file), owner);
         Ok(())
     }
 
-    /// Whether a file of these numbers may have a record: saves opening it.
-    pub(super) fn may_know(&self, key: Key) -> bool {
-        self.records.contains_key(&key)
+    /// What is recorded of a file that was looked at, with its handle.
+    pub(super) fn find(&self, seen: &Seen, handle: &Option<Vec<u8>>) -> Option<Owner> {
+        let record = self.records.get(&seen.key)?;
+        let same = record.proof.born == seen.born && record.proof.handle == *handle;
+        same.then_some(record.owner)
+    }
+
+    /// Records the owner of a file that was looked at.
+    pub(super) fn note(&mut self, seen: &Seen, handle: Option<Vec<u8>>, owner: Owner) {
+        if owner == Owner::default() {
+            self.records.remove(&seen.key);
+            return;
+        }
+        self.group_directories |= seen.directory && owner.gid != 0;
+        let proof = Proof {
+            born: seen.born,
+            handle,
+        };
+        self.records.insert(seen.key, Record { proof, owner });
+    }
+
+    /// Whether a file that was looked at may have a record: saves asking for its handle.
+    pub(super) fn may_know(&self, seen: &Seen) -> bool {
+        self.records.contains_key(&seen.key)
     }
 
     /// Whether a directory was ever given to a group: new files in it may belong to that one.
@@ -261,23 +274,31 @@ impl Owners {
     }
 }
 
-type Identity = (Key, Option<(i64, u32)>, bool);
-
-/// Numbers, time of birth, and whether it is a directory.
-fn identify(file: BorrowedFd) -> io::Result<Identity> {
-    let flags = libc::AT_EMPTY_PATH | libc::AT_NO_AUTOMOUNT;
-    let mask = libc::STATX_INO | libc::STATX_TYPE | libc::STATX_BTIME;
-    let stat = sys::statx(file, c"", flags, mask)?;
-    let born = (stat.stx_mask & libc::STATX_BTIME != 0)
-        .then_some((stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec));
-    let directory = FileType::from_raw_mode(stat.stx_mode.into()).is_dir();
-    Ok((key(&stat), born, directory))
+/// What an open file is known by, but for its handle.
+pub(super) struct Seen {
+    key: Key,
+    born: Option<(i64, u32)>,
+    directory: bool,
 }
 
-/// The numbers in an answer of `statx(2)`.
-pub(super) fn key(stat: &libc::statx) -> Key {
-    let device = u64::from(stat.stx_dev_major) << 32 | u64::from(stat.stx_dev_minor);
-    (device, stat.stx_ino)
+impl Seen {
+    /// Asks its file system.
+    ///
+    /// # Errors
+    /// As `statx(2)`.
+    pub(super) fn look(file: BorrowedFd) -> io::Result<Seen> {
+        let flags = libc::AT_EMPTY_PATH | libc::AT_NO_AUTOMOUNT;
+        let mask = libc::STATX_INO | libc::STATX_TYPE | libc::STATX_BTIME;
+        let stat = sys::statx(file, c"", flags, mask)?;
+        let born = (stat.stx_mask & libc::STATX_BTIME != 0)
+            .then_some((stat.stx_btime.tv_sec, stat.stx_btime.tv_nsec));
+        let device = u64::from(stat.stx_dev_major) << 32 | u64::from(stat.stx_dev_minor);
+        Ok(Seen {
+            key: (device, stat.stx_ino),
+            born,
+            directory: FileType::from_raw_mode(stat.stx_mode.into()).is_dir(),
+        })
+    }
 }
 
 /// Printable ASCII stands for itself; other bytes and the backslash are `\ooo`.

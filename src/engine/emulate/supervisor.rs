@@ -14,12 +14,27 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
+use rustix::thread::CapabilitySets;
 
 use super::super::sys::{self, Answer, Notification};
 use super::credentials::{Credentials, Ids, Refused, Table};
 use super::filter::{self, Call};
 use super::owners::Owners;
-use super::tracee::{self, Tracee};
+use super::tracee::Tracee;
+use super::view::{self, View};
+
+/// What is learnt about this process before the container is made.
+#[derive(Debug)]
+pub struct Host {
+    /// The host's procfs.
+    pub proc: OwnedFd,
+    /// The timer slack that the container begins with, nanoseconds.
+    pub slack: u64,
+    /// Device and number of the user namespace.
+    pub userns: (u64, u64),
+    /// This process's.
+    pub capabilities: CapabilitySets,
+}
 
 /// What all threads share.
 #[derive(Debug)]
@@ -30,8 +45,12 @@ pub struct Shared {
     pub proc: OwnedFd,
     /// The container's root.
     pub root: OwnedFd,
-    /// The timer slack that the container began with, nanoseconds.
+    /// What the container began with.
     pub slack: u64,
+    /// Device and number of the container's user namespace, and the supervisor's.
+    pub userns: (u64, u64),
+    /// The supervisor's.
+    pub capabilities: CapabilitySets,
     owners: Mutex<Owners>,
     /// Nothing is recorded: the common case is decided without a lock.
     pub has_owners: AtomicBool,
@@ -40,6 +59,8 @@ pub struct Shared {
     pub has_credentials: AtomicBool,
     /// Some process may have a root or mounts of its own.
     pub is_apart: AtomicBool,
+    /// All of some process, or one whose calls are not understood, confined itself by Landlock.
+    pub is_confined: AtomicBool,
     /// Threads that work on a question.
     busy: AtomicUsize,
     /// Threads that answer.
@@ -62,24 +83,21 @@ const CROWDED_LOOKS: u32 = 20;
 const STACK_BYTES: usize = 256 << 10;
 
 impl Shared {
-    /// With everything that is known at the start.
-    pub fn new(
-        listener: OwnedFd,
-        proc: OwnedFd,
-        root: OwnedFd,
-        slack: u64,
-        owners: Owners,
-    ) -> Shared {
+    /// With everything that is known at the start: the record, who gives the questions, and the container's root.
+    pub fn new(owners: Owners, host: Host, listener: OwnedFd, root: OwnedFd) -> Shared {
         Shared {
             listener,
-            proc,
+            proc: host.proc,
             root,
-            slack,
+            slack: host.slack,
+            userns: host.userns,
+            capabilities: host.capabilities,
             has_owners: AtomicBool::new(!owners.is_empty()),
             owners: Mutex::new(owners),
             table: Mutex::default(),
             has_credentials: AtomicBool::new(false),
             is_apart: AtomicBool::new(false),
+            is_confined: AtomicBool::new(false),
             busy: AtomicUsize::new(0),
             threads: AtomicUsize::new(0),
             answered: AtomicUsize::new(0),
@@ -180,7 +198,7 @@ impl Drop for Guard {
 
 fn enter(shared: &Shared) -> Result<()> {
     unshare(CloneFlags::CLONE_FS).context("cannot give a thread a root of its own (unshare)")?;
-    tracee::enter(&shared.root).context("cannot enter the container's root (chroot)")
+    view::enter(&shared.root).context("cannot enter the container's root (chroot)")
 }
 
 fn serve(shared: &Arc<Shared>) {
@@ -240,10 +258,26 @@ fn decide(shared: &Shared, note: Notification) -> Answer {
             }
             None
         }
+        Call::Landlock(flags) => {
+            confine(&tracee, flags);
+            None
+        }
         Call::Identity => tracee.identity(),
-        file => tracee.file(file),
+        Call::Stat(..) | Call::Statx(..) if !shared.has_owners.load(Ordering::Acquire) => None,
+        file => View::enter(&tracee).and_then(|view| view.file(file)),
     };
     answer.unwrap_or(Answer::Continue)
+}
+
+/// `landlock_restrict_self(2)`: from now on the thread makes its files itself. If the call fails, that costs their owners.
+fn confine(tracee: &Tracee, flags: u32) {
+    // LOG_SAME_EXEC_OFF, LOG_NEW_EXEC_ON, LOG_SUBDOMAINS_OFF: a flag beyond these may be about more than this thread.
+    const KNOWN: u32 = 7;
+    let mut new = Credentials::clone(&tracee.credentials());
+    new.confined = true;
+    if flags & !KNOWN != 0 || tracee.set_credentials(new).is_none() {
+        tracee.shared.is_confined.store(true, Ordering::Release);
+    }
 }
 
 /// Most groups of a process (`NGROUPS_MAX`).
@@ -266,7 +300,7 @@ impl Tracee<'_> {
             libc::SYS_getresuid => self.tell(&now.uid),
             libc::SYS_getresgid => self.tell(&now.gid),
             // Root's own groups are the kernel's.
-            libc::SYS_getgroups if *now == Credentials::default() => None,
+            libc::SYS_getgroups if now.is_first() => None,
             libc::SYS_getgroups => self.tell_groups(&now.groups),
             libc::SYS_setfsuid | libc::SYS_setfsgid => self.set_fs(&now),
             _ => Some(match self.changed(&now) {

@@ -1,32 +1,27 @@
-//! What one question is about: the memory, the paths and the credentials of the thread that asks.
+//! What one question is about: the memory, the rights and the credentials of the thread that asks. Its files are in
+//! [`super::view`].
 //!
-//! **Paths** are resolved as the thread itself would resolve them. Each thread of the supervisor has the container's root
-//! as its own (`chroot(2)`), so no symbolic link and no `..` leads out; a relative path begins at the magic link
-//! `/proc/PID/cwd` or `/proc/PID/fd/N` of the host's procfs. A thread of the container that changed its root, or its
-//! mounts, is followed there for the length of one question. What cannot be resolved here is the kernel's to answer.
-//!
-//! **Races.** What is read from memory may change at once. So nothing is decided by a path twice: it is opened once for
-//! reference (`O_PATH`), and everything is done to what is open. The supervisor is root of the same user namespace as the
-//! container and has no right that the container has not.
+//! **Rights.** What is made for a thread is made with the capabilities that it has: fewer than the supervisor's in a
+//! program that gave some up, or that left the container's user namespace. Its user and groups are the supervisor's own,
+//! as there are no others.
 //!
 //! **Credentials** need a place that is inherited at the very moment of fork and clone, is kept by execve, and cannot be
 //! confused when numbers of processes come back. The timer slack of a thread (`PR_SET_TIMERSLACK` in `prctl(2)`,
 //! `/proc/PID/timerslack_ns`) is such a place: root has what the container began with, and the credentials with number
 //! N have N nanoseconds more.
 
-use std::ffi::CString;
-use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::io::{IoSlice, IoSliceMut, Read as _};
+use std::os::fd::AsFd as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::unistd::Pid;
-use rustix::fs::{CWD, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
 
 use super::super::sys::{self, Notification};
 use super::credentials::Credentials;
-use super::filter::At;
 use super::supervisor::Shared;
 
 /// One question.
@@ -35,14 +30,6 @@ pub struct Tracee<'a> {
     pub shared: &'a Shared,
     /// The question.
     pub note: Notification,
-}
-
-/// A path as this process can use it.
-pub struct Place {
-    /// Below the host's procfs, else absolute.
-    magic: bool,
-    path: CString,
-    follow: bool,
 }
 
 /// Longest path, bytes, with its NUL (`PATH_MAX`).
@@ -112,111 +99,6 @@ impl Tracee<'_> {
         (written == Ok(len)).then_some(())
     }
 
-    /// Where a call's file is.
-    pub fn place(&self, at: &At) -> Option<Place> {
-        let path = match at.path {
-            Some(address) => self.read_path(address)?,
-            None => Vec::new(),
-        };
-        if path.is_empty() && !at.empty {
-            return None; // the kernel says ENOENT
-        }
-        self.place_of(at, &path)
-    }
-
-    /// The same with a path that has been read.
-    pub fn place_of(&self, at: &At, path: &[u8]) -> Option<Place> {
-        let thread = self.note.thread;
-        if path.starts_with(b"/") {
-            // In the container's procfs this process does not exist.
-            let own = [
-                (&b"/proc/self/"[..], ""),
-                (b"/proc/thread-self/", ""),
-                (b"/dev/fd/", "fd/"),
-            ];
-            let rest = own
-                .iter()
-                .find_map(|(prefix, to)| Some((path.strip_prefix(*prefix)?, to)));
-            let (magic, path) = match rest {
-                Some((rest, to)) => (true, [format!("{thread}/{to}").as_bytes(), rest].concat()),
-                None => (false, path.to_vec()),
-            };
-            return Some(Place {
-                magic,
-                path: CString::new(path).ok()?,
-                follow: at.follow,
-            });
-        }
-        let mut whole = match at.dir {
-            libc::AT_FDCWD => format!("{thread}/cwd"),
-            fd if fd >= 0 => format!("{thread}/fd/{fd}"),
-            _ => return None,
-        }
-        .into_bytes();
-        if !path.is_empty() {
-            whole.push(b'/');
-            whole.extend(path);
-        }
-        Some(Place {
-            magic: true,
-            path: CString::new(whole).ok()?,
-            // The magic link itself must be.
-            follow: at.follow || path.is_empty(),
-        })
-    }
-
-    fn base(&self, place: &Place) -> BorrowedFd<'_> {
-        if place.magic {
-            self.shared.proc.as_fd()
-        } else {
-            CWD
-        }
-    }
-
-    /// `statx(2)` of the file at a place, of what the record knows it by.
-    pub fn look(&self, place: &Place) -> Option<libc::statx> {
-        let follow = if place.follow {
-            0
-        } else {
-            libc::AT_SYMLINK_NOFOLLOW
-        };
-        let flags = follow | libc::AT_NO_AUTOMOUNT;
-        sys::statx(self.base(place), &place.path, flags, libc::STATX_INO).ok()
-    }
-
-    /// Opens the file at a place for reference.
-    pub fn open(&self, place: &Place) -> Option<OwnedFd> {
-        let mut flags = OFlags::PATH | OFlags::CLOEXEC;
-        flags.set(OFlags::NOFOLLOW, !place.follow);
-        rustix::fs::openat(self.base(place), &place.path, flags, Mode::empty()).ok()
-    }
-
-    /// Opens the directory in which a new file is to be, and gives the file's name; `None` when the name is none.
-    pub fn open_parent(&self, at: &At) -> Option<(OwnedFd, CString)> {
-        let path = self.read_path(at.path?)?;
-        let trimmed = path.iter().rposition(|b| *b != b'/').map(|i| &path[..=i])?;
-        let start = trimmed
-            .iter()
-            .rposition(|b| *b == b'/')
-            .map_or(0, |i| i + 1);
-        let name = &trimmed[start..];
-        if name == b"." || name == b".." {
-            return None;
-        }
-        let parent = At {
-            follow: true,
-            ..*at
-        };
-        // The slash at its end stays: only a directory will do.
-        let place = self.place_of(&parent, &path[..start])?;
-        Some((self.open(&place)?, CString::new(name).ok()?))
-    }
-
-    /// Whether the path ends in a slash: then only a directory may be there.
-    pub fn wants_directory(&self, at: &At) -> Option<bool> {
-        Some(self.read_path(at.path?)?.ends_with(b"/"))
-    }
-
     fn slack_file(&self) -> String {
         format!("{}/timerslack_ns", self.note.thread)
     }
@@ -261,62 +143,111 @@ impl Tracee<'_> {
         Some(())
     }
 
-    /// The permission bits that its new files lack.
-    pub fn umask(&self) -> Option<Mode> {
+    /// What procfs tells of it.
+    pub fn status(&self) -> Option<Status> {
         let flags = OFlags::RDONLY | OFlags::CLOEXEC;
         let path = format!("{}/status", self.note.thread);
         let file = rustix::fs::openat(&self.shared.proc, path, flags, Mode::empty()).ok()?;
-        // It is the second line.
-        let mut text = [0; 256];
-        let len = rustix::io::read(&file, &mut text).ok()?;
-        let text = String::from_utf8_lossy(&text[..len]);
-        let bits = text.lines().find_map(|line| line.strip_prefix("Umask:"))?;
-        u32::from_str_radix(bits.trim(), 8)
-            .ok()
-            .map(Mode::from_raw_mode)
+        let mut text = Vec::with_capacity(4096);
+        // It grows with the caller's groups.
+        let most = std::fs::File::from(file).take(MAX_STATUS);
+        { most }.read_to_end(&mut text).ok()?;
+        Status::parse(&String::from_utf8_lossy(&text))
     }
 
-    /// Takes its root while the answer lives, when it may have another one than the container.
-    pub fn enter_root(&self) -> Option<Option<Elsewhere<'_>>> {
-        if !self.shared.is_apart.load(Ordering::Acquire) {
-            return Some(None);
-        }
-        let path = CString::new(format!("{}/root", self.note.thread)).ok()?;
-        let mask = libc::STATX_INO | STATX_MNT_ID;
-        let its = sys::statx(self.shared.proc.as_fd(), &path, 0, mask).ok()?;
-        let ours = sys::statx(CWD, c"/", 0, mask).ok()?;
-        let same = |s: &libc::statx| (s.stx_mnt_id, s.stx_ino);
-        if same(&its) == same(&ours) {
-            return Some(None);
-        }
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = rustix::fs::openat(&self.shared.proc, &path, flags, Mode::empty()).ok()?;
-        let elsewhere = Elsewhere(self.shared);
-        enter(&root).ok()?;
-        Some(Some(elsewhere))
+    /// What it may do to files, and the mask of its new ones.
+    pub fn rights(&self) -> Option<Rights<'_>> {
+        let Status {
+            umask, effective, ..
+        } = self.status()?;
+        Some(Rights {
+            shared: self.shared,
+            umask,
+            effective,
+        })
     }
 }
 
-/// `STATX_MNT_ID` (Linux 5.8).
-const STATX_MNT_ID: u32 = 0x1000;
+/// Longest answer of `/proc/PID/status`, bytes: a line holds a number for each of 65 536 groups.
+const MAX_STATUS: u64 = 1 << 20;
 
-/// Back to the container's root when it goes.
-pub struct Elsewhere<'a>(&'a Shared);
+/// What `/proc/PID/status` says of a thread.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Status {
+    /// The permission bits that its new files lack.
+    pub umask: Mode,
+    /// The number of its process.
+    pub process: u32,
+    /// The capabilities that count now.
+    pub effective: CapabilitySet,
+}
 
-impl Drop for Elsewhere<'_> {
+impl Status {
+    fn parse(text: &str) -> Option<Status> {
+        let field = |name: &str| {
+            let mut lines = text.lines();
+            let value = lines.find_map(|line| line.strip_prefix(name))?;
+            Some(value.trim())
+        };
+        let umask = u32::from_str_radix(field("Umask:")?, 8).ok()?;
+        let effective = u64::from_str_radix(field("CapEff:")?, 16).ok()?;
+        Some(Status {
+            umask: Mode::from_raw_mode(umask),
+            process: field("Tgid:")?.parse().ok()?,
+            effective: CapabilitySet::from_bits_retain(effective),
+        })
+    }
+}
+
+/// What a thread may do to files.
+pub struct Rights<'a> {
+    shared: &'a Shared,
+    umask: Mode,
+    effective: CapabilitySet,
+}
+
+impl<'a> Rights<'a> {
+    /// This thread of the supervisor has no more rights than the other, until the answer goes.
+    pub fn take(&self) -> Option<Taken<'a>> {
+        rustix::process::umask(self.umask);
+        let own = self.shared.capabilities;
+        let effective = own.effective & self.effective;
+        if effective == own.effective {
+            return Some(Taken(None));
+        }
+        let taken = Taken(Some(self.shared));
+        set_capabilities(None, CapabilitySets { effective, ..own }).ok()?;
+        Some(taken)
+    }
+}
+
+/// Gives the supervisor's own rights back when it goes.
+pub struct Taken<'a>(Option<&'a Shared>);
+
+impl Drop for Taken<'_> {
     fn drop(&mut self) {
-        if enter(&self.0.root).is_err() {
-            // No thread may go on with a root that is not the container's.
+        if let Some(shared) = self.0
+            && set_capabilities(None, shared.capabilities).is_err()
+        {
+            // What is permitted can be taken again; else this thread would answer wrongly from now on.
             sys::exit_now(255);
         }
     }
 }
 
-/// Makes an open directory the root and the working directory of this thread, which shares them with no other.
-///
-/// # Errors
-/// As `chroot(2)`.
-pub fn enter(root: &OwnedFd) -> rustix::io::Result<()> {
-    rustix::process::fchdir(root)?;
-    rustix::process::chroot(".")
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn status_is_read_whatever_stands_between() {
+        let groups = "7 ".repeat(300);
+        let text = format!(
+            "Name:\tx Umask:\nUmask:\t0027\nState:\tR\nTgid:\t12\nPid:\t13\nGroups:\t{groups}\nCapPrm:\tff\nCapEff:\t0000000000000003\n"
+        );
+        let status = Status::parse(&text).unwrap();
+        assert_eq!(status.umask, Mode::from_raw_mode(0o027));
+        assert_eq!((status.process, status.effective.bits()), (12, 3));
+        assert_eq!(Status::parse("Umask:\t0022\nTgid:\t1\n"), None);
+    }
 }

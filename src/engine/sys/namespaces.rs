@@ -33,6 +33,16 @@ pub fn owner_of_namespace(namespace: BorrowedFd) -> io::Result<OwnedFd> {
     }
 }
 
+/// Device and number of a namespace of this kind (`user`, `mnt`, ...) of a process, by a procfs that knows it.
+///
+/// # Errors
+/// When there is no such process, or it may not be looked at.
+pub fn namespace(proc: BorrowedFd, pid: u32, kind: &str) -> io::Result<(u64, u64)> {
+    let path = format!("{pid}/ns/{kind}");
+    let stat = rustix::fs::statat(proc, path, rustix::fs::AtFlags::empty())?;
+    Ok((stat.st_dev, stat.st_ino))
+}
+
 /// Brings the loopback interface of the current network namespace up (`netdevice(7)`).
 ///
 /// # Errors

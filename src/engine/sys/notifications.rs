@@ -12,6 +12,8 @@ pub struct Notification {
     pub id: u64,
     /// The thread that calls.
     pub thread: u32,
+    /// Whose numbers it uses, `AUDIT_ARCH_*`.
+    pub architecture: u32,
     /// Number of the call.
     pub number: i32,
     /// Its arguments.
@@ -99,6 +101,7 @@ pub fn receive_notification(listener: BorrowedFd) -> io::Result<Notification> {
     Ok(Notification {
         id: note.id,
         thread: note.pid,
+        architecture: note.data.arch,
         number: note.data.nr,
         args: note.data.args,
     })

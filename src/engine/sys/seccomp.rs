@@ -16,6 +16,13 @@ pub const ARCHITECTURE: Option<u32> = if cfg!(target_arch = "x86_64") {
     None
 };
 
+/// That of 32-bit programs on the same machine.
+pub const ARCHITECTURE_32: u32 = if cfg!(target_arch = "x86_64") {
+    0x4000_0003
+} else {
+    0x4000_0028
+};
+
 const fn op(code: u32, jt: u8, jf: u8, k: u32) -> sock_filter {
     sock_filter {
         code: code as u16,
