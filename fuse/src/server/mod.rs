@@ -18,7 +18,7 @@ mod views;
 
 use std::fs::File;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use fuse_backend_rs::abi::fuse_abi::{NotifyOpcode, OutHeader};
 use vm_memory::ByteValued as _;
@@ -74,6 +74,7 @@ pub struct Server {
     ahead: Option<Ahead>,
     habits: Habits,
     idle: Arc<Idle>,
+    on_stuck: OnceLock<Box<dyn Fn() + Send + Sync>>,
 }
 
 impl Server {
@@ -111,6 +112,7 @@ impl Server {
             options,
             ahead,
             habits: Habits::default(),
+            on_stuck: OnceLock::new(),
         }
     }
 
@@ -146,6 +148,12 @@ impl Server {
         if let Some(ahead) = &self.ahead {
             ahead.expect(paths);
         }
+    }
+
+    /// Says what to do when a damaged image keeps a thread busy for ever: everything is an error from then on, and only a new
+    /// process can go on. The first call counts.
+    pub fn on_stuck(&self, leave: impl Fn() + Send + Sync + 'static) {
+        let _first = self.on_stuck.set(Box::new(leave));
     }
 
     /// Serves from one descriptor, until the file system is unmounted everywhere.

@@ -81,6 +81,7 @@ impl Pool<'_> {
                 self.grow(scope);
             }
             self.answer(device, &request[..len], &mut reply);
+            self.leave_if_stuck();
         }
     }
 
@@ -95,6 +96,20 @@ impl Pool<'_> {
         let run = move || drop(self.run(scope, index));
         if thread.spawn_scoped(scope, run).is_err() {
             self.started.fetch_sub(1, order);
+        }
+    }
+
+    /// Lets the process end when the image keeps a thread busy for ever, and all who waited have their answers.
+    fn leave_if_stuck(&self) {
+        let others_idle = || {
+            let order = Ordering::SeqCst;
+            self.idle.load(order) + 1 >= self.started.load(order)
+        };
+        if self.server.tree.is_stuck()
+            && others_idle()
+            && let Some(leave) = self.server.on_stuck.get()
+        {
+            leave();
         }
     }
 

@@ -218,6 +218,14 @@ impl Tree {
         }
     }
 
+    /// Whether the image has brought its reader to a standstill: only another process can go on.
+    pub(crate) fn is_stuck(&self) -> bool {
+        match self {
+            Tree::Squashfs(_) => false,
+            Tree::Ext(ext) => ext.is_stuck(),
+        }
+    }
+
     /// The profile of the image in a directory.
     pub(crate) fn profile(&self, directory: OwnedFd) -> Option<Profile> {
         match self {

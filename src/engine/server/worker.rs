@@ -115,6 +115,7 @@ struct Begun {
 fn begin(image: &Image, home: &Home, mounted: Option<Rc<Mounted>>) -> Result<Begun> {
     let effort = mounted.as_ref().map_or_else(Effort::allowed, |m| m.effort);
     let server = Arc::new(open_tree(image, effort)?);
+    server.on_stuck(die);
     if let Some(profiles) = home.profiles.as_ref().and_then(|p| p.try_clone().ok()) {
         server.keep_profile(profiles);
     }
@@ -142,8 +143,7 @@ fn begin(image: &Image, home: &Home, mounted: Option<Rc<Mounted>>) -> Result<Beg
         move || {
             let _bell = Bell(bell);
             if server.serve_on(devices).is_err() {
-                // The keeper replaces a worker that dies so.
-                let _ = nix::sys::signal::kill(nix::unistd::getpid(), Signal::SIGKILL);
+                die();
             }
         }
     };
@@ -158,6 +158,11 @@ fn begin(image: &Image, home: &Home, mounted: Option<Rc<Mounted>>) -> Result<Beg
         serving,
         rung,
     })
+}
+
+/// The keeper replaces a worker that dies so.
+fn die() {
+    let _ = nix::sys::signal::kill(nix::unistd::getpid(), Signal::SIGKILL);
 }
 
 /// Rings, by a byte in a pipe, when it goes: a copy of its descriptor in a new keeper does not matter.
