@@ -107,6 +107,18 @@ impl Host {
         }
     }
 
+    /// A path of the caller's that later steps can use, wherever they are: absolute, unless that is longer than the kernel
+    /// takes a path (`PATH_MAX`, with its NUL). Then it only leads there from where the caller is.
+    pub fn reach(&self, path: impl AsRef<Path>) -> PathBuf {
+        let path = path.as_ref();
+        let absolute = self.cwd.join(path);
+        if absolute.as_os_str().len() < libc::PATH_MAX as usize {
+            absolute
+        } else {
+            path.to_owned()
+        }
+    }
+
     /// Where the sockets and records of this user on this node belong: inside a job the directory that the
     /// administrator's Prolog has made for it, else `$XDG_RUNTIME_DIR`.
     pub fn runtime_home(&self) -> Option<OsString> {

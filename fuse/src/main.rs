@@ -88,7 +88,6 @@ fn run(arguments: &Arguments) -> Result<()> {
         uid: rustix::process::getuid().as_raw(),
         gid: rustix::process::getgid().as_raw(),
         allow_other: rustix::process::getuid().is_root(),
-        default_permissions: true,
         source: name.clone(),
     })?;
     if let Some(directory) = &arguments.profile {

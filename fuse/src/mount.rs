@@ -1,6 +1,11 @@
 //! Makes FUSE mounts without a helper program: as root, or as a user in a user namespace of its own
 //! (fsopen(2), user_namespaces(7); Linux 5.2).
+//!
+//! Who may do what with a file is decided by the kernel, by owner and mode (`default_permissions`), as for its own
+//! squashfs: without that it would ask for `access(2)` alone, grant it when nobody answers, and let anybody read
+//! everything. It has both with each entry, so that deciding costs no request.
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 
@@ -9,6 +14,9 @@ use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 
 use crate::error::{Error, Result};
+
+/// Bytes of a string that fsconfig(2) takes, without its NUL.
+const SOURCE_MAX: usize = 255;
 
 /// How to mount.
 #[derive(Debug, Clone)]
@@ -19,9 +27,7 @@ pub struct MountOptions {
     pub gid: u32,
     /// Other users may enter it.
     pub allow_other: bool,
-    /// The kernel checks permissions by the modes of the files.
-    pub default_permissions: bool,
-    /// What mount tables show as the source.
+    /// What mount tables show as the source; of a long one, its end.
     pub source: String,
 }
 
@@ -88,7 +94,7 @@ fn configure(
 ) -> rustix::io::Result<()> {
     use rustix::mount::{fsconfig_set_flag, fsconfig_set_string};
     if !options.source.is_empty() {
-        fsconfig_set_string(context, "source", options.source.as_str())?;
+        fsconfig_set_string(context, "source", &*shown_source(&options.source))?;
     }
     fsconfig_set_flag(context, "ro")?;
     fsconfig_set_string(context, "subtype", "capsid")?;
@@ -100,10 +106,20 @@ fn configure(
     if options.allow_other {
         fsconfig_set_flag(context, "allow_other")?;
     }
-    if options.default_permissions {
-        fsconfig_set_flag(context, "default_permissions")?;
+    fsconfig_set_flag(context, "default_permissions")
+}
+
+/// A source as the kernel takes it: it refuses longer strings (fsconfig(2)).
+fn shown_source(source: &str) -> Cow<'_, str> {
+    const MARK: &str = "...";
+    if source.len() <= SOURCE_MAX {
+        return Cow::Borrowed(source);
     }
-    Ok(())
+    let mut start = source.len() - (SOURCE_MAX - MARK.len());
+    while !source.is_char_boundary(start) {
+        start += 1;
+    }
+    Cow::Owned(format!("{MARK}{}", &source[start..]))
 }
 
 fn make(context: BorrowedFd<'_>) -> rustix::io::Result<OwnedFd> {
@@ -138,4 +154,33 @@ pub fn clone_device(device: BorrowedFd<'_>) -> Result<OwnedFd> {
     crate::sys::join_connection(clone.as_fd(), device)
         .map_err(|errno| Error::sys("clone the FUSE device", errno))?;
     Ok(clone)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_of_any_length_is_one_that_the_kernel_takes() {
+        for (unit, count) in [
+            ("a", 255),
+            ("a", 256),
+            ("a", 5000),
+            ("\u{fffd}", 86),
+            ("\u{1f600}", 900),
+        ] {
+            for start in ["", "/", "//", "///"] {
+                let source = format!("{start}{}end", unit.repeat(count - 3));
+                let shown = shown_source(&source);
+                assert!(
+                    shown.len() <= SOURCE_MAX && shown.len() + 4 > SOURCE_MAX.min(source.len())
+                );
+                if source.len() <= SOURCE_MAX {
+                    assert_eq!(shown, source);
+                } else {
+                    assert!(shown.starts_with("...") && source.ends_with(&shown[3..]));
+                }
+            }
+        }
+    }
 }

@@ -43,7 +43,6 @@ fn take_over(image: &std::path::Path) {
         uid: 0,
         gid: 0,
         allow_other: false,
-        default_permissions: false,
         source: "test".into(),
     };
     let mounted = mount::fuse(&options).unwrap();

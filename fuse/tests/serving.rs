@@ -335,6 +335,61 @@ fn xattrs_are_answered_by_size_and_only_where_there_are_any() {
 }
 
 #[test]
+fn names_that_no_file_can_have_are_refused() {
+    let (_dir, with) = image(&[]);
+    let kernel = stage(&with);
+    kernel.1.add_view(&[]).unwrap();
+    let (root, _) = kernel.lookup(1, "0").unwrap();
+    for len in [255, 256, 300, 1000] {
+        let answer = kernel.ask(LOOKUP, root, &[&vec![b'z'; len][..], b"\0"].concat());
+        match len {
+            255 => assert_eq!(u64_at(&answer.unwrap(), 0), 0, "there is none"),
+            _ => assert_eq!(answer, Err(libc::ENAMETOOLONG), "{len}"),
+        }
+    }
+    let (small, _) = kernel.path(root, "small").unwrap();
+    for (name, errno) in [
+        ("short", libc::EOPNOTSUPP),
+        ("nosuchclass.short", libc::EOPNOTSUPP),
+        ("system.posix_acl_access", libc::EOPNOTSUPP),
+        ("", libc::EOPNOTSUPP),
+        ("user", libc::EOPNOTSUPP),
+        ("user.", libc::EINVAL),
+        ("security.", libc::EINVAL),
+        ("user.none", libc::ENODATA),
+        ("security.capability", libc::ENODATA),
+    ] {
+        let body = [&[100, 0, 0, 0, 0, 0, 0, 0][..], name.as_bytes(), b"\0"].concat();
+        assert_eq!(kernel.ask(GETXATTR, small, &body), Err(errno), "{name}");
+    }
+}
+
+#[test]
+fn attributes_for_the_administrator_are_not_listed() {
+    let (_dir, path) = image(&["-noX"]);
+    let mut bytes = fs::read(&path).unwrap();
+    // Class 0 is user., and 1 trusted. (see `xattr`).
+    let name = b"\0\0\x05\0short";
+    let at = bytes.windows(name.len()).position(|w| w == name).unwrap();
+    bytes[at] = 1;
+    fs::write(&path, bytes).unwrap();
+    let kernel = stage(&path);
+    kernel.1.add_view(&[]).unwrap();
+    let (small, _) = kernel
+        .path(kernel.lookup(1, "0").unwrap().0, "small")
+        .unwrap();
+    let list = |size: u32| kernel.ask(LISTXATTR, small, &[size.to_le_bytes(), [0; 4]].concat());
+    assert_eq!(list(100).unwrap(), b"user.empty\0");
+    assert_eq!(u32_at(&list(0).unwrap(), 0), 11);
+    let body = [&[100, 0, 0, 0, 0, 0, 0, 0][..], b"trusted.short\0"].concat();
+    assert_eq!(
+        kernel.ask(GETXATTR, small, &body).unwrap(),
+        b"value",
+        "the kernel asks for who may"
+    );
+}
+
+#[test]
 fn entries_carry_what_a_lookup_answers() {
     let (_dir, image) = image(&[]);
     let kernel = stage(&image);

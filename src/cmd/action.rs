@@ -222,7 +222,7 @@ pub(super) fn access(args: &ActionArgs) -> RunAccess<'_> {
 pub(super) fn is_elsewhere(image: &OsStr, host: &Host) -> bool {
     let text = image.to_string_lossy();
     text.split_once("://").is_some_and(|(scheme, _)| {
-        Reference::is_scheme(scheme) && std::fs::symlink_metadata(host.cwd.join(image)).is_err()
+        Reference::is_scheme(scheme) && std::fs::symlink_metadata(host.reach(image)).is_err()
     })
 }
 
@@ -232,7 +232,7 @@ pub(super) fn image_path(image: &OsString, host: &Host, access: &RunAccess) -> R
     if image.is_empty() {
         bail!("the name of the image is empty");
     }
-    let path = host.cwd.join(image);
+    let path = host.reach(image);
     let text = image.to_string_lossy();
     if let Some((scheme, _)) = text
         .split_once("://")

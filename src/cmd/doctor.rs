@@ -223,7 +223,6 @@ fn fuse(host: &Host) -> Check {
             uid: host.uid,
             gid: host.gid,
             allow_other: false,
-            default_permissions: false,
             source: "doctor".into(),
         };
         capsid_fuse::mount::fuse(&options)?;

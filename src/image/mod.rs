@@ -164,10 +164,15 @@ pub const MAX_NAMES: usize = 65_536;
 /// Naming the image and what is wrong with it.
 pub fn open(path: &Path) -> Result<Box<dyn Image>> {
     let what = || format!("could not open image {}", path.display());
-    let path = std::fs::canonicalize(path)
+    let real = std::fs::canonicalize(path).or_else(|error| match error.raw_os_error() {
+        // Deeper than a path can say: it is found from here all the same.
+        Some(libc::ENAMETOOLONG) if path.is_relative() => Ok(path.to_owned()),
+        _ => Err(error),
+    });
+    let real = real
         .map_err(|e| anyhow!(crate::say::word(&e)))
         .with_context(what)?;
-    open_at(path).with_context(what)
+    open_at(real).with_context(what)
 }
 
 fn open_at(path: PathBuf) -> Result<Box<dyn Image>> {

@@ -37,7 +37,6 @@ pub fn serve(image: &Path, point: &Path, latency: Duration) -> std::io::Result<S
         uid: 0,
         gid: 0,
         allow_other: false,
-        default_permissions: false,
         source: "slow".into(),
     })
     .map_err(std::io::Error::other)?;

@@ -91,12 +91,10 @@ pub(super) fn mount(image: &Image, effort: Effort) -> Result<Mounted> {
         IdMap::Own { uid, gid } => (*uid, *gid),
         _ => (0, 0),
     };
-    let others = image.ids.has_others();
     let mount = capsid_fuse::mount::fuse(&capsid_fuse::mount::MountOptions {
         uid,
         gid,
-        allow_other: others,
-        default_permissions: others,
+        allow_other: image.ids.has_others(),
         source: image.path.to_string_lossy().into_owned(),
     })?;
     // While /dev/fuse can still be seen.

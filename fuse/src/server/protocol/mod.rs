@@ -20,7 +20,7 @@ use super::views::{Spot, View, ViewId};
 use super::{Owner, Server};
 use crate::error::Error;
 use crate::file::Piece;
-use crate::format::Kind;
+use crate::format::{Kind, NAME_MAX};
 
 /// Protocol spoken: that of Linux 5.4. Newer kernels speak it too.
 const MAJOR: u32 = 7;
@@ -43,6 +43,8 @@ const MADE: u64 = 1 << 63;
 const VIEW_BITS: u32 = 12;
 /// Where inode numbers of added files begin: squashfs has 32 bits.
 const MADE_INODES: u64 = 1 << 50;
+/// Begins the name of an attribute that is for the machine's administrator.
+const TRUSTED: &[u8] = b"trusted.";
 /// Bytes of a symlink target that the kernel takes: a page without its last byte.
 const TARGET_MAX: usize = PAGE as usize - 1;
 
@@ -229,12 +231,15 @@ impl Server {
             DESTROY => Ok(()),
             // The kernel then opens files without asking, and keeps what it has read; so we hold no handles.
             OPEN | OPENDIR => Err(Refusal(libc::ENOSYS)),
-            // Includes ACCESS, which the kernel then decides by itself, and LSEEK, for which it sees no holes.
+            // Includes LSEEK, for which the kernel then sees no holes. Permissions it decides by itself (see `mount`).
             _ => Err(Refusal(libc::ENOSYS)),
         }
     }
 
     fn lookup(&self, parent: u64, name: &[u8], reply: &mut Reply) -> Outcome {
+        if name.len() > NAME_MAX {
+            return Err(Refusal(libc::ENAMETOOLONG));
+        }
         let (id, spot) = match self.node(parent)? {
             // Not to be kept: the view may be made later.
             Node::Stage => (
@@ -370,6 +375,7 @@ impl Server {
             // The kernel stops asking.
             return Err(Refusal(libc::ENOSYS));
         }
+        check_class(name)?;
         let value = match self.image_file(number)? {
             Some(at) => self.tree.xattr(at, name)?,
             None => None,
@@ -382,7 +388,7 @@ impl Server {
             return Err(Refusal(libc::ENOSYS));
         }
         let names = match self.image_file(number)? {
-            Some(at) => self.tree.xattr_names(at)?,
+            Some(at) => without_trusted(self.tree.xattr_names(at)?),
             None => Vec::new(),
         };
         answer_sized(&names, size, reply)
@@ -395,7 +401,7 @@ impl Server {
             files: usage.files,
             bsize: usage.block_size,
             frsize: usage.block_size,
-            namelen: crate::format::NAME_MAX as u32,
+            namelen: NAME_MAX as u32,
             ..Kstatfs::default()
         };
         reply.push(&StatfsOut { st });
@@ -405,6 +411,27 @@ impl Server {
 
 fn made_number(id: ViewId, index: u32) -> u64 {
     MADE_INODES | u64::from(id.0) << 32 | u64::from(index)
+}
+
+/// Refuses names of attributes that a file of an image cannot have, as the kernel's squashfs does (xattr(7)).
+fn check_class(name: &[u8]) -> Outcome {
+    let classes: [&[u8]; 3] = [b"user.", TRUSTED, b"security."];
+    match classes.iter().find_map(|class| name.strip_prefix(*class)) {
+        Some(b"") => Err(Refusal(libc::EINVAL)),
+        Some(_) => Ok(()),
+        None => Err(Refusal(libc::EOPNOTSUPP)),
+    }
+}
+
+/// Names that the programs of a user namespace may read. Others are for the machine's administrator alone (xattr(7)): the
+/// kernel says of them that they are not there, and so they are not listed either.
+fn without_trusted(names: Vec<u8>) -> Vec<u8> {
+    let names = names.split_inclusive(|byte| *byte == 0);
+    names
+        .filter(|name| !name.starts_with(TRUSTED))
+        .flatten()
+        .copied()
+        .collect()
 }
 
 /// Answers with a value or, when asked with size 0, with its length.
