@@ -31,6 +31,7 @@ pub mod plan;
 pub mod proc;
 pub mod progress;
 pub mod say;
+pub mod secret;
 pub mod shell;
 pub mod sif;
 pub mod squash;

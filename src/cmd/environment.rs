@@ -10,6 +10,7 @@ use anyhow::{Result, bail};
 use clap::ArgAction;
 
 use crate::say;
+use crate::secret::Shown;
 
 /// Keys that differ from the option's own name in upper case, and further keys beside it.
 const KEYS: &[(&str, &[&str])] = &[
@@ -31,8 +32,14 @@ const KEYS: &[(&str, &[&str])] = &[
     ("authfile", &["AUTH_FILE", "AUTHFILE"]),
     // Apptainer's own code reads CPU_SHARES for --cpus; its documentation says CPUS.
     ("cpus", &["CPUS"]),
-    ("passphrase", &["ENCRYPTION_PASSPHRASE"]),
-    ("pem_path", &["ENCRYPTION_PEM_PATH"]),
+    // Keys of encrypted images: for an image that is not encrypted they mean nothing, and the others are refused.
+    ("passphrase", &[]),
+    ("pem_path", &[]),
+    // Too plain: sites have variables of these names that mean something else.
+    ("data", &[]),
+    ("explain", &[]),
+    ("proot", &[]),
+    ("unsquash", &["UNSQUASH", "TMP_SANDBOX"]),
     ("build_arch", &["BUILD_ARCH"]),
     ("build_arch_variant", &["BUILD_ARCH_VARIANT"]),
     ("fix_perms", &["FIXPERMS"]),
@@ -158,7 +165,48 @@ pub fn parse_bool(flag: &str, value: &OsStr) -> Result<bool> {
         b"0" | b"f" | b"F" | b"false" | b"FALSE" | b"False" => Ok(false),
         _ => bail!(
             "while parsing environment variables: unable to set flag {flag} to value {}: not a boolean (use true or false)",
-            value.display()
+            Shown::new(flag, value)
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cmd::flags::ActionArgs;
+    use clap::Args as _;
+
+    fn words_of(env: &[(&str, &str)]) -> Result<Vec<OsString>> {
+        let command = ActionArgs::augment_args(clap::Command::new("exec"));
+        let env: Vec<_> = env.iter().map(|(k, v)| (k.into(), v.into())).collect();
+        words(&command, &env, &|_| false)
+    }
+
+    #[test]
+    fn keys_of_encrypted_images_are_no_options() {
+        for prefix in ["APPTAINER_", "SINGULARITY_"] {
+            for name in ["PASSPHRASE", "PEM_PATH", "PEM_DATA"] {
+                for name in [
+                    format!("{prefix}ENCRYPTION_{name}"),
+                    format!("{prefix}{name}"),
+                ] {
+                    let words = words_of(&[(&name, "s3cret")]).unwrap();
+                    assert!(words.is_empty(), "{name}: {words:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn no_value_of_a_secret_is_in_a_message() {
+        let wrong = |flag: &str| {
+            let error = parse_bool(flag, OsStr::new("s3cret")).unwrap_err();
+            error.to_string()
+        };
+        assert!(wrong("pid").contains("pid to value s3cret: not a boolean"));
+        for flag in ["passphrase", "pem-path", "password-stdin", "token"] {
+            let text = wrong(flag);
+            assert!(!text.contains("s3cret") && text.contains(flag), "{text}");
+        }
     }
 }
