@@ -156,8 +156,10 @@ fn commands_that_cannot_run_say_why() {
     env.run(["exec", image, "/opt/data"])
         .fatal(&["permission denied"]);
     env.run(["exec", image, "/opt"]).fatal(&["is a directory"]);
-    env.run(["exec", image, "/opt/no-interpreter"])
-        .fatal(&["/opt/no-interpreter", "a shared library is likely missing"]);
+    env.run(["exec", image, "/opt/no-interpreter"]).fatal(&[
+        "/opt/no-interpreter",
+        "as its interpreter, is not in the container",
+    ]);
     assert_eq!(
         env.run(["exec", image, "/opt/no-line", "word"]).ok(),
         "from a plain script word"
@@ -760,7 +762,7 @@ fn what_is_not_supported_is_an_error_never_ignored() {
     let image = image.to_str().unwrap();
     for options in [
         &["--security", "uid:0"][..],
-        &["--keep-privs"],
+        &["--allow-setuid"],
         &["--fusemount", "x"],
         &["--oom-kill-disable"],
     ] {

@@ -243,3 +243,84 @@ fn usage_shows_the_name_that_was_called() {
         );
     }
 }
+
+#[test]
+fn wrong_words_are_named_and_the_right_ones_too() {
+    let env = Env::new();
+    for (words, missing) in [
+        ("inspect", "<IMAGE>"),
+        ("overlay create", "<IMAGE>"),
+        ("registry login", "<URI>"),
+        ("registry logout", "<URI>"),
+        ("remote add", "<NAME>"),
+        ("instance logs", "<NAME>"),
+        ("instance wait", "<NAME>"),
+        ("cache warm", "<IMAGES>..."),
+        ("job start", "--file <FILE>"),
+        ("inspect --frobnicate x", "--frobnicate"),
+        ("instance list --jsn", "did you mean --json"),
+        ("exec --explain=xml x y", "text, json"),
+        ("exce", "did you mean \"exec\""),
+        ("instance strat", "did you mean \"start\""),
+        ("cache clena", "did you mean \"clean\""),
+        ("sif lsit x", "did you mean \"list\""),
+        ("help exce", "did you mean \"exec\""),
+        ("help bogus", "unknown command \"bogus\""),
+        ("help instance bogus", "unknown command \"bogus\""),
+        ("version extra", "\"extra\""),
+    ] {
+        let out = env.run(words.split(' '));
+        assert!(
+            out.status == 1 && out.stderr.contains(missing),
+            "{words}: {out}"
+        );
+        assert_eq!(out.stderr.lines().count(), 1, "{words}: {out}");
+    }
+    for command in [
+        "sign",
+        "verify",
+        "key",
+        "keys",
+        "buildcfg",
+        "completion",
+        "tag",
+        "capability",
+        "oci",
+        "plugin",
+        "search",
+        "delete",
+        "config",
+        "keyserver",
+        "checkpoint",
+    ] {
+        for words in [&[command][..], &["help", command], &[command, "--help"]] {
+            env.run(words).fatal(&[command, "not supported", ": "]);
+        }
+    }
+    let out = env.run(["sif"]);
+    assert!(out.status == 1 && out.stderr.is_empty(), "{out}");
+}
+
+#[test]
+fn help_is_that_of_what_was_named() {
+    let env = Env::new();
+    for (words, same) in [
+        ("help exec", "exec --help"),
+        ("help instance start", "instance start --help"),
+        ("--help instance start", "instance start --help"),
+        ("help sif list", "sif list --help"),
+        ("help version", "version --help"),
+        ("help cache clean", "cache clean --help"),
+        ("help remote add", "remote add -h"),
+        ("help job", "job --help"),
+        ("help help", "help"),
+        ("help overlay create", "overlay create --help"),
+        ("help sif add", "sif add x --help"),
+    ] {
+        let (one, other) = (env.run(words.split(' ')), env.run(same.split(' ')));
+        assert_eq!(one.ok(), other.ok(), "{words}");
+        assert!(one.stdout.contains("Usage:"), "{words}: {one}");
+    }
+    assert!(env.run(["help", "sif", "list"]).ok().contains("sif list"));
+    assert!(!env.run(["help", "sif", "list"]).ok().contains("sif del"));
+}

@@ -433,6 +433,8 @@ fn plan_for(root: &Path, words: &[&str]) -> Plan {
             umask: 0o022,
             init: Init::Appinit,
             close_descriptors: true,
+            rights: capsid::plan::Rights::default(),
+            time_limit: None,
         },
     }
 }

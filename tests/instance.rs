@@ -244,7 +244,7 @@ fn script_that_cannot_be_executed_is_an_error_at_once() {
         "#!/no/such/interpreter\n",
     );
     s.run(&["instance", "start", tree.to_str().unwrap(), "n"])
-        .fatal(&["startscript", "a shared library is likely missing"]);
+        .fatal(&["startscript", "as its interpreter, is not in the container"]);
     s.run(&["instance", "start", "-B", "/no/such:/mnt", "IMAGE", "n"])
         .fatal(&["/no/such", "doesn't exist"]);
     assert!(s.names().is_empty());
@@ -341,6 +341,74 @@ fn options_of_the_container_are_refused_when_it_runs() {
             .collect();
         s.run(&words).fatal(&[option[0], "instance n"]);
     }
+    // What holds nowhere is refused here, too, with its reason, and limits count as isolation does.
+    for option in [
+        &["--security", "seccomp:/x"][..],
+        &["--keep-privs"],
+        &["--fusemount", "x"],
+        &["--device", "x"],
+        &["--oci"],
+        &["--nvccli"],
+        &["--network-args", "x"],
+        &["--oom-kill-disable"],
+        &["--memory-reservation", "1M"],
+        &["--cpu-shares", "2"],
+        &["--cpuset-mems", "0"],
+        &["--blkio-weight", "10"],
+        &["--net"],
+        &["--hostname", "x"],
+        &["--add-caps", "CAP_BOGUS"],
+    ] {
+        let mut words: Vec<&str> = [&["exec"], option].concat();
+        words.extend(["instance://n", "true"]);
+        s.run(&words).fatal(&[option[0]]);
+    }
+    let status = [
+        "exec",
+        "--add-caps",
+        "net_raw",
+        "instance://n",
+        "cat",
+        "/proc/self/status",
+    ];
+    assert!(s.run(&status).ok().contains("CapEff:\t0000000000002000"));
+    // Under a peer's name one warning says what comes too late and harms nobody.
+    let peer = s.env.path("singularity");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_capsid"), &peer).unwrap();
+    let late = |words: &[&str]| {
+        let words = ["exec"]
+            .iter()
+            .chain(words)
+            .chain(&["instance://n", "true"]);
+        let mut command = s.env.command_as(&peer, words);
+        output(command.env("APPTAINER_CONFIGDIR", s.env.path("config")))
+    };
+    let out = late(&[
+        "--nv", "-B", "/tmp:/x", "-c", "-H", "/tmp:/h", "--pid", "-e",
+    ]);
+    out.ok();
+    let warnings: Vec<&str> = out
+        .stderr
+        .lines()
+        .filter(|l| l.starts_with("WARNING"))
+        .collect();
+    assert_eq!(warnings.len(), 1, "{out}");
+    for name in ["--nv", "--bind", "--contain", "--home", "instance n"] {
+        assert!(warnings[0].contains(name), "{out}");
+    }
+    assert!(
+        !warnings[0].contains("--pid") && !warnings[0].contains("--cleanenv"),
+        "{out}"
+    );
+    late(&["--memory", "1G"]).fatal(&["--memory", "instance n"]);
+    late(&["--net"]).fatal(&["--net", "instance n"]);
+    let mut limited = s.command(&["exec", "instance://n", "true"]);
+    let out = output(limited.env("APPTAINER_MEMORY", "1G"));
+    out.ok();
+    assert!(
+        out.stderr.contains("WARNING: no effect") && out.stderr.contains("--memory"),
+        "{out}"
+    );
     // A site's defaults in the environment are for containers that are made.
     let mut command = s.command(&["exec", "instance://n", "true"]);
     output(command.env("SINGULARITY_BINDPATH", "/etc,/mnt")).ok();

@@ -335,6 +335,8 @@ fn request(words: Vec<OsString>, write: Write, work: &Path, settings: &Settings)
         writable: write == Write::Root,
         contain: true,
         close_descriptors: false,
+        rights: plan::Rights::default(),
+        time_limit: None,
         namespaces: Namespaces {
             pid: true,
             ..Namespaces::default()

@@ -2,12 +2,13 @@
 
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
 use super::fetch::{self, RunAccess};
 use super::flags::ActionArgs;
-use super::{Explain, Persona, Usage, explain};
+use super::{Explain, Persona, Usage, explain, unsquash};
 use crate::engine::network::Network;
 use crate::engine::server::Places;
 use crate::host::{Host, normalise};
@@ -15,8 +16,8 @@ use crate::image::{self, Root};
 use crate::net::Reference;
 use crate::plan::limits::{self, Limits};
 use crate::plan::{
-    self, Bind, EnvironmentRequest, Init, Layer, Namespaces, Ownership, Request, SubIds, Verb,
-    bind, identity,
+    self, Bind, Capabilities, EnvironmentRequest, IdMap, Init, Layer, Namespaces, Ownership,
+    Request, Rights, SubIds, Verb, bind, identity,
 };
 use crate::{engine, exit, gpu, say};
 
@@ -25,6 +26,7 @@ use crate::{engine, exit, gpu, say};
 /// # Errors
 /// Whatever is wrong with the request, the image or the machine.
 pub fn run(name: &str, args: ActionArgs, explain: Option<Explain>, persona: Persona) -> Result<u8> {
+    let explain = args.explain.or(explain);
     run_on(name, args, explain, persona, Host::read()?)
 }
 
@@ -36,16 +38,23 @@ pub fn run_on(
     name: &str,
     args: ActionArgs,
     explain: Option<Explain>,
-    _persona: Persona,
+    persona: Persona,
     host: Host,
 ) -> Result<u8> {
+    refuse(&args)?;
+    if name != "run" && args.runscript_timeout.is_some() {
+        bail!("--runscript-timeout is for run: it ends an image's runscript");
+    }
     if let Some(instance) = instance_name(&args.image)
         && name != "run-help"
     {
-        return super::instance::join::run(name, &args, &host, instance);
+        return super::instance::join::run(name, &args, &host, instance, explain, persona);
     }
-    if let Some(refusal) = args.refusal() {
-        bail!("{} is not supported: {}", refusal.option, refusal.why);
+    if explain.is_some() {
+        if name == "run-help" {
+            bail!("--explain shows what a run does, and run-help runs nothing");
+        }
+        refuse_fetching(&args.image, &host)?;
     }
     let path = image_path(&args.image, &host, &access(&args))?;
     let image = image::open(&path)?;
@@ -60,19 +69,147 @@ pub fn run_on(
     drop(image);
     announce(&planned.warnings, &planned.infos);
     if let Some(form) = explain {
-        explain::print(&planned.plan, form)?;
+        explain::print(&whole(&args, &planned.plan, &host)?, form)?;
         return Ok(exit::OK);
     }
-    if say::level() >= say::DEBUG {
-        for line in explain::lines(&planned.plan) {
-            say::debug(format_args!("plan: {line}"));
-        }
-    }
+    tell_steps(&whole(&args, &planned.plan, &host)?);
     let scratch = std::env::temp_dir();
     let network = network(&args, &scratch)?;
     // The cgroup goes with its last process; an empty one is removed by the next run.
     engine::cgroup::apply(&limits(&args, &host)?, limits_policy(&host)?, name)?;
-    engine::run(&planned.plan, &places(&host), network.as_ref())
+    let run = |plan: &plan::Plan| engine::run(plan, &places(&host), network.as_ref());
+    if args.unsquash {
+        return unsquash::run(planned.plan, &temporary(&args, &host), run);
+    }
+    run(&planned.plan)
+}
+
+/// What a person who wants to know more is told: everything for `--debug`, for `--verbose` what is made of the image and of
+/// the host's files.
+fn tell_steps(whole: &explain::Whole) {
+    if say::level() < say::VERBOSE {
+        return;
+    }
+    for line in whole.lines() {
+        if line.starts_with("env ") {
+            say::debug(format_args!("plan: {line}"));
+        } else {
+            say::verbose(format_args!("plan: {line}"));
+        }
+    }
+}
+
+/// Where a temporary directory of this run goes.
+fn temporary(args: &ActionArgs, host: &Host) -> PathBuf {
+    let asked = args.tmpdir.as_ref().map(|dir| host.cwd.join(dir));
+    asked.unwrap_or_else(std::env::temp_dir)
+}
+
+/// The plan of a container with what is settled around it.
+///
+/// # Errors
+/// Naming the option that is wrong.
+pub(super) fn whole<'a>(
+    args: &ActionArgs,
+    plan: &'a plan::Plan,
+    host: &Host,
+) -> Result<explain::Whole<'a>> {
+    for text in &args.publish {
+        engine::network::parse_publish(text)?;
+    }
+    Ok(explain::Whole {
+        plan,
+        limits: limits(args, host)?,
+        connection: is_connected(args).then(|| args.publish.clone()),
+        unpacked_in: args.unsquash.then(|| temporary(args, host)),
+        time_limit_s: plan.process.time_limit.map(|limit| limit.as_secs_f64()),
+    })
+}
+
+/// Refuses what cannot be met.
+///
+/// # Errors
+/// Naming the option.
+pub(super) fn refuse(args: &ActionArgs) -> Result<()> {
+    if let Some(refusal) = args.refusal() {
+        bail!("{} is not supported: {}", refusal.option, refusal.why);
+    }
+    Ok(())
+}
+
+/// For `--explain`, which does nothing: an image elsewhere would have to be fetched first.
+///
+/// # Errors
+/// When it is elsewhere.
+pub(super) fn refuse_fetching(image: &OsStr, host: &Host) -> Result<()> {
+    let text = image.to_string_lossy();
+    let scheme = text.split_once(':').map_or("", |(scheme, _)| scheme);
+    if (is_transport(scheme) || Reference::is_scheme(scheme))
+        && std::fs::symlink_metadata(host.cwd.join(image)).is_err()
+    {
+        bail!(
+            "--explain does nothing, and {text} would have to be fetched to know its plan: capsid pull it, and explain the file"
+        );
+    }
+    Ok(())
+}
+
+/// The capabilities that are asked for.
+///
+/// # Errors
+/// Naming the option that is wrong.
+pub(super) fn rights(args: &ActionArgs, ids: &IdMap) -> Result<Rights> {
+    let parse = |option, text: &Option<String>| {
+        let text = text.as_deref().unwrap_or_default();
+        Capabilities::parse(option, text)
+    };
+    if args.keep_privs && !ids.is_root() {
+        bail!(
+            "--keep-privs: a user has no privileges that could be kept: --fakeroot gives those of root in the container, --add-caps single ones"
+        );
+    }
+    let dropped = parse("--drop-caps", &args.drop_caps)?;
+    Ok(Rights {
+        add: parse("--add-caps", &args.add_caps)?,
+        drop: match args.no_privs {
+            true => Capabilities::ALL,
+            false => dropped,
+        },
+    })
+}
+
+/// The time that a run may take at most.
+///
+/// # Errors
+/// When it is none, as `time.ParseDuration` of Go reads it; a number alone is seconds.
+fn time_limit(text: &str) -> Result<Duration> {
+    let wrong =
+        || format!("--runscript-timeout {text:?}: use a time such as 90s, 5m or 1h30m, above 0");
+    let mut seconds = 0.0;
+    let mut rest = text;
+    while !rest.is_empty() {
+        let end = rest.find(|c: char| !c.is_ascii_digit() && c != '.');
+        let (number, behind) = rest.split_at(end.unwrap_or(rest.len()));
+        let end = behind.find(|c: char| c.is_ascii_digit() || c == '.');
+        let (unit, behind) = behind.split_at(end.unwrap_or(behind.len()));
+        let unit = match unit {
+            "h" => 3600.0,
+            "m" => 60.0,
+            "s" => 1.0,
+            "ms" => 1e-3,
+            "us" | "µs" => 1e-6,
+            "ns" => 1e-9,
+            "" if number == text => 1.0,
+            _ => bail!(wrong()),
+        };
+        seconds += number.parse::<f64>().with_context(wrong)? * unit;
+        rest = behind;
+    }
+    // A hundred years, so that a deadline can be added to now.
+    if !(1e-9..=3.2e9).contains(&seconds) {
+        bail!(wrong());
+    }
+    Ok(Duration::from_secs_f64(seconds))
 }
 
 /// Where servers of images and their profiles are.
@@ -88,18 +225,18 @@ pub fn places(host: &Host) -> Places {
 /// # Errors
 /// When it contradicts other options, or no program can connect a network here.
 pub(super) fn network(args: &ActionArgs, scratch: &Path) -> Result<Option<Network>> {
-    let none = args.network.as_deref() == Some("none");
-    if !args.publish.is_empty() && none {
-        bail!(
+    match args.network.as_deref() {
+        None => {}
+        Some("none") if args.publish.is_empty() => {}
+        Some("none") => bail!(
             "--publish needs a network with a connection to the outside: leave out --network none"
-        );
-    }
-    if let Some(other) = args.network.as_deref().filter(|n| *n != "none")
-        && args.net
-    {
-        bail!(
-            "--network {other} is not supported: leave it out for a network that is connected by pasta or slirp4netns, or use none"
-        );
+        ),
+        Some("fakeroot") if args.publish.is_empty() => say::warn(format_args!(
+            "--network fakeroot takes a program with root's rights, which this is not: the container has no network but its own loopback; leave the option out for one that is connected by pasta or slirp4netns"
+        )),
+        Some(other) => bail!(
+            "--network {other} is not supported: use --net alone for a network that is connected by pasta or slirp4netns, or --network none"
+        ),
     }
     if !is_connected(args) {
         return Ok(None);
@@ -114,7 +251,7 @@ pub(super) fn network(args: &ActionArgs, scratch: &Path) -> Result<Option<Networ
 
 /// Whether the container gets a network of its own that is connected to the outside.
 fn is_connected(args: &ActionArgs) -> bool {
-    (args.net || !args.publish.is_empty()) && args.network.as_deref() != Some("none")
+    (args.net || !args.publish.is_empty()) && args.network.is_none()
 }
 
 /// Tells the person what planning noticed.
@@ -280,7 +417,11 @@ fn run_help(image: &dyn image::Image, app: Option<&str>) -> Result<u8> {
         None => "/.singularity.d/runscript.help".into(),
     };
     match image.read(Path::new(&path))? {
-        Some(text) => say::out(format_args!("{}", String::from_utf8_lossy(&text)))?,
+        // Builders end the text with a line break more than it has.
+        Some(text) => say::out(format_args!(
+            "{}\n",
+            String::from_utf8_lossy(&text).trim_end_matches('\n')
+        ))?,
         None => say::out(format_args!(
             "No help sections were defined for this image\n"
         ))?,
@@ -299,7 +440,17 @@ pub(super) fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Requ
     }
     let all = args.containall || args.compat;
     let uts = args.uts || args.hostname.is_some();
-    let pid = (args.pid || all) && !args.no_pid;
+    let time_limit = args
+        .runscript_timeout
+        .as_deref()
+        .map(time_limit)
+        .transpose()?;
+    if time_limit.is_some() && args.no_pid {
+        bail!(
+            "--runscript-timeout needs a process namespace, to end all of the run: leave out --no-pid"
+        );
+    }
+    let pid = (args.pid || all || time_limit.is_some()) && !args.no_pid;
     let fakeroot = args.fakeroot.then(|| {
         if args.ignore_subuid {
             None
@@ -307,6 +458,7 @@ pub(super) fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Requ
             engine::userns::subordinate_ids(&host.user.name, host.uid)
         }
     });
+    let rights = rights(args, &identity::choose(host, fakeroot.as_ref()))?;
     let ownership = ownership(args, host, fakeroot.as_ref());
     let pid = pid || ownership == Ownership::Emulated;
     Ok(Request {
@@ -328,7 +480,7 @@ pub(super) fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Requ
         namespaces: Namespaces {
             pid,
             ipc: args.ipc || all,
-            net: args.net || !args.publish.is_empty(),
+            net: args.net || !args.publish.is_empty() || args.network.is_some(),
             uts,
         },
         fakeroot,
@@ -338,6 +490,8 @@ pub(super) fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Requ
         } else {
             Init::Appinit
         },
+        rights,
+        time_limit,
         hostname: args.hostname.clone(),
         dns: if args.dns.is_empty() && is_connected(args) {
             vec![engine::network::NAME_SERVER.into()]
@@ -482,15 +636,18 @@ fn layers(args: &ActionArgs, host: &Host) -> Result<Vec<Layer>> {
         } else {
             facts.overlays
         };
+        let squashfs = |r: &Root| matches!(r, Root::Squashfs { .. });
+        let only = !read_only && roots.iter().all(squashfs);
+        if only {
+            say::warn(format_args!(
+                "the overlay image {} is squashfs, which cannot be written: it is laid over the root read-only",
+                path.display()
+            ));
+        }
+        let read_only = read_only || only;
         if !read_only && roots.iter().any(|r| matches!(r, Root::Ext { .. })) {
             bail!(
                 "the overlay image {} cannot be written by this version: add :ro to read it, or use a directory as the overlay",
-                path.display()
-            );
-        }
-        if !read_only {
-            bail!(
-                "the overlay image {} cannot be written: squashfs is read-only; add :ro",
                 path.display()
             );
         }
@@ -522,8 +679,9 @@ pub(super) fn env(options: &[String]) -> Result<Vec<(String, OsString)>> {
         };
         for field in fields {
             let Some((key, value)) = field.split_once('=') else {
+                // Only the part that is wrong: the others may hold secrets.
                 let text = format!(
-                    "invalid argument {option:?} for \"--env\" flag: {field} must be formatted as key=value"
+                    "invalid argument {field:?} for \"--env\" flag: {field} must be formatted as key=value"
                 );
                 return Err(Usage {
                     command: "exec".into(),
@@ -572,6 +730,26 @@ pub(super) fn env_files(paths: &[PathBuf], host: &Host) -> Result<Vec<(PathBuf, 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn times_are_read_as_go_does() {
+        let seconds = |text| time_limit(text).map(|d| d.as_secs_f64()).ok();
+        for (text, s) in [
+            ("1s", 1.0),
+            ("90", 90.0),
+            ("1h30m", 5400.0),
+            ("1.5s", 1.5),
+            ("250ms", 0.25),
+            ("1m0.5s", 60.5),
+        ] {
+            assert_eq!(seconds(text), Some(s), "{text}");
+        }
+        for text in [
+            "", "0", "0s", "-1s", "s", "1x", "1s2", "1..s", "9999999h", "soon", "1 s",
+        ] {
+            assert_eq!(seconds(text), None, "{text}");
+        }
+    }
 
     #[test]
     fn env_of_one_equals_sign_keeps_its_commas() {

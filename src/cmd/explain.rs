@@ -1,25 +1,90 @@
 //! `--explain`: the plan as text or JSON; nothing is run.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, Result};
+use serde::Serialize;
 
 use super::Explain;
 use crate::image::Root;
-use crate::plan::{IdMap, Join, Layer, Ownership, Plan, Source};
+use crate::plan::limits::Limits;
+use crate::plan::{Capabilities, IdMap, Join, Layer, Ownership, Plan, Process, Source};
 use crate::say;
+use crate::secret::Shown;
+
+/// All that a run does: the plan of the container, and what is settled around it.
+#[derive(Serialize)]
+pub struct Whole<'a> {
+    /// The container.
+    #[serde(flatten)]
+    pub plan: &'a Plan,
+    /// What it may use of the machine.
+    pub limits: Limits,
+    /// Published ports of a network that is connected to the outside.
+    pub connection: Option<Vec<String>>,
+    /// Where the root is unpacked, for this run only.
+    pub unpacked_in: Option<PathBuf>,
+    /// Seconds until it is ended.
+    pub time_limit_s: Option<f64>,
+}
 
 /// Prints the plan.
 ///
 /// # Errors
 /// When a path in it cannot be written as JSON.
-pub fn print(plan: &Plan, form: Explain) -> Result<()> {
+pub fn print(whole: &Whole, form: Explain) -> Result<()> {
+    print_as(&whole.lines(), whole, form)
+}
+
+/// Prints what stepping into an instance does.
+///
+/// # Errors
+/// As [`print`].
+pub fn print_join(join: &Join, form: Explain) -> Result<()> {
+    print_as(&join_lines(join), join, form)
+}
+
+fn print_as(lines: &[String], value: &impl Serialize, form: Explain) -> Result<()> {
     match form {
-        Explain::Text => say::out(format_args!("{}\n", lines(plan).join("\n")))?,
+        Explain::Text => say::out(format_args!("{}\n", lines.join("\n"))),
         Explain::Json => say::out(format_args!(
             "{}\n",
-            serde_json::to_string_pretty(plan).context("the plan holds text that is not UTF-8")?
-        ))?,
+            serde_json::to_string_pretty(value).context("the plan holds text that is not UTF-8")?
+        )),
     }
-    Ok(())
+}
+
+impl Whole<'_> {
+    /// A line each.
+    pub fn lines(&self) -> Vec<String> {
+        let mut all = lines(self.plan);
+        let unpacked = self.unpacked_in.iter().map(|dir| dir.display());
+        all.extend(unpacked.map(|dir| format!("{:<9}the root, in {dir}, for this run", "unpack")));
+        let connected = self.connection.iter();
+        all.extend(connected.map(|ports| {
+            let ports = match ports.as_slice() {
+                [] => String::new(),
+                ports => format!("; ports of the host: {}", ports.join(", ")),
+            };
+            format!("{:<9}connected by pasta or slirp4netns{ports}", "network")
+        }));
+        all.extend(
+            self.limits
+                .words()
+                .map(|words| format!("{:<9}{words}", "limit")),
+        );
+        all.extend(
+            self.time_limit_s
+                .map(|s| format!("{:<9}{s} seconds of time", "limit")),
+        );
+        let rights = self.plan.process.rights;
+        for (set, word) in [(rights.add, "also"), (rights.drop, "without")] {
+            if set != Capabilities::default() {
+                all.push(format!("{:<9}{word} {}", "rights", set.names()));
+            }
+        }
+        all
+    }
 }
 
 /// What stepping into an instance does, a line each.
@@ -27,6 +92,7 @@ pub fn join_lines(join: &Join) -> Vec<String> {
     vec![
         format!("{:<9}the namespaces of process {}", "join", join.target.pid),
         format!("{:<9}{}", "cwd", join.process.cwd.display()),
+        process(&join.process),
     ]
 }
 
@@ -91,7 +157,7 @@ pub fn lines(plan: &Plan) -> Vec<String> {
             "{:<9}{}={}",
             "env",
             name.display(),
-            value.display()
+            Shown::new(name, value)
         ));
     }
     for (name, value) in &plan.environment.host {
@@ -99,7 +165,7 @@ pub fn lines(plan: &Plan) -> Vec<String> {
             "{:<9}{}={}  (unless the image sets it)",
             "env",
             name.display(),
-            value.display()
+            Shown::new(name, value)
         ));
     }
     for (name, value) in &plan.environment.overrides {
@@ -107,18 +173,22 @@ pub fn lines(plan: &Plan) -> Vec<String> {
             "{:<9}{}={}  (over the image's)",
             "env",
             name.display(),
-            value.display()
+            Shown::new(name, value)
         ));
     }
-    let args: Vec<String> = plan.process.args.iter().map(|a| format!("{a:?}")).collect();
-    lines.push(format!(
+    lines.push(process(&plan.process));
+    lines
+}
+
+fn process(process: &Process) -> String {
+    let args: Vec<String> = process.args.iter().map(|a| format!("{a:?}")).collect();
+    format!(
         "{:<9}{} {} in {}",
         "process",
-        plan.process.verb.name(),
+        process.verb.name(),
         args.join(" "),
-        plan.process.cwd.display()
-    ));
-    lines
+        process.cwd.display()
+    )
 }
 
 fn ids(ids: &IdMap) -> String {

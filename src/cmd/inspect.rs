@@ -130,10 +130,10 @@ pub fn run(mut args: InspectArgs) -> Result<u8> {
             found.own = of_image(image, &args)?;
             if args.list_apps || args.all {
                 for app in names(image, APPS)? {
-                    let parts = if args.all {
-                        of_app(image, &app, &args)?
-                    } else {
-                        Parts::default()
+                    let parts = match (args.all, args.json) {
+                        (true, _) => of_app(image, &app, &args)?,
+                        (false, true) => of_app(image, &app, &everything())?,
+                        (false, false) => Parts::default(),
                     };
                     found.apps.insert(app, parts);
                 }
@@ -166,16 +166,7 @@ pub fn run(mut args: InspectArgs) -> Result<u8> {
 pub fn describe(path: &Path) -> Result<Vec<u8>> {
     let image = image::open(path)?;
     let image = image.as_ref();
-    let args = InspectArgs {
-        labels: true,
-        deffile: true,
-        runscript: true,
-        startscript: true,
-        test: true,
-        environment: true,
-        helpfile: true,
-        ..InspectArgs::default()
-    };
+    let args = everything();
     let mut found = Attributes {
         own: of_image(image, &args)?,
         ..Attributes::default()
@@ -189,6 +180,20 @@ pub fn describe(path: &Path) -> Result<Vec<u8>> {
         kind: "container",
     };
     serde_json::to_vec(&whole).context("cannot write what the image says about itself")
+}
+
+/// The options that ask for all parts.
+fn everything() -> InspectArgs {
+    InspectArgs {
+        labels: true,
+        deffile: true,
+        runscript: true,
+        startscript: true,
+        test: true,
+        environment: true,
+        helpfile: true,
+        ..InspectArgs::default()
+    }
 }
 
 fn print_parts(parts: &Parts) -> Result<()> {

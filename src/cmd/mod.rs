@@ -26,6 +26,7 @@ pub mod remote;
 pub mod sif;
 mod sif_edit;
 pub mod transfer;
+mod unsquash;
 
 use std::ffi::OsString;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -34,7 +35,6 @@ use anyhow::{Result, bail};
 
 use crate::host::Host;
 use crate::{exit, say};
-use flags::ActionArgs;
 use parse::{
     command, parse, parse_action, parse_interspersed, parse_with_environment, parse_with_image,
 };
@@ -59,7 +59,7 @@ struct Globals {
 }
 
 /// The form of `--explain`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Explain {
     /// For reading.
     Text,
@@ -135,19 +135,33 @@ const COMMANDS: &[(&str, &str)] = &[
 ];
 
 /// Commands of the peers that this version does not have, with the reason.
-const MISSING: &[&str] = &[
-    "capability",
-    "checkpoint",
-    "config",
-    "delete",
-    "key",
-    "keyserver",
-    "oci",
-    "plugin",
-    "search",
-    "sign",
-    "verify",
+const MISSING: &[(&str, &str)] = &[
+    (
+        "buildcfg",
+        "nothing is settled when it is built: see doctor",
+    ),
+    (
+        "capability",
+        "there are no lists of who may have which: --add-caps gives those of the container to anybody",
+    ),
+    ("checkpoint", "it cannot freeze and restore processes"),
+    ("completion", "it has no completions for shells"),
+    ("config", "there is no configuration that has to be made"),
+    ("delete", "use the registry's or library's own program"),
+    ("key", SIGNATURES),
+    ("keys", SIGNATURES),
+    ("keyserver", SIGNATURES),
+    (
+        "oci",
+        "it runs no bundles but Slurm's (job oci-run): use runc or crun",
+    ),
+    ("plugin", "there are no plugins"),
+    ("search", "use the library's web page"),
+    ("sign", SIGNATURES),
+    ("tag", "use skopeo copy or oras tag"),
+    ("verify", SIGNATURES),
 ];
+const SIGNATURES: &str = "signatures are neither made nor checked";
 
 /// Runs the command line.
 ///
@@ -179,16 +193,25 @@ pub fn main(args: &[OsString]) -> Result<u8> {
         Global::Go(globals, words) => (globals, words),
         Global::Done(status) => return Ok(status),
     };
-    let Some(verb) = words.first() else {
+    if words.is_empty() {
         print_usage(persona)?;
         return Ok(exit::USAGE);
-    };
-    let rest = &words[1..];
-    match verb.to_str().unwrap_or_default() {
+    }
+    if globals.explain.is_some() {
+        check_explained(&words)?;
+    }
+    command_of(&words, globals.explain, persona)
+}
+
+/// Runs the command that the words name.
+fn command_of(words: &[OsString], explain: Option<Explain>, persona: Persona) -> Result<u8> {
+    let (verb, rest) = words.split_at(1);
+    match verb[0].to_str().unwrap_or_default() {
         name @ ("exec" | "run" | "shell" | "test" | "run-help") => {
             let host = Host::read()?;
             let args = parse_action(name, rest, &host)?;
-            action::run_on(name, args, globals.explain, persona, host)
+            let explain = args.explain.or(explain);
+            action::run_on(name, args, explain, persona, host)
         }
         "build" => {
             let host = Host::read()?;
@@ -196,13 +219,13 @@ pub fn main(args: &[OsString]) -> Result<u8> {
             build::run(&parsed.args, &parsed.words, host)
         }
         "inspect" => inspect::run(parse::<inspect::InspectArgs>("inspect", rest)?),
-        "instance" => instance::run(rest, persona),
+        "instance" => instance::run(rest, explain, persona),
         "job" => job::run(rest, persona),
         // As an older client writes them.
         name @ ("instance.start" | "instance.stop" | "instance.list") => {
             let mut words = vec![OsString::from(&name["instance.".len()..])];
             words.extend_from_slice(rest);
-            instance::run(&words, persona)
+            instance::run(&words, explain, persona)
         }
         "overlay" => overlay::run(rest, persona),
         "sif" => sif::run(rest, persona),
@@ -218,25 +241,92 @@ pub fn main(args: &[OsString]) -> Result<u8> {
         "doctor" => doctor::run(&parse::<doctor::DoctorArgs>("doctor", rest)?),
         "demo" => demo::run(&parse::<demo::DemoArgs>("demo", rest)?),
         "version" => {
+            parse::<NoArgs>("version", rest)?;
             say::out(format_args!("{}\n", version(persona)))?;
             Ok(exit::OK)
         }
-        "help" => {
-            print_help(rest.first().and_then(|w| w.to_str()), persona)?;
-            Ok(exit::OK)
+        "help" => print_help(rest, persona),
+        name => Err(no_command(name, persona)?),
+    }
+}
+
+/// No options.
+#[derive(clap::Args, Debug)]
+struct NoArgs {}
+
+/// `--explain` does nothing, so it is refused before anything is done where there is no plan to show.
+fn check_explained(words: &[OsString]) -> Result<()> {
+    let word = |n: usize| words.get(n).and_then(|w| w.to_str()).unwrap_or_default();
+    let name = match (word(0), word(1)) {
+        ("exec" | "run" | "shell" | "test" | "instance.start", _) => return Ok(()),
+        ("instance", "start" | "run") => return Ok(()),
+        (
+            group @ ("instance" | "cache" | "job" | "overlay" | "registry" | "remote" | "sif"),
+            verb,
+        ) => {
+            format!("{group} {verb}")
         }
-        name if MISSING.contains(&name) => {
-            bail!("the command {name:?} is not supported by this version of capsid")
-        }
-        name => {
-            print_usage(persona)?;
-            Err(Usage {
-                command: String::new(),
-                text: format!("unknown command {name:?} for {:?}", program(persona)),
+        (name, _) => name.to_owned(),
+    };
+    Err(Usage {
+        command: name.trim_end().to_owned(),
+        text: "--explain shows the plans of exec, run, shell, test, instance start and instance run, and of no other command: nothing was done"
+            .into(),
+    }
+    .into())
+}
+
+/// Why there is no command of this name.
+fn no_command(name: &str, persona: Persona) -> Result<anyhow::Error> {
+    if let Some((_, why)) = MISSING.iter().find(|(missing, _)| *missing == name) {
+        return Ok(anyhow::anyhow!(
+            "the command {name:?} is not supported by this version of capsid: {why}"
+        ));
+    }
+    let meant = similar(name, COMMANDS.iter().map(|(name, _)| *name));
+    if meant.is_none() {
+        print_usage(persona)?;
+    }
+    let text = format!("unknown command {name:?} for {:?}", program(persona));
+    let usage = Usage {
+        command: String::new(),
+        text: text + &did_you_mean(meant),
+    };
+    Ok(usage.into())
+}
+
+/// A question behind the text of an error.
+fn did_you_mean(meant: Option<&str>) -> String {
+    meant.map_or_else(String::new, |meant| format!(" (did you mean {meant:?}?)"))
+}
+
+/// The name that was most likely meant: one of its letters, or less than a third, are wrong, missing or too many.
+fn similar<'a>(word: &str, names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let near = names.map(|name| (edits(word.as_bytes(), name.as_bytes()), name));
+    let (edits, name) = near.min_by_key(|(edits, _)| *edits)?;
+    let len = name.len().max(word.len());
+    (edits * 3 < len || edits == 1 && len > 2).then_some(name)
+}
+
+/// How many letters have to be changed, added or removed (Levenshtein); two that changed places count as one.
+fn edits(one: &[u8], other: &[u8]) -> usize {
+    let mut rows = vec![vec![0; other.len() + 1]; one.len() + 1];
+    for i in 0..=one.len() {
+        for j in 0..=other.len() {
+            if i == 0 || j == 0 {
+                rows[i][j] = i + j;
+                continue;
             }
-            .into())
+            let same = usize::from(one[i - 1] != other[j - 1]);
+            let mut least = rows[i - 1][j - 1] + same;
+            least = least.min(rows[i - 1][j] + 1).min(rows[i][j - 1] + 1);
+            if i > 1 && j > 1 && one[i - 1] == other[j - 2] && one[i - 2] == other[j - 1] {
+                least = least.min(rows[i - 2][j - 2] + 1);
+            }
+            rows[i][j] = least;
         }
     }
+    rows[one.len()][other.len()]
 }
 
 enum Global {
@@ -270,8 +360,7 @@ fn global_options(words: &[OsString], persona: Persona) -> Result<Global> {
                 return Ok(Global::Done(exit::OK));
             }
             "--help" | "-h" => {
-                print_help(words.get(i + 1).and_then(|w| w.to_str()), persona)?;
-                return Ok(Global::Done(exit::OK));
+                return print_help(&words[i + 1..], persona).map(Global::Done);
             }
             "-c" | "--config" => bail!("--config is not supported: there is no configuration file"),
             _ if !word.starts_with("--") && word[1..].chars().all(|c| "dvqs".contains(c)) => {
@@ -351,11 +440,14 @@ fn print_group(
     match verb {
         "help" | "--help" | "-h" => Ok(exit::OK),
         "" => Ok(exit::USAGE),
-        other => Err(Usage {
-            command: group.into(),
-            text: format!("unknown command {other:?}"),
+        other => {
+            let meant = similar(other, commands.iter().map(|(name, _)| *name));
+            Err(Usage {
+                command: group.into(),
+                text: format!("unknown command {other:?}") + &did_you_mean(meant),
+            }
+            .into())
         }
-        .into()),
     }
 }
 
@@ -462,27 +554,28 @@ fn print_usage(persona: Persona) -> Result<()> {
     ))
 }
 
-fn print_help(name: Option<&str>, persona: Persona) -> Result<()> {
-    match name {
-        Some(name @ ("exec" | "run" | "shell" | "test" | "run-help")) => {
-            parse::print_help_of::<ActionArgs>(name)?
+/// The help of the command that the words name: what it says itself when it is asked.
+fn print_help(words: &[OsString], persona: Persona) -> Result<u8> {
+    let word = |n: usize| words.get(n).and_then(|w| w.to_str()).unwrap_or_default();
+    let help = OsString::from("--help");
+    match word(0) {
+        "" | "help" | "--help" | "-h" => {
+            print_usage(persona)?;
+            Ok(exit::OK)
         }
-        Some("build") => parse::print_help_of::<build::BuildArgs>("build")?,
-        Some("inspect") => parse::print_help_of::<inspect::InspectArgs>("inspect")?,
-        Some("instance") => drop(instance::run(&["help".into()], persona)?),
-        Some("overlay") => drop(overlay::run(&["help".into()], persona)?),
-        Some("sif") => drop(sif::run(&["help".into()], persona)?),
-        Some("job") => drop(job::run(&["help".into()], persona)?),
-        Some("cache") => drop(cache::run(&["help".into()], persona)?),
-        Some("registry") => drop(registry::run(&["help".into()], persona)?),
-        Some("remote") => drop(remote::run(&["help".into()], persona)?),
-        Some("pull") => drop(pull::run(&["--help".into()])?),
-        Some("push") => drop(push::run(&["--help".into()])?),
-        Some("doctor") => parse::print_help_of::<doctor::DoctorArgs>("doctor")?,
-        Some("demo") => parse::print_help_of::<demo::DemoArgs>("demo")?,
-        _ => print_usage(persona)?,
+        group @ ("cache" | "instance" | "job" | "overlay" | "registry" | "remote" | "sif") => {
+            let mut all = vec![OsString::from(group)];
+            all.extend(words.get(1).filter(|w| !w.is_empty()).cloned());
+            if !matches!(word(1), "help" | "--help" | "-h") {
+                all.push(help);
+            }
+            command_of(&all, None, persona)
+        }
+        name if COMMANDS.iter().any(|(known, _)| *known == name) => {
+            command_of(&[name.into(), help], None, persona)
+        }
+        name => Err(no_command(name, persona)?),
     }
-    Ok(())
 }
 
 /// UTC as `2026-11-24 21:12:42` (civil calendar from days, proleptic Gregorian).
@@ -518,6 +611,26 @@ fn print_json(value: &impl serde::Serialize) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_command_that_was_meant() {
+        let meant = |word| similar(word, COMMANDS.iter().map(|(name, _)| *name));
+        for (word, name) in [
+            ("exce", "exec"),
+            ("exe", "exec"),
+            ("Run", "run"),
+            ("shel", "shell"),
+            ("intsance", "instance"),
+            ("biuld", "build"),
+            ("pulll", "pull"),
+            ("inspct", "inspect"),
+        ] {
+            assert_eq!(meant(word), Some(name), "{word}");
+        }
+        for word in ["", "x", "docker", "frobnicate"] {
+            assert_eq!(meant(word), None, "{word}");
+        }
+    }
 
     #[test]
     fn times_are_civil() {

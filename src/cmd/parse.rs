@@ -5,11 +5,12 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 
 use anyhow::Result;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, Command, FromArgMatches};
 
 use super::environment;
-use super::flags::ActionArgs;
+use super::flags::{ActionArgs, Given};
 use super::{Usage, about, print_action_usage, usage_line};
 use crate::host::Host;
 use crate::{exit, say};
@@ -17,8 +18,8 @@ use crate::{exit, say};
 /// What the words of a command say.
 pub(super) struct Parsed<A> {
     pub(super) args: A,
-    /// Names of the options that were typed.
-    pub(super) typed: Vec<String>,
+    /// The options that were given.
+    pub(super) given: Vec<Given>,
     /// The words that are no options.
     pub(super) words: Vec<OsString>,
 }
@@ -40,11 +41,6 @@ pub(super) fn parse<A: Args + FromArgMatches>(name: &str, words: &[OsString]) ->
     Ok(A::from_arg_matches(&matches)?)
 }
 
-/// Prints the help of a command.
-pub(super) fn print_help_of<A: Args + FromArgMatches>(name: &str) -> Result<()> {
-    matches(&mut command::<A>(name), &["--help".into()]).map(drop)
-}
-
 /// Parses the words of an action command, with the environment's options in front.
 pub(super) fn parse_action(name: &str, words: &[OsString], host: &Host) -> Result<ActionArgs> {
     let needed = if name == "exec" { 2 } else { 1 };
@@ -53,7 +49,7 @@ pub(super) fn parse_action(name: &str, words: &[OsString], host: &Host) -> Resul
     Ok(ActionArgs {
         image: words.next().unwrap_or_default(),
         rest: words.collect(),
-        typed: parsed.typed,
+        given: parsed.given,
         ..parsed.args
     })
 }
@@ -67,7 +63,7 @@ pub(super) fn parse_with_image<A: Args + FromArgMatches>(
 ) -> Result<Parsed<A>> {
     let mut command = command::<A>(name);
     let (options, denied, image, rest) = split_at_image(&command, words);
-    let (args, typed) = with_environment(&mut command, &options, &denied, host)?;
+    let (args, given) = with_environment(&mut command, &options, &denied, host)?;
     let words: Vec<OsString> = image.into_iter().chain(rest).collect();
     if words.len() < needed {
         print_action_usage(name)?;
@@ -81,7 +77,7 @@ pub(super) fn parse_with_image<A: Args + FromArgMatches>(
         }
         .into());
     }
-    Ok(Parsed { args, typed, words })
+    Ok(Parsed { args, given, words })
 }
 
 /// Parses options that may stand before, between and behind the other words, with the environment's in front.
@@ -106,10 +102,10 @@ pub(super) fn parse_interspersed<A: Args + FromArgMatches>(
         }
         rest = behind;
     }
-    let (args, typed) = with_environment(&mut command, &options, &denied, host)?;
+    let (args, given) = with_environment(&mut command, &options, &denied, host)?;
     Ok(Parsed {
         args,
-        typed,
+        given,
         words: others,
     })
 }
@@ -123,25 +119,36 @@ pub(super) fn parse_with_environment<A: Args + FromArgMatches>(
     Ok(with_environment(&mut command::<A>(name), words, &[], host)?.0)
 }
 
-/// Parses options, with those of the environment in front that were neither typed nor denied, and gives the names of
-/// the typed ones too.
+/// Parses options, with those of the environment in front that were neither typed nor denied, and says which ones were
+/// given.
 fn with_environment<A: Args + FromArgMatches>(
     command: &mut Command,
     options: &[OsString],
     denied: &[String],
     host: &Host,
-) -> Result<(A, Vec<String>)> {
+) -> Result<(A, Vec<Given>)> {
     let found = matches(command, options)?;
-    let is_typed = |id: &str| found.value_source(id) == Some(ValueSource::CommandLine);
-    let ids = found.ids().map(clap::Id::as_str);
-    let typed = ids.filter(|id| is_typed(id)).map(str::to_owned).collect();
-    let is_settled = |id: &str| denied.iter().any(|d| d == id) || is_typed(id);
+    let is_given = |m: &ArgMatches, id: &str| m.value_source(id) == Some(ValueSource::CommandLine);
+    let is_settled = |id: &str| denied.iter().any(|d| d == id) || is_given(&found, id);
     let mut all = environment::words(command, &host.env, &is_settled)?;
-    if all.is_empty() {
-        return Ok((A::from_arg_matches(&found)?, typed));
-    }
-    all.extend_from_slice(options);
-    Ok((A::from_arg_matches(&matches(command, &all)?)?, typed))
+    let whole = match all.is_empty() {
+        true => None,
+        false => {
+            all.extend_from_slice(options);
+            Some(matches(command, &all)?)
+        }
+    };
+    let whole = whole.as_ref().unwrap_or(&found);
+    let given = command.get_arguments().filter_map(|arg| {
+        let id = arg.get_id().as_str();
+        (arg.get_long().is_some() && is_given(whole, id)).then(|| Given {
+            id: id.to_owned(),
+            long: arg.get_long().unwrap_or(id).to_owned(),
+            heading: arg.get_help_heading().unwrap_or_default().to_owned(),
+            typed: is_given(&found, id),
+        })
+    });
+    Ok((A::from_arg_matches(whole)?, given.collect()))
 }
 
 /// Options, switches that were denied, image, and what belongs to the payload. `--flag=true` and `--flag=false` of
@@ -237,33 +244,50 @@ fn matches(command: &mut Command, words: &[OsString]) -> Result<ArgMatches> {
             say::out(format_args!("{}", error.render()))?;
             std::process::exit(exit::OK.into());
         }
-        Err(error) => {
-            let text = error.render().to_string();
-            let text = text
-                .lines()
-                .next()
-                .unwrap_or_default()
-                .trim_start_matches("error: ");
-            let text = if error.kind() == clap::error::ErrorKind::UnknownArgument {
-                let word = error
-                    .get(clap::error::ContextKind::InvalidArg)
-                    .map(ToString::to_string)
-                    .unwrap_or_default();
-                let word = word.split('=').next().unwrap_or_default();
-                if word.starts_with("--") {
-                    format!("unknown flag: {word}")
-                } else {
-                    format!("unknown shorthand flag: {word}")
-                }
-            } else {
-                text.to_owned()
-            };
-            Err(Usage {
-                command: command.get_name().to_owned(),
-                text,
-            }
-            .into())
+        Err(error) => Err(Usage {
+            command: command.get_name().to_owned(),
+            text: in_one_line(&error),
         }
+        .into()),
+    }
+}
+
+/// What is wrong with the words, with the name that is missing or the values that there are. clap puts these on lines of
+/// their own.
+fn in_one_line(error: &clap::Error) -> String {
+    let names = |kind| match error.get(kind) {
+        Some(ContextValue::String(name)) => name.clone(),
+        Some(ContextValue::Strings(names)) => names.join(", "),
+        _ => String::new(),
+    };
+    if error.kind() == ErrorKind::UnknownArgument {
+        let word = names(ContextKind::InvalidArg);
+        let word = word.split('=').next().unwrap_or_default();
+        let meant = names(ContextKind::SuggestedArg);
+        let text = match word.starts_with("--") {
+            true => format!("unknown flag: {word}"),
+            false if word.starts_with('-') => format!("unknown shorthand flag: {word}"),
+            false => format!("unexpected word {word:?}"),
+        };
+        return match meant.as_str() {
+            "" => text,
+            meant => format!("{text} (did you mean {meant}?)"),
+        };
+    }
+    let text = error.render().to_string();
+    let text = text
+        .lines()
+        .next()
+        .unwrap_or_default()
+        .trim_start_matches("error: ");
+    match error.kind() {
+        ErrorKind::MissingRequiredArgument => {
+            format!("{text} {}", names(ContextKind::InvalidArg))
+        }
+        ErrorKind::InvalidValue if !names(ContextKind::ValidValue).is_empty() => {
+            format!("{text}: use {}", names(ContextKind::ValidValue))
+        }
+        _ => text.to_owned(),
     }
 }
 

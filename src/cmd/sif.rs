@@ -25,6 +25,16 @@ const COMMANDS: [(&str, &str, usize); 4] = [
 /// [`Usage`] when the file is no SIF or has no such object.
 pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
     let verb = words.first().and_then(|w| w.to_str()).unwrap_or_default();
+    let mut all = COMMANDS.iter().chain(&sif_edit::COMMANDS);
+    let known = all.find(|(name, ..)| *name == verb);
+    let wants_help = |word: &OsString| *word == "--help" || *word == "-h";
+    if let Some((name, about, _)) = known
+        && words.iter().any(wants_help)
+    {
+        let program = program(persona);
+        say::out(format_args!("Usage:\n  {program} sif {name} {about}\n"))?;
+        return Ok(exit::OK);
+    }
     if sif_edit::COMMANDS.iter().any(|(name, ..)| *name == verb) {
         return sif_edit::run(verb, &words[1..]);
     }
@@ -40,7 +50,13 @@ pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
         }
         return match verb {
             "help" | "--help" | "-h" => Ok(exit::OK),
-            _ => Err(usage("sif", format!("unknown command {verb:?}"))),
+            "" => Ok(exit::USAGE),
+            _ => {
+                let names = COMMANDS.iter().chain(&sif_edit::COMMANDS);
+                let meant = super::similar(verb, names.map(|(name, ..)| *name));
+                let text = format!("unknown command {verb:?}") + &super::did_you_mean(meant);
+                Err(usage("sif", text))
+            }
         };
     };
     if json && verb != "list" {

@@ -13,7 +13,7 @@ use crate::say;
 #[derive(Debug)]
 pub enum Dispatch {
     /// Run this; the text is a notice for the person.
-    Exec(Vec<OsString>, Option<&'static str>),
+    Exec(Vec<OsString>, Option<Notice>),
     /// There is nothing to run: say so.
     Message {
         /// How it is said.
@@ -23,6 +23,15 @@ pub enum Dispatch {
         /// The status to end with.
         status: u8,
     },
+}
+
+/// What the person is told before a program runs.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Notice {
+    /// `INFO:`
+    Info(String),
+    /// `WARNING:`
+    Warning(String),
 }
 
 /// How a message is said.
@@ -68,9 +77,16 @@ pub fn dispatch(verb: &str, app: Option<&str>, shell: Option<&str>, args: &[OsSt
         "exec" => Dispatch::Exec(args.to_vec(), None),
         "shell" => match shell {
             Some(shell) if executable(shell) => Dispatch::Exec(vec![shell.into()], None),
+            // A shell of the caller's habits is none of the image's.
+            Some(shell) if executable("/bin/sh") => Dispatch::Exec(
+                vec!["/bin/sh".into()],
+                Some(Notice::Warning(format!(
+                    "{shell} does not exist in container: using /bin/sh"
+                ))),
+            ),
             Some(shell) => message(
                 Level::Error,
-                format!("{shell} does not exist in container"),
+                format!("{shell} does not exist in container, and /bin/sh neither"),
                 1,
             ),
             None if executable("/bin/bash") => {
@@ -84,6 +100,11 @@ pub fn dispatch(verb: &str, app: Option<&str>, shell: Option<&str>, args: &[OsSt
             ),
         },
         "test" if executable(&own("test")) => Dispatch::Exec(with_args(&own("test")), None),
+        "test" if app.is_some() => message(
+            Level::Error,
+            format!("No tests for the application {}", app.unwrap_or_default()),
+            1,
+        ),
         "test" => message(
             Level::Info,
             "No test script found in container, exiting".into(),
@@ -109,7 +130,7 @@ pub fn dispatch(verb: &str, app: Option<&str>, shell: Option<&str>, args: &[OsSt
         _ if executable("/singularity") => Dispatch::Exec(with_args("/singularity"), None),
         _ if executable("/bin/sh") => Dispatch::Exec(
             with_args("/bin/sh"),
-            Some("No runscript found in container, executing /bin/sh"),
+            Some(Notice::Info("No runscript found in container, executing /bin/sh".into())),
         ),
         _ => message(
             Level::Fatal,
@@ -184,13 +205,14 @@ mod tests {
             argv("run", None),
             (
                 vec!["/bin/sh".into(), "a".into()],
-                Some("No runscript found in container, executing /bin/sh")
+                Some(Notice::Info(
+                    "No runscript found in container, executing /bin/sh".into()
+                ))
             )
         );
-        assert_eq!(
-            said("shell", None, Some("/no/sh")),
-            (Level::Error, "/no/sh does not exist in container".into(), 1)
-        );
+        let (instead, notice) = argv("shell", Some("/no/sh"));
+        assert_eq!(instead, ["/bin/sh"]);
+        assert!(matches!(notice, Some(Notice::Warning(text)) if text.contains("/no/sh")));
         assert_eq!(
             said("test", None, None),
             (

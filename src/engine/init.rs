@@ -22,7 +22,7 @@ use super::sys::{self, Fork, STOP_SIGNAL};
 use super::wait::{self, End};
 use crate::exit;
 use crate::plan::service::Restart;
-use crate::plan::{Plan, Service};
+use crate::plan::{Capabilities, Plan, Service};
 
 /// Starts the program as a child and stays until it has ended. `mask` is the caller's signal mask.
 ///
@@ -114,7 +114,7 @@ pub fn serve(
     let mut keep: Vec<i32> = own.into_iter().chain(readiness.descriptor()).collect();
     keep.sort_unstable();
     sys::close_all_but(&keep);
-    if !plan.ids.is_root() {
+    if plan.process.rights.left(plan.ids.is_root()) == Capabilities(0) {
         sys::drop_capabilities();
     }
     sys::set_title("appinit");

@@ -32,10 +32,11 @@ pub mod wait;
 pub mod wire;
 
 use std::convert::Infallible;
+use std::time::Instant;
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sched::{CloneFlags, unshare};
-use nix::sys::signal::SigSet;
+use nix::sys::signal::{SigSet, Signal};
 
 use crate::image::Root;
 use crate::plan::{Init, Namespaces, Ownership, Plan};
@@ -110,6 +111,33 @@ pub fn run_emulated(
     })
 }
 
+/// Does some work in a process of its own and waits for it, handing signals on. Its status is the work's; what goes wrong
+/// there is told by a `FATAL:` line, and is status 255. This process must have one thread.
+///
+/// # Errors
+/// When the process cannot be made.
+pub fn in_child(work: impl FnOnce() -> Result<u8>) -> Result<wait::End> {
+    let own = proc::Held::child(rustix::process::getpid().as_raw_nonzero().get());
+    let mask = wait::block()?;
+    let child = match sys::fork()? {
+        Fork::Parent(child) => child,
+        Fork::Child => {
+            sys::die_with(own.as_ref());
+            let _ = mask.thread_set_mask();
+            let status = work().unwrap_or_else(|error| {
+                let text = format!("{error:#}").replace('\n', " ");
+                say::fatal(format_args!("{text}"));
+                exit::FATAL
+            });
+            sys::exit_now(status)
+        }
+    };
+    let end = wait::until_exit(child, false, sys::pending_signals());
+    mask.thread_set_mask()
+        .context("cannot restore the signal mask")?;
+    end
+}
+
 /// `tell` gets the record of owners when the program has ended.
 fn run_owned(
     plan: &Plan,
@@ -152,7 +180,17 @@ fn run_owned(
             let early = sys::pending_signals();
             drop((stage, images));
             let supervisor = link.map(|link| link.supervise(owners)).transpose()?;
-            let end = wait::until_exit(child, false, early)?;
+            let limit = plan.process.time_limit;
+            let deadline = limit.map(|limit| Instant::now() + limit);
+            let Some(end) = wait::until(child, false, early, deadline)? else {
+                // With process 1 goes the whole namespace.
+                let _ = nix::sys::signal::kill(child, Signal::SIGKILL);
+                let _ = wait::until_exit(child, false, SigSet::empty());
+                bail!(
+                    "the run was ended after {:?} (--runscript-timeout)",
+                    limit.unwrap_or_default()
+                );
+            };
             if let Some(supervisor) = supervisor {
                 tell(&supervisor.finish())?;
             }

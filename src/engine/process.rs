@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::fs::Mode;
 
-use super::command::{self, Dispatch, Level};
+use super::command::{self, Dispatch, Level, Notice};
 use super::environment::{self, Finished};
 use super::sys;
 use crate::plan::env::Environment;
-use crate::plan::{IdMap, Process, Verb};
+use crate::plan::{Capabilities, IdMap, Process, Verb};
 use crate::say;
 
 /// What `execve(2)` gets.
@@ -95,8 +95,11 @@ pub fn restrict(ids: &IdMap, process: &Process, private_keys: bool) -> Result<()
     if private_keys {
         sys::new_session_keyring();
     }
-    if !ids.is_root() {
-        sys::drop_bounding_set();
+    let left = process.rights.left(ids.is_root());
+    match (ids.is_root(), left) {
+        (true, Capabilities::ALL) => {}
+        (false, Capabilities(0)) => sys::drop_bounding_set(),
+        (root, left) => sys::limit_capabilities(left, !root)?,
     }
     let _ = rustix::thread::set_no_new_privs(true);
     if !rustix::thread::no_new_privs().unwrap_or(false) {
@@ -122,8 +125,10 @@ pub fn resolve(process: &Process, environment: &Environment, cwd: &Path) -> Resu
         &process.args,
     ) {
         Dispatch::Exec(argv, notice) => {
-            if let Some(notice) = notice {
-                say::info(format_args!("{notice}"));
+            match notice {
+                None => {}
+                Some(Notice::Info(text)) => say::info(format_args!("{text}")),
+                Some(Notice::Warning(text)) => say::warn(format_args!("{text}")),
             }
             argv
         }
@@ -208,9 +213,14 @@ pub fn exec(program: &Program) -> Result<Infallible> {
         Err(nix::Error::ENOEXEC) => {
             bail!("exec {shown} failed: not a program for this machine (exec format error)")
         }
-        Err(nix::Error::ENOENT) => {
-            bail!("exec {shown} failed: a shared library is likely missing in the image")
-        }
+        Err(nix::Error::ENOENT) => match interpreter(&program.path) {
+            Some(interpreter) => bail!(
+                "exec {shown} failed: {interpreter}, which it names as its interpreter, is not in the container"
+            ),
+            None => bail!(
+                "exec {shown} failed: the loader of shared libraries that it needs is not in the container (is it a program of another system?)"
+            ),
+        },
         Err(nix::Error::E2BIG) => {
             bail!("exec {shown} failed: arguments and environment are too long")
         }
@@ -218,6 +228,19 @@ pub fn exec(program: &Program) -> Result<Infallible> {
         Err(error) => bail!("exec {shown} failed: {error}"),
         Ok(never) => match never {},
     }
+}
+
+/// The program in the first line of a script (`execve(2)`).
+fn interpreter(path: &Path) -> Option<String> {
+    let mut head = [0; 256];
+    let mut file = std::fs::File::open(path).ok()?;
+    let len = std::io::Read::read(&mut file, &mut head).ok()?;
+    let line = head[..len]
+        .strip_prefix(b"#!")?
+        .split(|b| *b == b'\n')
+        .next()?;
+    let line = String::from_utf8_lossy(line);
+    line.split_ascii_whitespace().next().map(str::to_owned)
 }
 
 /// Neither ELF nor another binary: the first line holds no NUL byte.

@@ -1,6 +1,10 @@
 //! The parent that waits, where a pid namespace needs one: signals go in, the status comes out.
 
+use std::os::fd::AsFd as _;
+use std::time::Instant;
+
 use anyhow::{Context, Result, bail};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal, kill, raise};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
@@ -115,7 +119,21 @@ pub enum End {
 ///
 /// # Errors
 /// As `signalfd(2)`.
-pub fn until_exit(child: Pid, reap: bool, mut early: SigSet) -> Result<End> {
+pub fn until_exit(child: Pid, reap: bool, early: SigSet) -> Result<End> {
+    let end = until(child, reap, early, None)?;
+    end.context("the program has not ended")
+}
+
+/// The same, until a moment; `None` when that is past and the child still runs.
+///
+/// # Errors
+/// As [`until_exit`].
+pub fn until(
+    child: Pid,
+    reap: bool,
+    mut early: SigSet,
+    deadline: Option<Instant>,
+) -> Result<Option<End>> {
     let mut set = SigSet::empty();
     for signal in FORWARDED {
         set.add(signal);
@@ -128,15 +146,27 @@ pub fn until_exit(child: Pid, reap: bool, mut early: SigSet) -> Result<End> {
         loop {
             match waitpid(any, Some(WaitPidFlag::WNOHANG)) {
                 Ok(WaitStatus::Exited(pid, status)) if pid == child => {
-                    return Ok(End::Exited(status.to_le_bytes()[0]));
+                    return Ok(Some(End::Exited(status.to_le_bytes()[0])));
                 }
                 Ok(WaitStatus::Signaled(pid, signal, _)) if pid == child => {
-                    return Ok(End::Signalled(signal));
+                    return Ok(Some(End::Signalled(signal)));
                 }
                 Ok(WaitStatus::StillAlive) | Err(nix::Error::EINTR) => break,
                 // It has ended, and somebody else was told how.
                 Err(error) => bail!("cannot tell how the program ended (wait): {error}"),
                 Ok(_) => {}
+            }
+        }
+        if let Some(deadline) = deadline {
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+                return Ok(None);
+            };
+            // Rounded up, so that it is not asked again and again in the last millisecond.
+            let ms = i32::try_from(left.as_millis() + 1).unwrap_or(i32::MAX);
+            let mut watched = [PollFd::new(signals.as_fd(), PollFlags::POLLIN)];
+            let timeout = PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX);
+            if !matches!(poll(&mut watched, timeout), Ok(1..)) {
+                continue;
             }
         }
         let Ok(Some(info)) = signals.read_signal() else {

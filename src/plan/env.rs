@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, anyhow};
 use serde::{Serialize, Serializer};
 
+use crate::secret::Shown;
 use crate::shell;
 
 /// The search path before the image's scripts, and what they get appended to theirs.
@@ -234,8 +235,8 @@ fn overrides(
             }
             Some((_, preferred)) if *preferred != value => warnings.push(format!(
                 "Skipping environment variable [SINGULARITYENV_{shown}={}], {shown} is already overridden with different value [{}]",
-                value.display(),
-                preferred.display()
+                Shown::new(&name, &value),
+                Shown::new(&name, preferred)
             )),
             Some(_) => {}
         }
@@ -299,10 +300,8 @@ fn from_file(request: &Request, path: &Path, text: &[u8]) -> Result<Vec<Variable
 }
 
 fn lossy<S: Serializer>(vars: &[Variable], serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_map(
-        vars.iter()
-            .map(|(name, value)| (name.to_string_lossy(), value.to_string_lossy())),
-    )
+    let shown = |name, value| Shown::new(name, value).to_string();
+    serializer.collect_map(vars.iter().map(|(n, v)| (n.to_string_lossy(), shown(n, v))))
 }
 
 fn lossy_one<S: Serializer>(value: &Option<OsString>, serializer: S) -> Result<S::Ok, S::Error> {

@@ -70,6 +70,29 @@ impl Limits {
         *self == Limits::default()
     }
 
+    /// Each limit in words.
+    pub fn words(&self) -> impl Iterator<Item = String> {
+        let bytes = |what: &str, n: Option<u64>| n.map(|n| format!("{what} of {n} bytes"));
+        let plain = |what: &str, n: Option<u64>| n.map(|n| format!("{what} {n}"));
+        let list = |what: &str, l: &Option<String>| l.as_ref().map(|l| format!("{what} {l}"));
+        let words = [
+            bytes("memory", self.memory),
+            self.swap.map(|swap| match swap {
+                Some(n) => format!("swap of {n} bytes"),
+                None => "all the swap there is".into(),
+            }),
+            bytes("kept memory", self.reservation),
+            self.cpu_millis
+                .map(|n| format!("time of {}.{:03} processors", n / 1000, n % 1000)),
+            list("processors", &self.cpuset_cpus),
+            list("memory nodes", &self.cpuset_mems),
+            plain("processors' share", self.cpu_shares),
+            plain("processes", self.pids),
+            plain("disks' share", self.blkio_weight),
+        ];
+        words.into_iter().flatten()
+    }
+
     /// Reads the options.
     ///
     /// # Errors
@@ -127,6 +150,12 @@ impl Limits {
             pids: Option<Pids>,
             #[serde(rename = "blockIO")]
             block_io: Option<BlockIo>,
+            devices: Option<toml::Value>,
+            network: Option<toml::Value>,
+            rdma: Option<toml::Value>,
+            #[serde(rename = "hugepageLimits")]
+            huge_pages: Option<toml::Value>,
+            unified: Option<toml::Value>,
         }
         #[derive(Deserialize, Default)]
         #[serde(deny_unknown_fields)]
@@ -155,6 +184,33 @@ impl Limits {
             weight: Option<u64>,
         }
         let file: File = toml::from_str(text).map_err(|e| anyhow::anyhow!("{}", e.message()))?;
+        for (given, what) in [
+            (
+                &file.devices,
+                "rules for devices (devices) are not supported: a container can use those that its user can, and with --contain only the harmless ones",
+            ),
+            (
+                &file.network,
+                "limits of the network (network) are not supported",
+            ),
+            (&file.rdma, "limits of RDMA (rdma) are not supported"),
+            (
+                &file.huge_pages,
+                "limits of huge pages (hugepageLimits) are not supported",
+            ),
+            (
+                &file.unified,
+                "settings by their names in the kernel (unified) are not supported",
+            ),
+        ] {
+            // An empty list asks for nothing.
+            let asked = given
+                .as_ref()
+                .filter(|v| v.as_array().is_none_or(|a| !a.is_empty()));
+            if asked.is_some() {
+                bail!("{what}: take it out of the file");
+            }
+        }
         let (memory, cpu) = (
             file.memory.unwrap_or_default(),
             file.cpu.unwrap_or_default(),
@@ -324,5 +380,17 @@ mod tests {
         assert_eq!(limits.pids, Some(20));
         assert!(Limits::from_toml("[memory]\nlimits = 1\n").is_err());
         assert!(Limits::from_toml("[").is_err());
+        assert!(Limits::from_toml("devices = []\n").is_ok());
+        for (text, word) in [
+            ("[[devices]]\nallow = false\naccess = \"rwm\"\n", "devices"),
+            ("[network]\nclassID = 1\n", "network"),
+            ("[unified]\n\"memory.max\" = \"1\"\n", "unified"),
+        ] {
+            let error = Limits::from_toml(text).unwrap_err().to_string();
+            assert!(
+                error.contains(word) && error.contains("not supported"),
+                "{error}"
+            );
+        }
     }
 }

@@ -11,6 +11,7 @@ pub mod identity;
 pub mod limits;
 pub mod mounts;
 pub mod process;
+pub mod rights;
 pub mod service;
 pub mod services;
 
@@ -26,6 +27,7 @@ use crate::proc;
 pub use bind::Bind;
 pub use identity::{IdMap, Ownership, SubIds};
 pub use process::{Init, Process, Verb};
+pub use rights::{Capabilities, Rights};
 pub use service::Service;
 
 /// What the caller asked for, settled from options: no text is left to be parsed.
@@ -69,6 +71,10 @@ pub struct Request {
     pub ownership: Ownership,
     /// Who is process 1 of a new pid namespace.
     pub init: Init,
+    /// `--add-caps`, `--drop-caps` and `--no-privs`.
+    pub rights: Rights,
+    /// `--runscript-timeout`.
+    pub time_limit: Option<std::time::Duration>,
     /// `--hostname`.
     pub hostname: Option<String>,
     /// `--dns`.
@@ -327,12 +333,12 @@ pub fn plan(
     warnings.extend(more);
     if matches!(ids, IdMap::Root { .. }) && request.ownership == Ownership::Kernel {
         warnings.push(
-            "no subordinate ids for this user: only root exists inside (see capsid doctor)".into(),
+            "no subordinate ids are used: only root exists inside (see capsid doctor)".into(),
         );
     }
     if request.ownership == Ownership::Emulated {
         infos.push(
-            "no subordinate ids for this user: owners other than root are emulated, and forgotten at the end"
+            "no subordinate ids are used: owners other than root are emulated, and forgotten at the end"
                 .into(),
         );
     }

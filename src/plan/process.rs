@@ -2,10 +2,11 @@
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::Serialize;
 
-use super::Request;
+use super::{Request, Rights};
 use crate::host::Host;
 
 /// The action.
@@ -69,6 +70,10 @@ pub struct Process {
     pub init: Init,
     /// Nothing that the caller left open is handed on (`--containall`).
     pub close_descriptors: bool,
+    /// Capabilities beyond or below those of the user inside.
+    pub rights: Rights,
+    /// The run is ended after this time; comes with a pid namespace.
+    pub time_limit: Option<Duration>,
 }
 
 /// Words as text, for printing only.
@@ -113,5 +118,7 @@ pub fn decide(request: &Request, host: &Host, home: &Path) -> Process {
         umask: if request.no_umask { 0o022 } else { host.umask },
         init: request.init,
         close_descriptors: request.close_descriptors,
+        rights: request.rights,
+        time_limit: request.time_limit,
     }
 }

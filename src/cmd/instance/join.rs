@@ -2,54 +2,26 @@
 
 use anyhow::{Context, Result, bail};
 
-use crate::cmd::flags::ActionArgs;
-use crate::cmd::{action, explain};
+use crate::cmd::flags::{ActionArgs, Given, Late};
+use crate::cmd::{Explain, Persona, action, explain};
 use crate::engine;
 use crate::host::Host;
 use crate::instance::{Record, Registry};
 use crate::plan::{Init, Join, Process, env};
-use crate::say;
-
-/// Options that say what a container is made of: it is too late for them.
-const OF_THE_CONTAINER: [&str; 31] = [
-    "bind",
-    "mount",
-    "home",
-    "no_home",
-    "no_mount",
-    "workdir",
-    "scratch",
-    "overlay",
-    "writable",
-    "writable_tmpfs",
-    "writable_tmpfs_size",
-    "contain",
-    "containall",
-    "compat",
-    "no_pid",
-    "no_init",
-    "ipc",
-    "net",
-    "network",
-    "publish",
-    "uts",
-    "hostname",
-    "dns",
-    "nv",
-    "rocm",
-    "memory",
-    "memory_swap",
-    "cpus",
-    "cpuset_cpus",
-    "pids_limit",
-    "apply_cgroups",
-];
+use crate::{exit, say};
 
 /// Runs `verb` in the instance that `args.image` names.
 ///
 /// # Errors
 /// When there is no such instance, or the options are about the container.
-pub fn run(verb: &str, args: &ActionArgs, host: &Host, name: &str) -> Result<u8> {
+pub fn run(
+    verb: &str,
+    args: &ActionArgs,
+    host: &Host,
+    name: &str,
+    explain: Option<Explain>,
+    persona: Persona,
+) -> Result<u8> {
     let registry = Registry::open(host)?;
     if registry.job.is_some() {
         crate::job::await_ready(&registry, name)?;
@@ -57,7 +29,7 @@ pub fn run(verb: &str, args: &ActionArgs, host: &Host, name: &str) -> Result<u8>
     let Some((record, held)) = registry.find(name) else {
         bail!("no instance found with name {name}");
     };
-    refuse(args, &record)?;
+    check_options(args, &record, persona)?;
     let verb = action::verb(verb);
     if verb == crate::plan::Verb::Shell && !args.rest.is_empty() {
         say::warn(format_args!("Parameters to shell command are ignored"));
@@ -105,8 +77,14 @@ pub fn run(verb: &str, args: &ActionArgs, host: &Host, name: &str) -> Result<u8>
             umask: if args.no_umask { 0o022 } else { host.umask },
             init: Init::Payload,
             close_descriptors: false,
+            rights: action::rights(args, &container.ids)?,
+            time_limit: None,
         },
     };
+    if let Some(form) = explain {
+        explain::print_join(&join, form)?;
+        return Ok(exit::OK);
+    }
     if say::level() >= say::DEBUG {
         for line in explain::join_lines(&join) {
             say::debug(format_args!("plan: {line}"));
@@ -116,20 +94,50 @@ pub fn run(verb: &str, args: &ActionArgs, host: &Host, name: &str) -> Result<u8>
     engine::join::run(&join)
 }
 
-fn refuse(args: &ActionArgs, record: &Record) -> Result<()> {
-    let typed = |id: &str| args.typed.iter().any(|t| t == id);
-    if let Some(id) = OF_THE_CONTAINER.iter().find(|id| typed(id)) {
+/// What cannot have its effect any more is an error where somebody relies on it. A peer takes the rest without a word, so
+/// under its name that is a warning.
+fn check_options(args: &ActionArgs, record: &Record, persona: Persona) -> Result<()> {
+    let late = |given: &&Given| match is_met(given, record) {
+        true => Late::Works,
+        false => given.late(),
+    };
+    let (typed, ambient): (Vec<&Given>, Vec<&Given>) = args.given.iter().partition(|g| g.typed);
+    let peer = persona == Persona::Apptainer;
+    let refused = |given: &&&Given| match late(given) {
+        Late::Works => false,
+        Late::Idle => !peer,
+        Late::Harmful => true,
+    };
+    if let Some(given) = typed.iter().find(refused) {
         bail!(
             "--{} cannot be given for a running instance, whose container is made already: stop instance {} and start it with this option",
-            id.replace('_', "-"),
+            given.long,
             record.name
         );
     }
-    if typed("fakeroot") && !record.container.ids.is_root() {
-        bail!(
-            "--fakeroot cannot be given for instance {0}, which was started without it: stop it and start it with --fakeroot",
-            record.name
-        );
+    let idle = typed.iter().filter(|g| late(g) == Late::Idle);
+    // An option of the environment is for all runs, also for those that make a container.
+    let idle = idle.chain(ambient.iter().filter(|g| late(g) == Late::Harmful));
+    let names: Vec<String> = idle.map(|given| format!("--{}", given.long)).collect();
+    if !names.is_empty() {
+        say::warn(format_args!(
+            "no effect on the running instance {}, whose container is made already: {}",
+            record.name,
+            names.join(", ")
+        ));
     }
     Ok(())
+}
+
+/// Whether the container is already as the option wants it.
+fn is_met(given: &Given, record: &Record) -> bool {
+    let container = &record.container;
+    match given.id.as_str() {
+        "fakeroot" => container.ids.is_root(),
+        "ipc" => container.namespaces.ipc,
+        "net" => container.namespaces.net,
+        "uts" => container.namespaces.uts,
+        "contain" => container.contained,
+        _ => false,
+    }
 }

@@ -10,7 +10,7 @@ use std::ffi::OsString;
 
 use anyhow::Result;
 
-use super::{Persona, Usage};
+use super::{Explain, Persona, Usage};
 use crate::host::Host;
 use crate::say;
 
@@ -40,11 +40,11 @@ pub const COMMANDS: &[(&str, &str)] = &[
 ///
 /// # Errors
 /// [`Usage`] for a wrong command line; anything else is fatal.
-pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
+pub fn run(words: &[OsString], explain: Option<Explain>, persona: Persona) -> Result<u8> {
     let verb = words.first().and_then(|w| w.to_str()).unwrap_or_default();
     let rest = words.get(1..).unwrap_or_default();
     match verb {
-        "start" | "run" => start::run(verb, rest),
+        "start" | "run" => start::run(verb, rest, explain),
         "list" => list::list(&super::parse("instance list", rest)?),
         "stop" => list::stop(&super::parse("instance stop", rest)?),
         "stats" => watch::stats(&super::parse("instance stats", rest)?),

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::cmd::flags::StartArgs;
-use crate::cmd::{Usage, action};
+use crate::cmd::flags::{ActionArgs, StartArgs};
+use crate::cmd::{Explain, Usage, action, explain};
 use crate::host::{Host, normalise};
 use crate::instance::ending::Noted;
 use crate::instance::launch::{self, Message, Report};
@@ -25,10 +25,14 @@ use crate::{exit, image, say};
 ///
 /// # Errors
 /// When it cannot be started, or is not ready in time.
-pub fn run(verb: &str, words: &[OsString]) -> Result<u8> {
+pub fn run(verb: &str, words: &[OsString], explain: Option<Explain>) -> Result<u8> {
     let host = Host::read()?;
     let command = format!("instance {verb}");
     let (args, name) = parse(&command, words, &host)?;
+    if let Some(form) = args.action.explain.or(explain) {
+        refuse(&name, &args)?;
+        return show(verb, &name, &args, &host, form);
+    }
     if args.foreground {
         return start(verb, &name, args, host, None, Noted::No);
     }
@@ -88,12 +92,7 @@ fn start(
     let registry = Registry::open(&host)?;
     let network = action::network(action, registry.path())?;
     let service = service(&args, network.is_some())?;
-    let mut request = action::request(if verb == "run" { "run" } else { "start" }, action, &host)?;
-    request.instance = Some(name.to_owned());
-    request.namespaces.pid = true;
-    // The monitor of an instance supervises no owners.
-    request.ownership = Ownership::Kernel;
-    request.close_descriptors = true;
+    let request = request(verb, name, action, &host)?;
     let groups = host.groups();
     let planned = plan::plan(&request, &host, &facts, image.root(), &groups)?;
     drop(image);
@@ -133,6 +132,31 @@ fn start(
     await_start(name, &report, &registry, &service, patience)
 }
 
+/// Prints the plan of an instance.
+fn show(verb: &str, name: &str, args: &StartArgs, host: &Host, form: Explain) -> Result<u8> {
+    let action = &args.action;
+    action::refuse_fetching(&action.image, host)?;
+    let path = action::image_path(&action.image, host, &action::access(action))?;
+    let image = image::open(&path)?;
+    let facts = image.facts();
+    image::check_arch(facts.arch.as_deref(), host.arch)?;
+    let request = request(verb, name, action, host)?;
+    let planned = plan::plan(&request, host, &facts, image.root(), &host.groups())?;
+    action::announce(&planned.warnings, &planned.infos);
+    explain::print(&action::whole(action, &planned.plan, host)?, form)?;
+    Ok(exit::OK)
+}
+
+fn request(verb: &str, name: &str, action: &ActionArgs, host: &Host) -> Result<plan::Request> {
+    let mut request = action::request(if verb == "run" { "run" } else { "start" }, action, host)?;
+    request.instance = Some(name.to_owned());
+    request.namespaces.pid = true;
+    // The monitor of an instance supervises no owners.
+    request.ownership = Ownership::Kernel;
+    request.close_descriptors = true;
+    Ok(request)
+}
+
 fn refuse(name: &str, args: &StartArgs) -> Result<()> {
     if !is_name(name) {
         bail!(
@@ -152,10 +176,18 @@ fn refuse(name: &str, args: &StartArgs) -> Result<()> {
             bail!("{option} is not supported: checkpoints are not");
         }
     }
-    if let Some(refusal) = args.action.refusal() {
-        bail!("{} is not supported: {}", refusal.option, refusal.why);
+    for (used, option) in [
+        (args.action.unsquash, "--unsquash"),
+        (
+            args.action.runscript_timeout.is_some(),
+            "--runscript-timeout",
+        ),
+    ] {
+        if used {
+            bail!("{option} is not supported for instances: it is for run, exec, shell and test");
+        }
     }
-    Ok(())
+    action::refuse(&args.action)
 }
 
 fn seconds(text: &str) -> Result<Duration> {

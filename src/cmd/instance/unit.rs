@@ -37,6 +37,9 @@ pub fn run(words: &[OsString]) -> Result<u8> {
     if !is_name(&name) {
         bail!("{name:?} is not a valid instance name");
     }
+    if args.start.action.explain.is_some() {
+        bail!("--explain shows the plan of instance start, and instance unit starts nothing");
+    }
     let options = &words[..words.len() - rest.len()];
     let own = ["--system", "--run", "--foreground", "--"];
     let options = options.iter().filter(|w| !own.iter().any(|o| *w == *o));

@@ -1,10 +1,14 @@
 //! What a process gives up: capabilities, being traced, system calls.
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
-use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, capabilities, configure_capability_in_ambient_set,
+    set_capabilities,
+};
 
 use super::seccomp;
+use crate::plan::Capabilities;
 
 /// Drops the whole capability bounding set (`capabilities(7)`): nothing executed later gains any.
 pub fn drop_bounding_set() {
@@ -14,6 +18,44 @@ pub fn drop_bounding_set() {
             break;
         }
     }
+}
+
+/// Gives up every capability but these (`capabilities(7)`). `ambient`: they are handed on to programs; root's are anyway.
+///
+/// # Errors
+/// When the kernel refuses or does not know one of those that are to be handed on.
+pub fn limit_capabilities(left: Capabilities, ambient: bool) -> Result<()> {
+    for capability in (0..64).filter(|n| left.0 & (1 << n) == 0) {
+        // SAFETY: prctl with integers only. Beyond the last known capability it fails with EINVAL.
+        if unsafe { libc::prctl(libc::PR_CAPBSET_DROP, capability, 0, 0, 0) } != 0 {
+            break;
+        }
+    }
+    let had = capabilities(None).context("cannot read the capabilities")?;
+    let known = CapabilitySet::from_bits_retain(left.0);
+    let sets = CapabilitySets {
+        effective: had.effective & known,
+        permitted: had.permitted & known,
+        inheritable: if ambient {
+            had.permitted & known
+        } else {
+            CapabilitySet::empty()
+        },
+    };
+    set_capabilities(None, sets).context("cannot give up capabilities")?;
+    if !ambient {
+        return Ok(());
+    }
+    let given = sets.inheritable.bits();
+    for number in (0..64).filter(|n| given & (1 << n) != 0) {
+        let one = CapabilitySet::from_bits_retain(1 << number);
+        configure_capability_in_ambient_set(one, true).context("cannot hand on a capability")?;
+    }
+    let refused = Capabilities(left.0 & !sets.permitted.bits());
+    if refused.0 != 0 && left != Capabilities::ALL {
+        bail!("this kernel does not give {}", refused.names());
+    }
+    Ok(())
 }
 
 /// Gives up every capability (`capabilities(7)`).
