@@ -136,14 +136,46 @@ impl Host {
         self.var("XDG_RUNTIME_DIR").map(OsStr::to_owned)
     }
 
-    /// Where access profiles of images are kept: in Apptainer's cache directory, so that sites clean one place.
+    /// The directory below which programs keep their files: `$HOME`, else that of the user database.
+    pub fn home(&self) -> PathBuf {
+        let named = self.var("HOME").map(PathBuf::from);
+        named
+            .filter(|home| home.is_absolute())
+            .unwrap_or_else(|| self.user.home.clone())
+    }
+
+    /// A setting `APPTAINER_<KEY>`, else `SINGULARITY_<KEY>`; an empty one is none.
+    fn setting(&self, key: &str) -> Option<&OsStr> {
+        let value = |prefix: &str| {
+            self.var(&format!("{prefix}{key}"))
+                .filter(|value| !value.is_empty())
+        };
+        value("APPTAINER_").or_else(|| value("SINGULARITY_"))
+    }
+
+    /// The directory of logins, endpoints and the cache: `.apptainer` in the home directory of the user database, as the
+    /// peers have it, whatever `$HOME` is.
+    pub fn config_dir(&self) -> PathBuf {
+        match self.setting("CONFIGDIR") {
+            Some(path) => self.cwd.join(path),
+            None => self.user.home.join(".apptainer"),
+        }
+    }
+
+    /// Where the cache is, all of it, profiles and steps of builds too: `cache` in `$CAPSID_CACHEDIR`, in
+    /// `$APPTAINER_CACHEDIR`, or in the directory of the configuration.
+    pub fn cache_root(&self) -> PathBuf {
+        let own = self.var("CAPSID_CACHEDIR").filter(|v| !v.is_empty());
+        match own.or_else(|| self.setting("CACHEDIR")) {
+            Some(path) => self.cwd.join(path).join("cache"),
+            None => self.config_dir().join("cache"),
+        }
+    }
+
+    /// Where access profiles of images are kept: in the cache, so that sites clean one place.
     pub fn profiles(&self) -> Option<PathBuf> {
-        let set = |name| self.var(name).filter(|value| !value.is_empty());
-        let cache = set("APPTAINER_CACHEDIR")
-            .or_else(|| set("SINGULARITY_CACHEDIR"))
-            .map(PathBuf::from)
-            .or_else(|| Some(Path::new(set("HOME")?).join(".apptainer/cache")))?;
-        Some(cache.join("profile"))
+        let root = self.cache_root();
+        root.is_absolute().then(|| root.join("profile"))
     }
 
     /// Names of the caller's groups with their ids, for the container's `/etc/group`. Only read when

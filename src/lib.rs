@@ -19,6 +19,7 @@ pub mod cmd;
 pub mod digest;
 pub mod engine;
 pub mod exit;
+pub mod filesystem;
 pub mod gpu;
 pub mod host;
 pub mod image;

@@ -98,13 +98,19 @@ fn say(level: i8, word: &str, colour: &str, text: Arguments) {
     }
     let text = printable(&plain(&text.to_string()));
     let stderr = std::io::stderr();
-    let line = if COLOUR.load(Ordering::Relaxed) && stderr.is_terminal() {
+    let line = if COLOUR.load(Ordering::Relaxed) && stderr.is_terminal() && wants_colour() {
         format!("\x1b[{colour}m{word:<9}\x1b[0m{text}\n")
     } else {
         format!("{word:<9}{text}\n")
     };
     // Nobody is left to tell when stderr is gone.
     let _ = stderr.lock().write_all(line.as_bytes());
+}
+
+/// `NO_COLOR` (no-color.org) and `TERM=dumb` ask for none.
+fn wants_colour() -> bool {
+    let is_asked = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty());
+    !is_asked && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
 /// `text` with control characters (but not line ends and tabs) written as escapes.

@@ -22,14 +22,27 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     ("oci", &["digest", "metadir", "progress", "say", "squash"]),
     // Images of registries are OCI images; the file that a cache's claim names is a process's.
-    ("net", &["cache", "digest", "oci", "progress", "say"]),
-    ("cache", &["digest", "proc", "say"]),
+    // What it brings, and what the cache has of it, must be an image.
+    (
+        "net",
+        &["cache", "digest", "image", "oci", "progress", "say"],
+    ),
+    ("cache", &["digest", "filesystem", "proc", "say"]),
     ("squash", &["progress", "say"]),
     ("digest", &[]),
     ("plan", &["host", "image", "metadir", "proc", "shell"]),
     (
         "engine",
-        &["exit", "image", "metadir", "plan", "proc", "say", "shell"],
+        &[
+            "exit",
+            "filesystem",
+            "image",
+            "metadir",
+            "plan",
+            "proc",
+            "say",
+            "shell",
+        ],
     ),
     // An instance's monitor starts its container.
     (
@@ -42,6 +55,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         &["engine", "exit", "host", "instance", "plan", "proc", "say"],
     ),
     ("image", &["metadir", "say", "sif"]),
+    ("filesystem", &[]),
     ("gpu", &[]),
     ("host", &[]),
     ("metadir", &[]),

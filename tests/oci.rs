@@ -323,7 +323,9 @@ fn images_of_umoci_and_skopeo_become_what_umoci_unpacks() {
 
 fn open(env: &Env, kind: &str, path: &Path) -> Image {
     let place = Place::of(kind).unwrap();
-    place.open(text(path), &platform(), &env.work()).unwrap()
+    place
+        .open(text(path), &env.work(), &platform(), &env.work())
+        .unwrap()
 }
 
 #[test]

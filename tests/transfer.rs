@@ -14,89 +14,11 @@ use std::sync::{Arc, Mutex};
 
 use capsid::digest::Digest;
 use common::http::{Answer, Asked, Server};
+use common::registry::{command, image, registry, run};
 use common::{Env, Output, output};
 use serde_json::json;
 
-/// The program with a cache and a configuration of its own.
-fn command(t: &Env, words: &[&str]) -> Command {
-    let mut command = t.command(words);
-    command
-        .env("APPTAINER_CONFIGDIR", t.path("config"))
-        .env("HOME", t.path("home"));
-    command
-}
-
-fn run(t: &Env, words: &[&str]) -> Output {
-    output(&mut command(t, words))
-}
-
-/// An image of two layers as a registry has it: its blobs by digest, its manifest.
-struct Image {
-    blobs: BTreeMap<String, Vec<u8>>,
-    manifest: Vec<u8>,
-    layer: String,
-}
-
-fn image(t: &Env) -> Image {
-    let tree = t.tree("tree");
-    let tar = t.path("layer.tar");
-    let packed = output(
-        Command::new("tar")
-            .arg("-C")
-            .arg(&tree)
-            .arg("-cf")
-            .arg(&tar)
-            .arg("."),
-    );
-    packed.ok();
-    let layer = fs::read(&tar).unwrap();
-    let digest = Digest::of(&layer).to_string();
-    let config = json!({
-        "architecture": capsid::host::go_arch(std::env::consts::ARCH), "os": "linux",
-        "created": "2026-01-02T03:04:05Z", "config": {"Cmd": ["/bin/cat", "/opt/hello.txt"]},
-        "rootfs": {"type": "layers", "diff_ids": [digest]}
-    })
-    .to_string()
-    .into_bytes();
-    let manifest = json!({
-        "schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-        "config": {"mediaType": "application/vnd.oci.image.config.v1+json",
-            "digest": Digest::of(&config).to_string(), "size": config.len()},
-        "layers": [{"mediaType": "application/vnd.oci.image.layer.v1.tar", "digest": digest, "size": layer.len()}]
-    })
-    .to_string()
-    .into_bytes();
-    let blobs = [config, layer].map(|b| (Digest::of(&b).to_string(), b));
-    Image {
-        blobs: blobs.into(),
-        manifest,
-        layer: digest,
-    }
-}
-
-/// A registry with one image, `test/image:v1`.
-fn registry(
-    image: &Image,
-    special: impl Fn(&Asked) -> Option<Answer> + Send + Sync + 'static,
-) -> Server {
-    let (blobs, manifest) = (image.blobs.clone(), image.manifest.clone());
-    Server::start(move |asked| {
-        if let Some(answer) = special(asked) {
-            return answer;
-        }
-        if asked.target == "/v2/test/image/manifests/v1" {
-            return Answer::new(200, manifest.clone())
-                .header("Content-Type", "application/vnd.oci.image.manifest.v1+json");
-        }
-        match asked.target.strip_prefix("/v2/test/image/blobs/") {
-            Some(digest) if blobs.contains_key(digest) => Answer::content(asked, &blobs[digest]),
-            _ => Answer::new(
-                404,
-                r#"{"errors":[{"code":"MANIFEST_UNKNOWN","message":"manifest unknown"}]}"#,
-            ),
-        }
-    })
-}
+const CAPSID: &str = env!("CARGO_BIN_EXE_capsid");
 
 fn pull(t: &Env, server: &Server) -> Output {
     let uri = format!("docker://{}/test/image:v1", server.address);
@@ -257,7 +179,6 @@ fn images_of_a_registry_are_pulled_run_pushed_and_pulled_back() {
         ],
     )
     .fatal(&["manifest unknown"]);
-    run(&t, &["pull", "no.sif", &docker]).fatal(&["server gave HTTP response to HTTPS client"]);
     assert_clean(&t);
 }
 
@@ -360,14 +281,12 @@ fn own_certificate_authorities_are_trusted_where_they_are_named() {
     let mut by_variable = command(&t, &["pull", "x.sif", &uri]);
     by_variable.env("SSL_CERT_FILE", t.path("ca.crt"));
     output(&mut by_variable).ok();
-    let directory = common::home()
-        .join(".config/containers/certs.d")
+    let directory = t
+        .path("home/.config/containers/certs.d")
         .join(&registry.address);
     fs::create_dir_all(&directory).unwrap();
     fs::copy(t.path("ca.crt"), directory.join("ca.crt")).unwrap();
-    let by_directory = run(&t, &["pull", "y.sif", &uri]);
-    fs::remove_dir_all(&directory).unwrap();
-    by_directory.ok();
+    run(&t, &["pull", "y.sif", &uri]).ok();
 }
 
 #[test]
@@ -860,6 +779,16 @@ fn cache_is_listed_and_cleaned() {
             .starts_with("There are 0 container file(s)")
     );
     run(&t, &["cache", "list", "-T", "nonsense"]).fatal(&["not a valid type"]);
+    let list = run(&t, &["cache", "list", "--type", "blob"]);
+    assert_eq!(
+        list.ok(),
+        "There are 0 oci blob file(s) using 0 B of space\nTotal space used: 0 B"
+    );
+    let list = run(&t, &["cache", "list", "--type", "oras"]);
+    assert!(
+        list.ok()
+            .starts_with("There are 0 container file(s) using 0 B of space")
+    );
 }
 
 #[test]
@@ -871,14 +800,18 @@ fn full_disk_is_one_line_and_leaves_the_target() {
     fs::create_dir_all(&small).unwrap();
     fs::write(t.work().join("x.sif"), "the old one").unwrap();
     let script = format!(
-        "mount -t tmpfs -o size=600k none {0} && APPTAINER_CONFIGDIR={0} exec {1} pull --no-https -F x.sif docker://{2}/test/image:v1",
+        "mount -t tmpfs -o size=600k none {0} && APPTAINER_TMPDIR={0} APPTAINER_CONFIGDIR={0} exec {1} pull --no-https -F x.sif docker://{2}/test/image:v1",
         small.display(),
         env!("CARGO_BIN_EXE_capsid"),
         server.address
     );
     let mut command = t.command_as(Path::new("unshare"), ["-Urm", "sh", "-c", &script]);
     command.env("HOME", t.path("home"));
-    output(&mut command).fatal(&["No space left on device"]);
+    let out = output(&mut command);
+    assert_eq!(out.status, 255, "{out}");
+    let fatal = out.stderr.lines().filter(|l| l.starts_with("FATAL: "));
+    assert_eq!(fatal.count(), 1, "{out}");
+    assert!(out.stderr.contains("No space left on device"), "{out}");
     assert_eq!(fs::read(t.work().join("x.sif")).unwrap(), b"the old one");
 }
 
@@ -945,4 +878,13 @@ fn remotes_are_added_used_and_removed() {
     run(&t, &["pull", "library://a/b/c"]).fatal(&["remote DefaultRemote has no library client"]);
     run(&t, &["remote", "remove", "x"]).ok();
     run(&t, &["remote", "remove", "x"]).fatal(&["x is not a remote"]);
+    for name in ["x", "DefaultRemote"] {
+        let out = run(&t, &["remote", "logout", name]);
+        out.ok();
+        assert!(out.stderr.starts_with("WARNING: "), "{out}");
+    }
+    let words = ["-w", CAPSID, "remote", "add", "y", "y.test"];
+    let mut apart = t.command_as(Path::new("setsid"), words);
+    apart.env("APPTAINER_CONFIGDIR", t.path("config"));
+    output(&mut apart).fatal(&["no terminal", "--no-login"]);
 }

@@ -56,6 +56,8 @@ impl Steps {
     /// The file of a step, if it is kept: it counts as used now.
     pub fn find(&self, key: &str) -> Option<PathBuf> {
         let path = self.place(key);
+        // A disk that was full may have left a part.
+        crate::image::check(&path).ok()?;
         let file = File::open(&path).ok()?;
         let _ = file.set_modified(SystemTime::now());
         Some(path)

@@ -3,20 +3,25 @@
 //! ```text
 //! blob/blobs/sha256/HEX     layers, configurations (an OCI layout's tree)
 //! oci-tmp/ oras/ library/ net/   images, by the digest that names them
+//! build/ profile/           steps of builds; what starts of images have read
 //! .tmp/                     what is being written; renamed into its place when whole
 //! .claims/                  who is fetching what ([`claim`])
 //! ```
 //!
 //! Readers need no lock: a name holds a whole file or nothing. Writers need none for correctness; claims only keep two
 //! of them from fetching the same. All of it works on network file systems.
+//!
+//! What lies there is looked at before it is used: a disk that was full, a crash or somebody's hand may have changed it.
+//! [`Cache::obtain`] takes a test of that, and what fails it is made again.
 
 mod claim;
 pub mod usage;
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -27,6 +32,7 @@ use anyhow::{Context, Result, bail};
 pub use claim::{Claim, Obtained};
 
 use crate::digest::Digest;
+use crate::say;
 
 /// What an entry is; the names of the directories are the peers'.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -43,17 +49,20 @@ pub enum Kind {
     Blob,
     /// What a build has made on the way.
     Build,
+    /// What starts of images have read.
+    Profile,
 }
 
 impl Kind {
     /// All of them.
-    pub const ALL: [Kind; 6] = [
+    pub const ALL: [Kind; 7] = [
         Kind::Library,
         Kind::OciTmp,
         Kind::Oras,
         Kind::Net,
         Kind::Blob,
         Kind::Build,
+        Kind::Profile,
     ];
 
     /// Its name, and that of its directory.
@@ -65,6 +74,7 @@ impl Kind {
             Kind::Net => "net",
             Kind::Blob => "blob",
             Kind::Build => "build",
+            Kind::Profile => "profile",
         }
     }
 
@@ -87,7 +97,14 @@ pub struct Cache {
 const FORGOTTEN: Duration = Duration::from_secs(7 * 24 * 3600);
 
 impl Cache {
-    /// Opens a cache, and makes its directories for its owner alone.
+    /// A cache as it is: nothing is made, and there may be none.
+    pub fn at(root: &Path) -> Cache {
+        Cache {
+            root: root.to_owned(),
+        }
+    }
+
+    /// Opens a cache to write to, and makes its directories for its owner alone.
     ///
     /// # Errors
     /// When it cannot be written.
@@ -143,7 +160,7 @@ impl Cache {
         Ok(self.directory(kind).join(key))
     }
 
-    /// An entry that is there; it counts as used now.
+    /// An entry that is there and can be read; it counts as used now.
     pub fn entry(&self, kind: Kind, key: &str) -> Option<PathBuf> {
         let path = self.place(kind, key).ok()?;
         let used = rustix::fs::Timestamps {
@@ -158,10 +175,13 @@ impl Cache {
         };
         let flags = rustix::fs::AtFlags::SYMLINK_NOFOLLOW;
         // A cache that others fill may not be ours to mark; then it is only there.
-        match rustix::fs::utimensat(rustix::fs::CWD, &path, &used, flags) {
-            Err(rustix::io::Errno::NOENT) => None,
-            _ => path.exists().then_some(path),
+        if rustix::fs::utimensat(rustix::fs::CWD, &path, &used, flags)
+            == Err(rustix::io::Errno::NOENT)
+        {
+            return None;
         }
+        let is_file = fs::metadata(&path).is_ok_and(|m| m.is_file());
+        (is_file && File::open(&path).is_ok()).then_some(path)
     }
 
     /// A blob that is there.
@@ -175,13 +195,28 @@ impl Cache {
     /// When they cannot be written.
     pub fn put(&self, bytes: &[u8]) -> Result<PathBuf> {
         let key = Digest::of(bytes).hex();
-        if let Some(path) = self.entry(Kind::Blob, &key) {
+        if let Some(path) = self.entry(Kind::Blob, &key)
+            && fs::metadata(&path).is_ok_and(|m| m.len() == bytes.len() as u64)
+            && fs::read(&path).is_ok_and(|there| there == bytes)
+        {
             return Ok(path);
         }
+        let place = self.place(Kind::Blob, &key)?;
+        self.clear(&place)?;
         let draft = self.draft()?;
         io::Write::write_all(&mut &draft.file, bytes)
             .with_context(|| format!("cannot write {}", draft.path.display()))?;
-        draft.publish(&self.place(Kind::Blob, &key)?)
+        draft.publish(&place)
+    }
+
+    /// Makes room for a file: one that is there is replaced by it, and something else goes.
+    fn clear(&self, place: &Path) -> Result<()> {
+        if !fs::symlink_metadata(place).is_ok_and(|m| m.is_dir()) {
+            return Ok(());
+        }
+        // Somebody may be writing into it.
+        remove_directory_in_use(place, &self.root.join(".tmp"))
+            .with_context(|| format!("{} is in the way, and cannot be removed", place.display()))
     }
 
     /// A file to write to, which goes unless it is published.
@@ -200,15 +235,50 @@ impl Cache {
         DraftDirectory::new(&self.root.join(".tmp"))
     }
 
-    /// Gives an entry, or the right and duty to make it: other processes wait for whoever got that, as long as it lives.
+    /// Gives an entry that is good, or the right and duty to make it: other processes wait for whoever got that, as long
+    /// as it lives. An entry that is not good is replaced by what is published in its place.
     ///
     /// # Errors
     /// When claims cannot be written.
-    pub fn obtain(&self, kind: Kind, key: &str) -> Result<Obtained> {
-        self.place(kind, key)?;
+    pub fn obtain(
+        &self,
+        kind: Kind,
+        key: &str,
+        is_good: &dyn Fn(&Path) -> bool,
+    ) -> Result<Obtained> {
+        let place = self.place(kind, key)?;
         let name = format!("{}-{key}", kind.name());
         let (claims, drafts) = (self.root.join(".claims"), self.root.join(".tmp"));
-        claim::obtain(&claims, &drafts, &name, &|| self.entry(kind, key))
+        // Looking may take long, and a waiting process asks often: what was bad stays so until it changes.
+        let bad = Cell::new(None);
+        let ready = || {
+            let path = self.entry(kind, key)?;
+            let meta = fs::metadata(&path).ok()?;
+            let is = (
+                meta.dev(),
+                meta.ino(),
+                meta.len(),
+                meta.mtime(),
+                meta.mtime_nsec(),
+            );
+            if bad.get() == Some(is) {
+                return None;
+            }
+            if is_good(&path) {
+                return Some(path);
+            }
+            bad.set(Some(is));
+            say::verbose(format_args!(
+                "{} is damaged: it is made again",
+                path.display()
+            ));
+            None
+        };
+        let obtained = claim::obtain(&claims, &drafts, &name, &ready)?;
+        if matches!(obtained, Obtained::Claimed(_)) {
+            self.clear(&place)?;
+        }
+        Ok(obtained)
     }
 
     /// Removes drafts whose writer has died.
@@ -254,7 +324,8 @@ pub fn remove_drafts() {
     let drafts = drafts();
     for path in &*drafts {
         // The program ends anyway, and the next one that opens the cache removes what stays.
-        let _ = fs::remove_file(path).or_else(|_| remove_directory_in_use(path));
+        let _ = fs::remove_file(path)
+            .or_else(|_| remove_directory_in_use(path, path.parent().unwrap_or(path)));
     }
     std::mem::forget(drafts);
 }
@@ -275,9 +346,9 @@ fn forget(path: &Path, remove: bool) {
     drafts.remove(path);
 }
 
-/// Removes a directory into which somebody may still be writing by its name.
-fn remove_directory_in_use(path: &Path) -> io::Result<()> {
-    let aside = draft_path(path.parent().unwrap_or(path));
+/// Removes a directory into which somebody may still be writing by its name, by way of another directory.
+fn remove_directory_in_use(path: &Path, by: &Path) -> io::Result<()> {
+    let aside = draft_path(by);
     match fs::rename(path, &aside) {
         Ok(()) => fs::remove_dir_all(aside),
         Err(_) => fs::remove_dir_all(path),
@@ -338,6 +409,12 @@ impl DraftDirectory {
     /// Removes it in any case: all went well.
     pub fn remove(self) {
         forget(&self.0, true);
+    }
+
+    /// Leaves it to somebody else, who removes it.
+    pub fn leave(self) {
+        drafts().remove(&self.0);
+        std::mem::forget(self);
     }
 }
 
@@ -430,6 +507,56 @@ mod tests {
         assert_eq!(cache.blob(&Digest::of(b"abd")), None);
         drop(cache.draft().unwrap());
         assert_eq!(fs::read_dir(cache.root().join(".tmp")).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_is_not_good_is_made_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(dir.path()).unwrap();
+        let place = cache.place(Kind::Net, "x").unwrap();
+        let is_good = |path: &Path| fs::read(path).is_ok_and(|bytes| bytes == b"good");
+        let damage: [(&str, &dyn Fn()); 7] = [
+            ("nothing", &|| {}),
+            ("empty", &|| fs::write(&place, "").unwrap()),
+            ("short", &|| fs::write(&place, "goo").unwrap()),
+            ("flipped", &|| fs::write(&place, "Good").unwrap()),
+            ("directory", &|| {
+                fs::create_dir_all(place.join("a/b")).unwrap()
+            }),
+            ("broken link", &|| {
+                std::os::unix::fs::symlink("none", &place).unwrap();
+            }),
+            ("link to a directory", &|| {
+                std::os::unix::fs::symlink(dir.path(), &place).unwrap();
+            }),
+        ];
+        for (what, damage) in damage {
+            damage();
+            let Obtained::Claimed(claim) = cache.obtain(Kind::Net, "x", &is_good).unwrap() else {
+                panic!("{what} is taken for good");
+            };
+            let draft = cache.draft().unwrap();
+            io::Write::write_all(&mut &draft.file, b"good").unwrap();
+            draft.publish(&place).unwrap();
+            drop(claim);
+            let obtained = cache.obtain(Kind::Net, "x", &is_good).unwrap();
+            assert!(matches!(obtained, Obtained::Ready(_)), "{what}");
+            fs::remove_file(&place).unwrap();
+        }
+        let left = fs::read_dir(dir.path().join(".tmp")).unwrap().count();
+        assert_eq!(left, 0);
+        assert!(dir.path().exists());
+    }
+
+    #[test]
+    fn cache_that_is_only_looked_at_is_not_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("none");
+        assert!(Cache::at(&root).list(&Kind::ALL).unwrap().is_empty());
+        assert!(!root.exists());
+        let file = dir.path().join("file");
+        fs::write(&file, "").unwrap();
+        assert!(Cache::at(&file).list(&Kind::ALL).unwrap().is_empty());
     }
 
     #[test]

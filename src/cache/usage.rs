@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::ErrorKind;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -9,7 +10,7 @@ use std::time::{Duration, SystemTime};
 use anyhow::{Context, Result, bail};
 
 use super::{Cache, Kind};
-use crate::say;
+use crate::{filesystem, say};
 
 /// Something in the cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,17 +29,6 @@ pub struct Entry {
     pub used: SystemTime,
 }
 
-/// File systems of several machines, by `statfs(2)`: NFS, SMB, Lustre, GPFS, BeeGFS, Ceph, FUSE.
-const SHARED: [i64; 8] = [
-    0x6969,
-    0x517b,
-    0xff53_4d42,
-    0x0bd0_0bd0,
-    0x4750_4653,
-    0x1983_0326,
-    0x00c3_6400,
-    0x6573_5546,
-];
 /// What was used within this time is not removed for room.
 const RECENT: Duration = Duration::from_secs(3600);
 /// The same where other machines may be running it, which cannot be seen from here.
@@ -55,7 +45,18 @@ impl Cache {
             let directory = self.directory(*kind);
             let read = match fs::read_dir(&directory) {
                 Ok(read) => read,
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                // Nothing there, or a home that this process may not enter: nothing of it can be used either.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        ErrorKind::NotFound
+                            | ErrorKind::NotADirectory
+                            | ErrorKind::PermissionDenied
+                    ) =>
+                {
+                    say::verbose(format_args!("{}: {error}", directory.display()));
+                    continue;
+                }
                 Err(error) => {
                     return Err(error)
                         .with_context(|| format!("cannot read {}", directory.display()));
@@ -76,7 +77,7 @@ impl Cache {
     /// # Errors
     /// When it cannot be removed.
     pub fn remove(&self, entry: &Entry) -> Result<()> {
-        let removed = match entry.path.is_dir() {
+        let removed = match fs::symlink_metadata(&entry.path).is_ok_and(|m| m.is_dir()) {
             true => fs::remove_dir_all(&entry.path),
             false => fs::remove_file(&entry.path),
         };
@@ -158,11 +159,7 @@ fn size_of(path: &Path) -> u64 {
 }
 
 fn is_shared(path: &Path) -> bool {
-    rustix::fs::statfs(path).is_ok_and(|s| {
-        // The type has another width on some machines.
-        #[allow(clippy::unnecessary_cast)]
-        SHARED.contains(&(s.f_type as i64))
-    })
+    rustix::fs::statfs(path).is_ok_and(|s| filesystem::may_be_shared(s.f_type as u64))
 }
 
 /// What this user's processes have open here.

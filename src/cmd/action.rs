@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::fetch::{self, RunAccess};
+use super::fetch::{self, ImageFile, RunAccess};
 use super::flags::ActionArgs;
+use super::transfer::Source;
 use super::{Explain, Persona, Usage, explain, unsquash};
 use crate::engine::network::Network;
 use crate::engine::server::Places;
@@ -56,8 +57,8 @@ pub fn run_on(
         }
         refuse_fetching(&args.image, &host)?;
     }
-    let path = image_path(&args.image, &host, &access(&args))?;
-    let image = image::open(&path)?;
+    let file = image_path(&args.image, &host, &access(&args))?;
+    let image = image::open(&file.path)?;
     if name == "run-help" {
         return run_help(image.as_ref(), args.app.as_deref());
     }
@@ -77,7 +78,11 @@ pub fn run_on(
     let network = network(&args, &scratch)?;
     // The cgroup goes with its last process; an empty one is removed by the next run.
     engine::cgroup::apply(&limits(&args, &host)?, limits_policy(&host)?, name)?;
-    let run = |plan: &plan::Plan| engine::run(plan, &places(&host), network.as_ref());
+    let places = Places {
+        unneeded: file.temporary.clone(),
+        ..places(&host)
+    };
+    let run = |plan: &plan::Plan| engine::run(plan, &places, network.as_ref());
     if args.unsquash {
         return unsquash::run(planned.plan, &temporary(&args, &host), run);
     }
@@ -217,6 +222,7 @@ pub fn places(host: &Host) -> Places {
     Places {
         runtime: host.runtime_home(),
         profiles: host.profiles(),
+        unneeded: None,
     }
 }
 
@@ -350,6 +356,8 @@ pub(super) fn access(args: &ActionArgs) -> RunAccess<'_> {
     RunAccess {
         no_https: args.no_https,
         docker_login: args.docker_login,
+        docker_username: args.docker_username.as_deref(),
+        docker_password: args.docker_password.as_deref(),
         authfile: args.authfile.as_deref(),
         disable_cache: args.disable_cache,
     }
@@ -365,7 +373,7 @@ pub(super) fn is_elsewhere(image: &OsStr, host: &Host) -> bool {
 
 /// The image's path: a path that exists beats the reading of a colon as a URI. What is elsewhere is brought into the
 /// cache first.
-pub(super) fn image_path(image: &OsString, host: &Host, access: &RunAccess) -> Result<PathBuf> {
+pub(super) fn image_path(image: &OsString, host: &Host, access: &RunAccess) -> Result<ImageFile> {
     if image.is_empty() {
         bail!("the name of the image is empty");
     }
@@ -380,18 +388,16 @@ pub(super) fn image_path(image: &OsString, host: &Host, access: &RunAccess) -> R
             "instance" => bail!(
                 "{text:?} is not an image: a running instance is named instance://NAME, for exec, run, shell and test"
             ),
-            scheme if Reference::is_scheme(scheme) => {
+            scheme if Source::is_scheme(scheme) => {
                 return fetch::fetch_for_run(image, access);
-            }
-            scheme if is_transport(scheme) => {
-                bail!(
-                    "{text} cannot be run directly: make a file of it (capsid build image.sif {text})"
-                )
             }
             other => bail!("Unsupported transport type: {other}"),
         }
     }
-    Ok(path)
+    Ok(ImageFile {
+        path,
+        temporary: None,
+    })
 }
 
 fn is_transport(scheme: &str) -> bool {

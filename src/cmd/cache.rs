@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use capsid_fuse::Archive;
 use serde::Serialize;
 
-use super::{Persona, parse_with_environment, prompt, transfer};
+use super::{Persona, parse_with_environment, prompt};
 use crate::cache::usage::Entry;
 use crate::cache::{Cache, Kind};
 use crate::engine::profiles;
@@ -28,7 +28,7 @@ pub const COMMANDS: &[(&str, &str)] = &[
 /// Options of `cache list`.
 #[derive(clap::Args, Debug)]
 pub struct ListArgs {
-    /// Of these kinds only: library, oci-tmp, oras, net, blob, build, all
+    /// Of these kinds only: library, oci-tmp, oras, net, blob, build, profile, all
     #[arg(short = 'T', long = "type", value_name = "KIND", value_delimiter = ',')]
     kinds: Vec<String>,
     /// Each entry
@@ -42,7 +42,7 @@ pub struct ListArgs {
 /// Options of `cache clean`.
 #[derive(clap::Args, Debug)]
 pub struct CleanArgs {
-    /// Of these kinds only: library, oci-tmp, oras, net, blob, build, all
+    /// Of these kinds only: library, oci-tmp, oras, net, blob, build, profile, all
     #[arg(short = 'T', long = "type", value_name = "KIND", value_delimiter = ',')]
     kinds: Vec<String>,
     /// What was made before so many days only
@@ -103,7 +103,7 @@ fn kinds(names: &[String]) -> Result<Vec<Kind>> {
             name => match Kind::ALL.into_iter().find(|k| k.name() == name) {
                 Some(kind) => found.push(kind),
                 None => bail!(
-                    "not a valid type {name:?}: library, oci-tmp, oras, net, blob, build, all"
+                    "not a valid type {name:?}: library, oci-tmp, oras, net, blob, build, profile, all"
                 ),
             },
         }
@@ -144,7 +144,7 @@ impl Row {
 
 fn list(args: &ListArgs, host: &Host) -> Result<u8> {
     let kinds = kinds(&args.kinds)?;
-    let cache = Cache::open(&transfer::cache_root(host))?;
+    let cache = Cache::at(&host.cache_root());
     let entries = cache.list(&kinds)?;
     if args.json {
         let rows: Vec<Row> = entries.iter().map(Row::of).collect();
@@ -169,18 +169,32 @@ fn list(args: &ListArgs, host: &Host) -> Result<u8> {
         }
         say::out(format_args!("\n"))?;
     }
-    let sum = |blobs: bool| {
-        let chosen = entries.iter().filter(|e| (e.kind == Kind::Blob) == blobs);
+    say::out(format_args!("{}", sums(&entries, &kinds)))?;
+    Ok(exit::OK)
+}
+
+/// Of the kinds that were asked for, in the peers' words. Profiles are no containers.
+fn sums(entries: &[Entry], kinds: &[Kind]) -> String {
+    let sum = |of: &dyn Fn(Kind) -> bool| {
+        let chosen = entries.iter().filter(|e| of(e.kind));
         chosen.fold((0, 0), |(n, bytes), e| (n + 1, bytes + e.size_bytes))
     };
-    let ((files, file_bytes), (blobs, blob_bytes)) = (sum(false), sum(true));
-    say::out(format_args!(
-        "There are {files} container file(s) using {} and {blobs} oci blob file(s) using {} of space\nTotal space used: {}\n",
-        size(file_bytes),
-        size(blob_bytes),
-        size(file_bytes + blob_bytes)
-    ))?;
-    Ok(exit::OK)
+    let is_file = |kind: Kind| !matches!(kind, Kind::Blob | Kind::Profile);
+    let mut parts = Vec::new();
+    if kinds.iter().any(|kind| *kind != Kind::Blob) {
+        let (files, bytes) = sum(&is_file);
+        parts.push(format!("{files} container file(s) using {}", size(bytes)));
+    }
+    if kinds.contains(&Kind::Blob) {
+        let (blobs, bytes) = sum(&|kind| kind == Kind::Blob);
+        parts.push(format!("{blobs} oci blob file(s) using {}", size(bytes)));
+    }
+    let total = sum(&|_| true).1;
+    format!(
+        "There are {} of space\nTotal space used: {}\n",
+        parts.join(" and "),
+        size(total)
+    )
 }
 
 /// As the peers write sizes.
@@ -194,7 +208,7 @@ fn size(bytes: u64) -> String {
 
 fn clean(args: &CleanArgs, host: &Host) -> Result<u8> {
     let kinds = kinds(&args.kinds)?;
-    let cache = Cache::open(&transfer::cache_root(host))?;
+    let cache = Cache::at(&host.cache_root());
     if !args.force && !args.dry_run && !confirmed(&cache)? {
         say::info(format_args!("Handle cleanup canceled"));
         return Ok(exit::OK);

@@ -273,6 +273,10 @@ pub struct ActionArgs {
     #[arg(long, hide = true, help_heading = "Image")]
     pub docker_login: bool,
     #[arg(long, hide = true, help_heading = "Image")]
+    pub docker_username: Option<String>,
+    #[arg(long, hide = true, help_heading = "Image")]
+    pub docker_password: Option<String>,
+    #[arg(long, hide = true, help_heading = "Image")]
     pub docker_host: Option<String>,
     #[arg(long, hide = true, help_heading = "Image")]
     pub tmpdir: Option<PathBuf>,

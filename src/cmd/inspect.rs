@@ -115,8 +115,16 @@ pub fn run(mut args: InspectArgs) -> Result<u8> {
     args.labels |= !asked.contains(&true);
     let words = args.image.as_os_str().to_owned();
     let host = Host::read()?;
-    if super::action::is_elsewhere(&words, &host) {
-        args.image = super::action::image_path(&words, &host, &RunAccess::default())?;
+    let fetched = match super::action::is_elsewhere(&words, &host) {
+        true => Some(super::action::image_path(
+            &words,
+            &host,
+            &RunAccess::default(),
+        )?),
+        false => None,
+    };
+    if let Some(file) = &fetched {
+        args.image.clone_from(&file.path);
     }
     let image = image::open(&args.image)
         .with_context(|| format!("Failed to open image {}", args.image.display()))?;

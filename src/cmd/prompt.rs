@@ -9,29 +9,30 @@ use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
 /// Longest answer, in bytes.
 const MAX_ANSWER: u64 = 64 << 10;
 
-fn terminal() -> Result<File> {
+/// What to do without a terminal, for passwords.
+pub const PASSWORD_STDIN: &str = "--password-stdin reads a password from a file or pipe";
+
+fn terminal(hint: &str) -> Result<File> {
     let opened = File::options().read(true).write(true).open("/dev/tty");
-    opened.context(
-        "there is no terminal to ask on (--password-stdin reads a password from a file or pipe)",
-    )
+    opened.with_context(|| format!("there is no terminal to ask on ({hint})"))
 }
 
-/// Asks for a line.
+/// Asks for a line. `hint` is what to do where there is no terminal.
 ///
 /// # Errors
 /// When there is no terminal.
-pub fn line(question: &str) -> Result<String> {
-    let mut terminal = terminal()?;
+pub fn line(question: &str, hint: &str) -> Result<String> {
+    let mut terminal = terminal(hint)?;
     write!(terminal, "{question}")?;
     read_line(&terminal)
 }
 
-/// Asks for a line that is not shown.
+/// Asks for a line that is not shown. `hint` is what to do where there is no terminal.
 ///
 /// # Errors
 /// When there is no terminal.
-pub fn secret(question: &str) -> Result<String> {
-    let mut terminal = terminal()?;
+pub fn secret(question: &str, hint: &str) -> Result<String> {
+    let mut terminal = terminal(hint)?;
     write!(terminal, "{question}")?;
     let before = tcgetattr(&terminal)?;
     let mut silent = before.clone();

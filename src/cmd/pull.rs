@@ -1,20 +1,23 @@
 //! `pull`: an image from elsewhere to a file.
 
 use std::ffi::OsString;
-use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
+use std::fs::{self, File};
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use capsid_fuse::Archive;
 
-use super::transfer::{self, Access, Machine, Store};
+use super::transfer::{self, Access, Machine, Source, Store};
 use super::{Usage, parse_with_environment};
 use crate::build::convert;
-use crate::cache::{self, Draft, DraftDirectory};
+use crate::cache::{self, Cache, Draft, DraftDirectory};
 use crate::host::Host;
+use crate::image::{self, Root};
 use crate::net::{self, Options, Reference};
 use crate::oci::config::Origin;
 use crate::oci::layers::Owners;
+use crate::squash::{self, Unpack};
 use crate::{exit, say};
 
 /// Options of `pull`.
@@ -76,32 +79,29 @@ pub fn run(words: &[OsString]) -> Result<u8> {
     };
     let uri = uri.to_string_lossy();
     let what = || context(&uri);
-    let reference: Reference = match uri.split_once(':') {
-        Some((scheme, _)) if !Reference::is_scheme(scheme) => {
+    let source: Source = match uri.split_once(':') {
+        Some((scheme, _)) if !Source::is_scheme(scheme) => {
             bail!("Unsupported transport type: {scheme}")
         }
         None => bail!("{uri:?} has no transport: write docker://, oras://, library://, https://"),
         _ => uri.parse().with_context(what)?,
     };
-    let target = place(&args, target, &reference, &host);
+    let target = place(&args, target, &source, &host);
     check_target(&args, &target)?;
     transfer::guard_drafts()?;
     if args.no_cleanup {
         cache::keep_drafts();
     }
     let options = transfer::options(&host, &args.access, &args.machine, args.library.as_deref())?;
-    let store = match args.disable_cache {
-        true => Store::temporary(&host)?,
-        false => Store::open(&host)?,
-    };
-    match args.sandbox {
-        true => sandbox(&reference, &options, &store, &target, &args).with_context(what)?,
+    let store = match args.sandbox {
+        true => sandbox(&source, &options, &target, &args, &host).with_context(what)?,
         false => {
-            let path =
-                transfer::fetch(&reference, &options, &store.cache, &host).with_context(what)?;
+            let work = |cache: &Cache| transfer::fetch(&source, &options, cache, &host);
+            let (path, store) = Store::with(&host, args.disable_cache, &work).with_context(what)?;
             publish(&path, &target, host.umask)?;
+            store
         }
-    }
+    };
     store.close();
     Ok(exit::OK)
 }
@@ -109,7 +109,9 @@ pub fn run(words: &[OsString]) -> Result<u8> {
 /// In the words that clients sort on.
 fn context(uri: &str) -> String {
     match uri.split(':').next().unwrap_or_default() {
-        "docker" => "While making image from oci registry: error fetching image to cache".into(),
+        "docker" | "docker-daemon" | "docker-archive" | "oci" | "oci-archive" => {
+            "While making image from oci registry: error fetching image to cache".into()
+        }
         "oras" => "While pulling image from oci registry: error fetching image to cache".into(),
         "library" => "While pulling library image: error fetching image".into(),
         _ => format!(
@@ -119,10 +121,10 @@ fn context(uri: &str) -> String {
     }
 }
 
-fn place(args: &PullArgs, target: Option<PathBuf>, reference: &Reference, host: &Host) -> PathBuf {
+fn place(args: &PullArgs, target: Option<PathBuf>, source: &Source, host: &Host) -> PathBuf {
     let name = target
         .or_else(|| args.name.clone())
-        .unwrap_or_else(|| reference.file_name().into());
+        .unwrap_or_else(|| source.file_name().into());
     match &args.dir {
         Some(dir) => host.cwd.join(dir).join(name),
         None => name,
@@ -179,33 +181,71 @@ fn publish(from: &Path, target: &Path, umask: u32) -> Result<()> {
 
 /// Into a directory.
 fn sandbox(
-    reference: &Reference,
+    source: &Source,
     options: &Options,
-    store: &Store,
     target: &Path,
     args: &PullArgs,
-) -> Result<()> {
-    let Reference::Docker(repository) = reference else {
-        bail!(
-            "--sandbox: {reference} is a SIF: pull it, then capsid build --sandbox DIRECTORY FILE"
-        );
-    };
-    let image = net::image(reference, options, &store.cache)?;
+    host: &Host,
+) -> Result<Store> {
     let draft = DraftDirectory::new(directory_of(target))?;
     let root = draft.path().join("root");
+    let (image, origin, store) = match source {
+        Source::Remote(reference @ Reference::Docker(repository)) => {
+            let work = |cache: &Cache| net::layers(reference, options, cache);
+            let (image, store) = Store::with(host, args.disable_cache, &work)?;
+            (image, ("docker", repository.to_string()), store)
+        }
+        Source::Local(place, text) => {
+            let store = Store::open(host, args.disable_cache)?;
+            let image = place.open(text, &host.cwd, &options.platform, draft.path())?;
+            (image, (place.name(), text.clone()), store)
+        }
+        Source::Remote(reference) => {
+            let work = |cache: &Cache| net::file(reference, options, cache);
+            let (file, store) = Store::with(host, args.disable_cache, &work)?;
+            say::info(format_args!("Creating sandbox directory..."));
+            unpack(&file, &root)?;
+            replace(&root, target, draft, args.force)?;
+            return Ok(store);
+        }
+    };
     let origin = Origin {
-        bootstrap: "docker".into(),
-        from: repository.to_string(),
+        bootstrap: origin.0.into(),
+        from: origin.1,
     };
     let time_s = transfer::stamp(&image, None).time_s;
     say::info(format_args!("Creating sandbox directory..."));
     convert::to_directory(&image, &root, &origin, time_s, &mut Owners::Writer)?;
+    replace(&root, target, draft, args.force)?;
+    Ok(store)
+}
+
+/// A file image's root file system, as whoever unpacks it.
+fn unpack(file: &Path, root: &Path) -> Result<()> {
+    let what = || format!("cannot unpack {}", file.display());
+    let Root::Squashfs {
+        file,
+        offset_bytes,
+        len_bytes,
+    } = image::open(file)?.root()
+    else {
+        bail!("{}: its root is no squashfs", what());
+    };
+    let open = File::open(&file).with_context(what)?;
+    let archive = Archive::open(open, offset_bytes, Some(len_bytes)).with_context(what)?;
+    fs::DirBuilder::new().mode(0o755).create(root)?;
+    let owner = |_, _| None;
+    squash::unpack(&archive, root, &Unpack { owner: &owner }).with_context(what)
+}
+
+/// Gives a whole directory its place.
+fn replace(root: &Path, target: &Path, draft: DraftDirectory, force: bool) -> Result<()> {
     let what = || format!("cannot create {}", target.display());
     cache::uninterrupted(|| {
-        if args.force && target.exists() {
+        if force && target.exists() {
             fs::rename(target, draft.path().join("old"))?;
         }
-        fs::rename(&root, target)
+        fs::rename(root, target)
     })
     .with_context(what)?;
     draft.remove();

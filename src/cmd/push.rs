@@ -19,7 +19,7 @@ pub struct PushArgs {
     /// Push an image without a signature to a library
     #[arg(short = 'U', long)]
     allow_unsigned: bool,
-    /// What the library says of the image
+    /// What the library or registry says of the image
     #[arg(short = 'D', long, value_name = "TEXT")]
     description: Option<String>,
     /// Library to push to: an address
@@ -64,7 +64,13 @@ pub fn run(words: &[OsString]) -> Result<u8> {
     )?;
     match &reference {
         Reference::Oras(repository) => {
-            let annotations = annotations(&args.annotation)?;
+            let mut annotations = annotations(&args.annotation)?;
+            const DESCRIPTION: &str = "org.opencontainers.image.description";
+            if let Some(text) = &args.description
+                && !annotations.iter().any(|(name, _)| name == DESCRIPTION)
+            {
+                annotations.push((DESCRIPTION.to_owned(), text.clone()));
+            }
             let digest = net::oci::push(&file, repository, &options, &annotations)
                 .context("Unable to push image to oci registry")?;
             say::info(format_args!("Upload complete: {digest}"));

@@ -1,7 +1,7 @@
 //! `registry login|logout|list`: logins for registries, in a file as docker writes it.
 
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
@@ -11,6 +11,7 @@ use super::{Persona, Usage, parse_with_environment, prompt};
 use crate::host::Host;
 use crate::net::Login;
 use crate::net::registry::{self, Remote};
+use crate::net::remotes::Remotes;
 use crate::net::url::split_authority;
 use crate::{exit, say};
 
@@ -145,7 +146,7 @@ fn login(args: &LoginArgs, host: &Host) -> Result<u8> {
     let username = match &args.username {
         Some(name) => name.clone(),
         None if args.password_stdin => bail!("--password-stdin needs --username"),
-        None => prompt::line("Username: ")?,
+        None => prompt::line("Username: ", "--username names the user")?,
     };
     if username.contains(':') {
         bail!("the user name {username:?} must not hold a colon");
@@ -153,7 +154,7 @@ fn login(args: &LoginArgs, host: &Host) -> Result<u8> {
     let password = match (&args.password, args.password_stdin) {
         (Some(password), _) => password.clone(),
         (None, true) => prompt::from_stdin()?,
-        (None, false) => prompt::secret("Password / Token: ")?,
+        (None, false) => prompt::secret("Password / Token: ", prompt::PASSWORD_STDIN)?,
     };
     let login = Login::Password { username, password };
     let access = Access {
@@ -175,6 +176,9 @@ fn login(args: &LoginArgs, host: &Host) -> Result<u8> {
         .with_context(|| format!("Unable to log in to {}", args.uri))?;
     let credentials = transfer::credentials(host, args.authfile.as_deref())?;
     credentials.store(&registry, &login)?;
+    note(host, |remotes| {
+        remotes.note_registry(&canonical(&args.uri, &registry), args.no_https);
+    });
     say::info(format_args!(
         "Token stored in {}",
         credentials.store.display()
@@ -185,14 +189,39 @@ fn login(args: &LoginArgs, host: &Host) -> Result<u8> {
 fn logout(args: &LogoutArgs, host: &Host) -> Result<u8> {
     let registry = registry_of(&args.uri)?;
     let credentials = transfer::credentials(host, args.authfile.as_deref())?;
-    if !credentials.erase(&registry)? {
-        bail!(
-            "Unable to log out: {} holds no login for {registry}",
+    let is_known = credentials.erase(&registry)?;
+    note(host, |remotes| remotes.forget_registry(&registry));
+    match is_known {
+        true => say::info(format_args!("Logout succeeded")),
+        false => say::warn(format_args!(
+            "{} holds no login for {registry}: there is nothing to forget",
             credentials.store.display()
-        );
+        )),
     }
-    say::info(format_args!("Logout succeeded"));
     Ok(exit::OK)
+}
+
+/// The address that a login is listed by.
+fn canonical(uri: &str, registry: &str) -> String {
+    let scheme = uri.split("://").next().unwrap_or("docker");
+    format!("{scheme}://{registry}")
+}
+
+/// Changes what the list of endpoints says of logins, as the peers keep it there. It is for showing only: that it cannot
+/// be written is no error.
+fn note(host: &Host, change: impl FnOnce(&mut Remotes)) {
+    let own = transfer::choice(host, None).files.own;
+    let noted = Remotes::read(&own, Path::new("/dev/null")).and_then(|before| {
+        let mut after = before.clone();
+        change(&mut after);
+        match after.registries() == before.registries() {
+            true => Ok(()),
+            false => after.write(&own),
+        }
+    });
+    if let Err(error) = noted {
+        say::verbose(format_args!("{error:#}"));
+    }
 }
 
 #[derive(Serialize)]
@@ -203,13 +232,26 @@ struct Row {
 
 fn list(args: &ListArgs, host: &Host) -> Result<u8> {
     let hosts = transfer::credentials(host, args.authfile.as_deref())?.list()?;
-    let rows: Vec<Row> = hosts
-        .into_iter()
-        .map(|host| Row {
-            uri: format!("docker://{host}"),
-            secure: true,
-        })
-        .collect();
+    let own = transfer::choice(host, None).files.own;
+    let noted = Remotes::read(&own, Path::new("/dev/null")).map(|r| r.registries());
+    let noted = noted.unwrap_or_default();
+    let mut rows: Vec<Row> = Vec::new();
+    for host in hosts {
+        let ours = noted
+            .iter()
+            .filter(|(uri, _)| uri.split("://").nth(1) == Some(host.as_str()));
+        let before = rows.len();
+        rows.extend(ours.map(|(uri, insecure)| Row {
+            uri: uri.clone(),
+            secure: !insecure,
+        }));
+        if rows.len() == before {
+            rows.push(Row {
+                uri: format!("docker://{host}"),
+                secure: true,
+            });
+        }
+    }
     if args.json {
         super::print_json(&rows)?;
         return Ok(exit::OK);
@@ -217,7 +259,11 @@ fn list(args: &ListArgs, host: &Host) -> Result<u8> {
     let width = rows.iter().map(|r| r.uri.len()).max().unwrap_or(0).max(3);
     say::out(format_args!("\n{:<width$}  SECURE?\n", "URI"))?;
     for row in &rows {
-        say::out(format_args!("{:<width$}  ✓\n", say::printable(&row.uri)))?;
+        let mark = if row.secure { "✓" } else { "✗!" };
+        say::out(format_args!(
+            "{:<width$}  {mark}\n",
+            say::printable(&row.uri)
+        ))?;
     }
     Ok(exit::OK)
 }

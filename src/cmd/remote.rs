@@ -253,7 +253,11 @@ fn add(args: &AddArgs, files: &Files, host: &Host) -> Result<u8> {
     let insecure = args.insecure && !args.uri.starts_with("https://");
     let mut endpoint = Endpoint::new(uri, insecure);
     if !args.no_login {
-        endpoint.token = token(args.tokenfile.as_ref(), false)?;
+        endpoint.token = token(
+            args.tokenfile.as_ref(),
+            false,
+            "--no-login adds the remote without a login, --tokenfile reads the token from a file",
+        )?;
         let client = Client::new(transfer::settings(host));
         library::check_token(&client, &endpoint, &endpoint.token)
             .with_context(|| format!("cannot log in to {uri} (--no-login adds it without)"))?;
@@ -283,12 +287,12 @@ fn remove(args: &NameArgs, files: &Files) -> Result<u8> {
     Ok(exit::OK)
 }
 
-fn token(file: Option<&PathBuf>, stdin: bool) -> Result<String> {
+fn token(file: Option<&PathBuf>, stdin: bool, hint: &str) -> Result<String> {
     let text = match file {
         Some(path) => std::fs::read_to_string(path)
             .with_context(|| format!("cannot read {}", path.display()))?,
         None if stdin => prompt::from_stdin()?,
-        None => prompt::secret("Access Token: ")?,
+        None => prompt::secret("Access Token: ", hint)?,
     };
     let token = text.trim().to_owned();
     if token.is_empty() || !token.bytes().all(|b| b.is_ascii_graphic()) {
@@ -301,7 +305,8 @@ fn login(args: &LoginArgs, files: &Files, host: &Host) -> Result<u8> {
     let mut remotes = read(files)?;
     let (name, endpoint) = remotes.get(args.name.as_deref())?;
     let name = name.to_owned();
-    let token = token(args.tokenfile.as_ref(), args.password_stdin)?;
+    let hint = "--password-stdin reads the token from a file or pipe";
+    let token = token(args.tokenfile.as_ref(), args.password_stdin, hint)?;
     let client = Client::new(transfer::settings(host));
     library::check_token(&client, endpoint, &token)
         .with_context(|| format!("cannot log in to remote {name}"))?;
@@ -319,11 +324,22 @@ fn login(args: &LoginArgs, files: &Files, host: &Host) -> Result<u8> {
 
 fn logout(args: &ActiveArgs, files: &Files) -> Result<u8> {
     let mut remotes = read(files)?;
-    let (name, endpoint) = remotes.get(args.name.as_deref())?;
-    let name = name.to_owned();
-    if endpoint.token.is_empty() {
-        bail!("no login is known for remote {name}");
-    }
+    let known = remotes.get(args.name.as_deref()).map(|(name, endpoint)| {
+        let has_token = !endpoint.token.is_empty();
+        (name.to_owned(), has_token)
+    });
+    // What is asked for is so already.
+    let name = match known {
+        Ok((name, true)) => name,
+        Ok((name, false)) => {
+            say::warn(format_args!("no login is known for remote {name}"));
+            return Ok(exit::OK);
+        }
+        Err(error) => {
+            say::warn(format_args!("{error:#}: there is nothing to forget"));
+            return Ok(exit::OK);
+        }
+    };
     if let Some(endpoint) = remotes.remotes.get_mut(&name) {
         endpoint.token.clear();
     }

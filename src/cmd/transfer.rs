@@ -1,6 +1,7 @@
 //! What `pull`, `push` and running an image by its address share: options, the cache's place, the way from a reference
 //! to a file of the cache.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -10,16 +11,18 @@ use nix::sys::signal::raise;
 use super::{environment, prompt};
 use crate::build::convert;
 use crate::cache::usage::parse_size;
-use crate::cache::{self, Cache, DraftDirectory, Kind, Obtained};
+use crate::cache::{self, Cache, Claim, DraftDirectory, Kind, Obtained};
+use crate::digest::Digest;
 use crate::engine::wait;
 use crate::host::Host;
 use crate::net::library::Choice;
 use crate::net::mirrors::Mirrors;
+use crate::net::reference::Repository;
 use crate::net::remotes::Files;
 use crate::net::url::Scheme;
 use crate::net::{self, Client, Credentials, Login, Options, Reference, Settings};
-use crate::oci::{Platform, config::Origin};
-use crate::sif::Stamp;
+use crate::oci::{self, Place, Platform, config::Origin};
+use crate::sif::{Sif, Stamp};
 use crate::{exit, say, squash};
 
 /// The name of conversions by this version: another one makes them anew.
@@ -37,6 +40,12 @@ pub struct Access {
     /// Ask for the registry's user name and password
     #[arg(long)]
     pub docker_login: bool,
+    /// The registry's user name, for scripts
+    #[arg(long, hide = true, value_name = "NAME")]
+    pub docker_username: Option<String>,
+    /// The registry's password, for scripts; other users of the machine can see it
+    #[arg(long, hide = true, value_name = "PASSWORD")]
+    pub docker_password: Option<String>,
     /// Not supported: no Docker daemon is asked
     #[arg(long, hide = true)]
     pub docker_host: Option<String>,
@@ -92,23 +101,6 @@ impl Machine {
     }
 }
 
-/// The directory of logins, endpoints and the cache.
-pub fn config_dir(host: &Host) -> PathBuf {
-    match environment::lookup(&host.env, "CONFIGDIR") {
-        Some(path) => host.cwd.join(path),
-        None => host.user.home.join(".apptainer"),
-    }
-}
-
-/// Where the cache is.
-pub fn cache_root(host: &Host) -> PathBuf {
-    let own = host.var("CAPSID_CACHEDIR").filter(|v| !v.is_empty());
-    match own.or_else(|| environment::lookup(&host.env, "CACHEDIR")) {
-        Some(path) => host.cwd.join(path).join("cache"),
-        None => config_dir(host).join("cache"),
-    }
-}
-
 /// `CAPSID_CACHE_SIZE`.
 fn cache_limit(host: &Host) -> Result<Option<u64>> {
     let Some(text) = host.var("CAPSID_CACHE_SIZE").filter(|v| !v.is_empty()) else {
@@ -130,8 +122,8 @@ pub fn scratch(host: &Host) -> PathBuf {
 /// The files of logins, by option and environment.
 pub fn credentials(host: &Host, authfile: Option<&Path>) -> Result<Credentials> {
     let named = authfile.map(|f| host.cwd.join(f));
-    let own = config_dir(host).join("docker-config.json");
-    let home = &host.user.home;
+    let own = host.config_dir().join("docker-config.json");
+    let home = host.home();
     let docker = host
         .var("DOCKER_CONFIG")
         .map_or_else(|| home.join(".docker"), PathBuf::from)
@@ -174,14 +166,23 @@ pub fn options(
     {
         bail!("--authfile {}: no such file", file.display());
     }
-    let given =
-        |key: &str| environment::lookup(&host.env, key).map(|v| v.to_string_lossy().into_owned());
+    // With docker's own names too, which CI systems set.
+    let given = |typed: &Option<String>, key: &str| {
+        let plain = || host.var(key).filter(|v| !v.is_empty());
+        let set = environment::lookup(&host.env, key).or_else(plain);
+        typed
+            .clone()
+            .or_else(|| set.map(|v| v.to_string_lossy().into_owned()))
+    };
+    let username = given(&access.docker_username, "DOCKER_USERNAME");
+    let password = given(&access.docker_password, "DOCKER_PASSWORD");
+    let hint = "APPTAINER_DOCKER_USERNAME and APPTAINER_DOCKER_PASSWORD say it without one";
     credentials.given = match access.docker_login {
         true => Some(Login::Password {
-            username: prompt::line("Enter Docker Username: ")?,
-            password: prompt::secret("Enter Docker Password: ")?,
+            username: prompt::line("Enter Docker Username: ", hint)?,
+            password: prompt::secret("Enter Docker Password: ", hint)?,
         }),
-        false => match (given("DOCKER_USERNAME"), given("DOCKER_PASSWORD")) {
+        false => match (username, password) {
             (Some(username), Some(password)) => Some(Login::Password { username, password }),
             _ => None,
         },
@@ -190,15 +191,7 @@ pub fn options(
         true => Scheme::Http,
         false => Scheme::Https,
     };
-    let home = &host.user.home;
-    let configured = host.var("CONTAINERS_REGISTRIES_CONF").map(PathBuf::from);
-    let mirrors = Mirrors::read(&match configured {
-        Some(file) => vec![file],
-        None => vec![
-            home.join(".config/containers/registries.conf"),
-            "/etc/containers/registries.conf".into(),
-        ],
-    })?;
+    let mirrors = mirrors(host)?;
     Ok(Options {
         scheme,
         platform: machine.platform(host)?,
@@ -209,12 +202,31 @@ pub fn options(
     })
 }
 
+/// What containers' tools are told of registries.
+fn mirrors(host: &Host) -> Result<Mirrors> {
+    let places = [
+        PathBuf::from("/usr/share/containers"),
+        PathBuf::from("/etc/containers"),
+        host.home().join(".config/containers"),
+    ];
+    let named = host.var("CONTAINERS_REGISTRIES_CONF");
+    let files = match named.filter(|v| !v.is_empty()) {
+        Some(file) => vec![host.cwd.join(file)],
+        None => places
+            .iter()
+            .rev()
+            .map(|place| place.join("registries.conf"))
+            .collect(),
+    };
+    Mirrors::read(&files, &places.map(|place| place.join("registries.conf.d")))
+}
+
 /// How a library is found.
 pub fn choice(host: &Host, library: Option<&str>) -> Choice {
     Choice {
         url: library.map(str::to_owned),
         files: Files {
-            own: config_dir(host).join("remote.yaml"),
+            own: host.config_dir().join("remote.yaml"),
             site: "/etc/apptainer/remote.yaml".into(),
         },
     }
@@ -228,7 +240,7 @@ pub fn settings(host: &Host) -> Settings {
             .find_map(|n| host.var(n).filter(|v| !v.is_empty()));
         found.map(|v| v.to_string_lossy().into_owned())
     };
-    let home = &host.user.home;
+    let home = host.home();
     Settings {
         http_proxy: proxy(["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"]),
         https_proxy: proxy(["https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"]),
@@ -242,49 +254,67 @@ pub fn settings(host: &Host) -> Settings {
     }
 }
 
+/// An image that is not a file yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    /// Elsewhere.
+    Remote(Reference),
+    /// On this machine, in the form of another program: where, and which.
+    Local(Place, String),
+}
+
+impl Source {
+    /// Whether text that begins so names one.
+    pub fn is_scheme(scheme: &str) -> bool {
+        Reference::is_scheme(scheme) || Place::of(scheme).is_some()
+    }
+
+    /// The file that `pull` makes when no name is given.
+    pub fn file_name(&self) -> String {
+        let text = match self {
+            Source::Remote(reference) => return reference.file_name(),
+            Source::Local(_, text) => text,
+        };
+        // As the peers name it: the last part of the path, up to a colon, and the tag.
+        let last = text.trim_end_matches('/').rsplit('/').next();
+        let (name, tag) = match last.unwrap_or_default().split_once(':') {
+            Some((name, tag)) => (name, tag),
+            None => (last.unwrap_or_default(), "latest"),
+        };
+        match name {
+            "" | "." | ".." => "image.sif".into(),
+            name => format!("{name}_{}.sif", tag.split(':').next().unwrap_or(tag)),
+        }
+    }
+}
+
+impl std::str::FromStr for Source {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Source> {
+        let (scheme, rest) = text.split_once(':').unwrap_or((text, ""));
+        match Place::of(scheme) {
+            None => text.parse().map(Source::Remote),
+            // As with a registry's address, two slashes may come first.
+            Some(place) => match rest.strip_prefix("//").unwrap_or(rest) {
+                "" => bail!("unable to parse image name {text}: it names no image"),
+                name => Ok(Source::Local(place, name.to_owned())),
+            },
+        }
+    }
+}
+
 /// Brings an image into the cache as one file. Downloaded and converted once, however many ask at the same time.
 ///
 /// # Errors
 /// When it cannot be had.
-pub fn fetch(
-    reference: &Reference,
-    options: &Options,
-    cache: &Cache,
-    host: &Host,
-) -> Result<PathBuf> {
-    let path = match reference {
-        Reference::Docker(repository) => {
-            let resolved = net::oci::resolve(repository, options)?;
-            let epoch = epoch(host)?;
-            let mut key = format!("sha256.{}.{CONVERTER}", resolved.received.digest.hex());
-            if let Some(epoch) = epoch {
-                key.push_str(&format!("-{epoch}"));
-            }
-            let claim = match cache.obtain(Kind::OciTmp, &key)? {
-                Obtained::Ready(path) => {
-                    say::info(format_args!("Using cached SIF image"));
-                    return Ok(path);
-                }
-                Obtained::Claimed(claim) => claim,
-            };
-            say::info(format_args!("Converting OCI blobs to SIF format"));
-            let image = net::oci::image_of(&resolved, repository, options, cache)?;
-            let directory = cache.draft_directory()?;
-            let draft = directory.path().join("image.sif");
-            let origin = Origin {
-                bootstrap: "docker".into(),
-                from: repository.to_string(),
-            };
-            let stamp = stamp(&image, epoch);
-            say::info(format_args!("Creating SIF file..."));
-            convert::to_sif(&image, &draft, &origin, stamp, squash::Options::default())?;
-            let place = cache.place(Kind::OciTmp, &key)?;
-            cache::publish(&draft, &place)?;
-            directory.remove();
-            drop(claim);
-            place
+pub fn fetch(source: &Source, options: &Options, cache: &Cache, host: &Host) -> Result<PathBuf> {
+    let path = match source {
+        Source::Remote(Reference::Docker(repository)) => {
+            from_registry(repository, options, cache, host)?
         }
-        other => net::file(other, options, cache)?,
+        Source::Remote(other) => net::file(other, options, cache)?,
+        Source::Local(place, text) => from_place(*place, text, options, cache, host)?,
     };
     if let Some(limit) = cache_limit(host)? {
         cache.shrink(limit)?;
@@ -292,14 +322,114 @@ pub fn fetch(
     Ok(path)
 }
 
-/// `SOURCE_DATE_EPOCH`.
-fn epoch(host: &Host) -> Result<Option<i64>> {
-    let Some(text) = host.var("SOURCE_DATE_EPOCH") else {
+fn from_registry(
+    repository: &Repository,
+    options: &Options,
+    cache: &Cache,
+    host: &Host,
+) -> Result<PathBuf> {
+    let chosen = net::oci::resolve(repository, options)?;
+    let key = key(&chosen.received.digest, "", host)?;
+    let claim = match obtain(cache, &key)? {
+        Obtained::Ready(path) => {
+            if !chosen.is_told {
+                let sif = Sif::read(&File::open(&path)?)?;
+                oci::platform::check_architecture(sif.arch, &options.platform)
+                    .with_context(|| repository.to_string())?;
+            }
+            return Ok(path);
+        }
+        Obtained::Claimed(claim) => claim,
+    };
+    say::info(format_args!("Converting OCI blobs to SIF format"));
+    let image = net::oci::image_of(&chosen, repository, options, cache)?;
+    let origin = Origin {
+        bootstrap: "docker".into(),
+        from: repository.to_string(),
+    };
+    convert(&image, &origin, claim, &key, cache, host)
+}
+
+/// Known by its content: an archive that is written anew with the same image is converted once.
+fn from_place(
+    place: Place,
+    text: &str,
+    options: &Options,
+    cache: &Cache,
+    host: &Host,
+) -> Result<PathBuf> {
+    let scratch = cache.draft_directory()?;
+    let image = place.open(text, &host.cwd, &options.platform, scratch.path())?;
+    let key = key(&image.digest, place.name(), host)?;
+    let path = match obtain(cache, &key)? {
+        Obtained::Ready(path) => path,
+        Obtained::Claimed(claim) => {
+            say::info(format_args!("Converting OCI blobs to SIF format"));
+            let origin = Origin {
+                bootstrap: place.name().into(),
+                from: text.to_owned(),
+            };
+            convert(&image, &origin, claim, &key, cache, host)?
+        }
+    };
+    drop(image);
+    scratch.remove();
+    Ok(path)
+}
+
+/// The name of a conversion.
+fn key(digest: &Digest, place: &str, host: &Host) -> Result<String> {
+    let mut key = format!("sha256.{}.{CONVERTER}", digest.hex());
+    if !place.is_empty() {
+        key.push_str(&format!(".{place}"));
+    }
+    if let Some(epoch) = epoch(host)? {
+        key.push_str(&format!("-{epoch}"));
+    }
+    Ok(key)
+}
+
+fn obtain(cache: &Cache, key: &str) -> Result<Obtained> {
+    let is_good = |path: &Path| crate::image::check(path).is_ok();
+    let obtained = cache.obtain(Kind::OciTmp, key, &is_good)?;
+    if matches!(obtained, Obtained::Ready(_)) {
+        say::info(format_args!("Using cached SIF image"));
+    }
+    Ok(obtained)
+}
+
+fn convert(
+    image: &oci::Image,
+    origin: &Origin,
+    claim: Claim,
+    key: &str,
+    cache: &Cache,
+    host: &Host,
+) -> Result<PathBuf> {
+    let directory = cache.draft_directory()?;
+    let draft = directory.path().join("image.sif");
+    let stamp = stamp(image, epoch(host)?);
+    say::info(format_args!("Creating SIF file..."));
+    convert::to_sif(image, &draft, origin, stamp, squash::Options::default())?;
+    let place = cache.place(Kind::OciTmp, key)?;
+    cache::publish(&draft, &place)?;
+    directory.remove();
+    drop(claim);
+    Ok(place)
+}
+
+/// `SOURCE_DATE_EPOCH` (reproducible-builds.org): seconds since 1970, as far as a squashfs can tell them; an empty one is
+/// none.
+///
+/// # Errors
+/// When it is something else.
+pub fn epoch(host: &Host) -> Result<Option<i64>> {
+    let Some(text) = host.var("SOURCE_DATE_EPOCH").filter(|v| !v.is_empty()) else {
         return Ok(None);
     };
-    match text.to_str().and_then(|t| t.parse().ok()) {
-        Some(epoch) => Ok(Some(epoch)),
-        None => bail!("SOURCE_DATE_EPOCH is {text:?}, which is no number of seconds"),
+    match text.to_str().and_then(|t| t.parse::<u32>().ok()) {
+        Some(epoch) => Ok(Some(epoch.into())),
+        None => bail!("SOURCE_DATE_EPOCH={text:?}: seconds since 1970 are wanted"),
     }
 }
 
@@ -371,29 +501,65 @@ impl Store {
         }
     }
 
-    /// Opens the person's cache; where it cannot be written, one for this command only.
+    /// The directory that goes with this value.
+    pub fn directory(&self) -> Option<&Path> {
+        self.temporary.as_ref().map(DraftDirectory::path)
+    }
+
+    /// It is removed by somebody else.
+    pub fn leave(self) {
+        if let Some(directory) = self.temporary {
+            directory.leave();
+        }
+    }
+
+    /// Opens the person's cache; where it is not wanted or cannot be written, one for this command only.
     ///
     /// # Errors
     /// When neither can be.
-    pub fn open(host: &Host) -> Result<Store> {
-        match Cache::open(&cache_root(host)) {
+    pub fn open(host: &Host, disabled: bool) -> Result<Store> {
+        if disabled {
+            return Store::temporary(host);
+        }
+        match Cache::open(&host.cache_root()) {
             Ok(cache) => Ok(Store {
                 cache,
                 temporary: None,
             }),
             Err(error) => {
-                say::warn(format_args!("the cache is not used: {error:#}"));
+                say::warn(format_args!("Cache disabled: {error:#}"));
                 Store::temporary(host)
             }
         }
     }
 
-    /// One for this command only.
+    /// Opens a cache and does something with it. Where its disk is full, it is done once more with a cache for this command
+    /// only.
     ///
     /// # Errors
-    /// When it cannot be made.
-    pub fn temporary(host: &Host) -> Result<Store> {
-        let directory = DraftDirectory::new(&scratch(host))?;
+    /// Those of the work.
+    pub fn with<T>(
+        host: &Host,
+        disabled: bool,
+        work: &dyn Fn(&Cache) -> Result<T>,
+    ) -> Result<(T, Store)> {
+        let store = Store::open(host, disabled)?;
+        match work(&store.cache) {
+            Ok(done) => Ok((done, store)),
+            Err(error) if store.temporary.is_none() && is_full(&error) => {
+                say::warn(format_args!("Cache disabled: {error:#}"));
+                let store = Store::temporary(host)?;
+                let done = work(&store.cache)?;
+                Ok((done, store))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// One for this command only.
+    fn temporary(host: &Host) -> Result<Store> {
+        let directory = DraftDirectory::new(&scratch(host))
+            .context("cannot do without a cache (APPTAINER_TMPDIR names another place)")?;
         Ok(Store {
             cache: Cache::open(directory.path())?,
             temporary: Some(directory),
@@ -401,9 +567,62 @@ impl Store {
     }
 }
 
+/// Whether a disk cannot take more.
+fn is_full(error: &anyhow::Error) -> bool {
+    use rustix::io::Errno;
+    let full = [Errno::NOSPC, Errno::DQUOT, Errno::ROFS].map(Errno::raw_os_error);
+    error.chain().any(|cause| {
+        let code = match cause.downcast_ref::<std::io::Error>() {
+            Some(error) => error.raw_os_error(),
+            None => cause.downcast_ref::<Errno>().map(|e| e.raw_os_error()),
+        };
+        code.is_some_and(|code| full.contains(&code))
+    })
+}
+
 #[cfg(test)]
 mod tests {
-    use super::seconds;
+    use super::*;
+
+    #[test]
+    fn images_on_this_machine_are_named_as_those_elsewhere() {
+        for (text, place, rest, file) in [
+            (
+                "oci-archive:f.tar",
+                Place::OciArchive,
+                "f.tar",
+                "f.tar_latest.sif",
+            ),
+            (
+                "oci-archive:///a/f.tar:v1",
+                Place::OciArchive,
+                "/a/f.tar:v1",
+                "f.tar_v1.sif",
+            ),
+            (
+                "docker-archive:a/x.tar:x:2",
+                Place::DockerArchive,
+                "a/x.tar:x:2",
+                "x.tar_x.sif",
+            ),
+            ("oci:d/", Place::Layout, "d/", "d_latest.sif"),
+            ("oci:.", Place::Layout, ".", "image.sif"),
+            (
+                "docker-daemon:a/b:1",
+                Place::DockerDaemon,
+                "a/b:1",
+                "b_1.sif",
+            ),
+        ] {
+            let source: Source = text.parse().unwrap();
+            assert_eq!(source, Source::Local(place, rest.into()), "{text}");
+            assert_eq!(source.file_name(), file);
+        }
+        assert!(matches!("docker://a".parse(), Ok(Source::Remote(_))));
+        for text in ["oci:", "oci-archive://", "podman:x", "x"] {
+            assert!(text.parse::<Source>().is_err(), "{text}");
+        }
+    }
 
     #[test]
     fn times_of_images_are_read() {

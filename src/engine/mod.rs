@@ -152,6 +152,14 @@ fn run_owned(
     let client = server::Client::own(places, plan.program());
     let stage = enter_user_namespace(plan, &points, &client)?;
     let images = rootfs::images(plan, &client, &mut Vec::new())?;
+    if let Some(directory) = &places.unneeded
+        && let Err(error) = std::fs::remove_dir_all(directory)
+    {
+        say::warn(format_args!(
+            "cannot remove {}: {error}",
+            directory.display()
+        ));
+    }
     sys::forbid_tracing();
     let mut namespaces = plan.namespaces;
     if let Some(connector) = connector {

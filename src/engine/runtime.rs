@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 
+use crate::filesystem;
+
 /// How the name of a file begins that is still being written; the writer's number follows.
 pub const DRAFT: &str = "new.";
 
@@ -51,29 +53,11 @@ fn open_below(path: &Path, uid: u32) -> Option<Directory> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let fd = rustix::fs::open(path, flags, Mode::empty()).ok()?;
     let stat = rustix::fs::fstat(&fd).ok()?;
-    let local = rustix::fs::fstatfs(&fd).is_ok_and(|s| is_local(s.f_type as u64));
+    let local = rustix::fs::fstatfs(&fd).is_ok_and(|s| !filesystem::is_network(s.f_type as u64));
     (stat.st_uid == uid && stat.st_mode & 0o777 == 0o700 && local).then(|| Directory {
         fd,
         path: path.to_owned(),
     })
-}
-
-/// Not one of the file systems that other nodes see too (magic numbers of `statfs(2)` and of Lustre, GPFS,
-/// BeeGFS, Panasas).
-fn is_local(magic: u64) -> bool {
-    const SHARED: [u64; 10] = [
-        0x6969,
-        0xff53_4d42,
-        0x517b,
-        0xfe53_4d42,
-        0x5346_414f,
-        0x00c3_6400,
-        0x0bd0_0bd0,
-        0x4750_4653,
-        0x1983_0326,
-        0xaad7_aaea,
-    ];
-    !SHARED.contains(&(magic & 0xffff_ffff))
 }
 
 /// Exclusive use of the directory, until dropped.

@@ -201,6 +201,28 @@ fn open_at(path: PathBuf) -> Result<Box<dyn Image>> {
     file::detect(path, &file, head)
 }
 
+/// Whether a file is a whole image of any kind, also of one that cannot be run here: encrypted, of another machine.
+///
+/// # Errors
+/// Naming what is wrong with it.
+pub fn check(path: &Path) -> Result<()> {
+    let kind = std::fs::metadata(path)?.file_type();
+    if !kind.is_file() {
+        bail!("it is no regular file");
+    }
+    let file = File::open(path)?;
+    let mut head = [0; 2048];
+    let len = read_start(&file, &mut head)?;
+    let head = &head[..len];
+    if head.is_empty() {
+        bail!("the file is empty");
+    }
+    if crate::sif::Sif::is_sif(head) {
+        return sif::check(&file);
+    }
+    file::detect(path.to_owned(), &file, head).map(drop)
+}
+
 /// Says whether an image can run on this machine.
 ///
 /// # Errors

@@ -18,6 +18,20 @@ pub struct SifImage {
     arch: &'static str,
 }
 
+/// Whether a SIF is there in full, whatever it holds.
+///
+/// # Errors
+/// Naming what is wrong with it.
+pub fn check(file: &File) -> Result<()> {
+    let sif = Sif::read(file)?;
+    match sif.primary() {
+        Some((object, partition)) if partition.fs == FsType::Squashfs => {
+            file::check_squashfs(file, object.offset_bytes, object.len_bytes)
+        }
+        _ => Ok(()),
+    }
+}
+
 impl SifImage {
     /// Reads the descriptors and checks the primary partition's superblock.
     pub fn open(path: PathBuf, file: File) -> Result<SifImage> {

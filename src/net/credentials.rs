@@ -1,6 +1,7 @@
 //! Names and passwords for registries, in docker's `config.json`.
 //!
-//! Read, in this order: `$APPTAINER_DOCKER_USERNAME` and `_PASSWORD` (for the registry that was named only),
+//! Read, in this order: `--docker-username` and `--docker-password`, `$APPTAINER_DOCKER_USERNAME` and `_PASSWORD`,
+//! `$DOCKER_USERNAME` and `_PASSWORD` (all for the registry that was named only),
 //! `--authfile`, or `docker-config.json` of the configuration directory, `~/.docker/config.json` and the `auth.json` of
 //! containers' tools. Programs `docker-credential-NAME` are asked through their standard input and output. An entry is
 //! for one host and port; secrets are in no message, no argument and no log.
@@ -180,6 +181,13 @@ impl LoginFile {
                     e.kind(),
                     std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory
                 ) =>
+            {
+                return Ok(None);
+            }
+            // A home that this process may not enter; a file that it may not read is another matter.
+            Err(e)
+                if e.kind() == std::io::ErrorKind::PermissionDenied
+                    && fs::symlink_metadata(path).is_err() =>
             {
                 return Ok(None);
             }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, anyhow, bail};
 
 use super::http::Response;
+use super::pace::is_too_slow;
 use crate::cache::Draft;
 use crate::digest::{Digest, Hashing};
 use crate::progress::Progress;
@@ -209,6 +210,9 @@ impl Transfer<'_> {
                 Ok(0) => return Ok(Some(anyhow!("the connection ended early"))),
                 Ok(len) => len,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if is_too_slow(&error) => {
+                    return Err(error).with_context(|| format!("cannot read {}", self.what));
+                }
                 Err(error) => return Ok(Some(error.into())),
             };
             let passed = usize::try_from(skip).map_or(len, |skip| skip.min(len));

@@ -2,8 +2,8 @@
 //!
 //! Promises: what the network does for a moment (a dropped connection, 429, 5xx) is tried again, a limited number of
 //! times, as late as `Retry-After` asks; redirects are followed here, and `Authorization` goes to no other origin; an
-//! address that leads from `https` to `http` is refused; a server that says nothing for a minute has ended. Messages
-//! hold no query of an address and no header (both may be secrets). Their wording is Go's, which clients sort on.
+//! address that leads from `https` to `http` is refused; a server that says nothing for a minute has ended, and one that
+//! says next to nothing is given up ([`Paced`]). Messages hold no query of an address and no header (both may be secrets). Their wording is Go's, which clients sort on.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -14,9 +14,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
+use ureq::RequestExt as _;
 use ureq::http;
 use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig};
 
+use super::pace::Paced;
 use super::proxy;
 use super::url::{Origin, Scheme, Url};
 use crate::say;
@@ -25,6 +27,8 @@ use crate::say;
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 /// A connection on which nothing happens for so long is dead.
 const STALL_LIMIT: Duration = Duration::from_secs(60);
+/// A server on this machine has answered by then whether it speaks TLS.
+const PROBE_LIMIT: Duration = Duration::from_secs(5);
 /// How often a request is sent at most.
 const ATTEMPTS: u32 = 5;
 /// The first pause between attempts; each further one is twice as long.
@@ -182,7 +186,7 @@ impl Response {
 
     /// The body, of whatever length.
     pub fn into_reader(self) -> impl Read + Send {
-        self.body.into_with_config().limit(u64::MAX).reader()
+        Paced::new(self.body.into_with_config().limit(u64::MAX).reader())
     }
 
     /// A document of at most `limit` bytes.
@@ -217,6 +221,8 @@ pub struct Client {
     settings: Settings,
     agents: Mutex<BTreeMap<Origin, ureq::Agent>>,
     sessions: Mutex<BTreeMap<String, String>>,
+    /// The roots of hosts of this machine, by scheme and name.
+    local: Mutex<BTreeMap<(Scheme, String), Url>>,
 }
 
 impl Client {
@@ -226,7 +232,48 @@ impl Client {
             settings,
             agents: Mutex::default(),
             sessions: Mutex::default(),
+            local: Mutex::default(),
         }
+    }
+
+    /// The root of a registry or library as people write it. One on this machine (`localhost`, 127.0.0.0/8, `::1`) may
+    /// speak plain HTTP, as docker has it: that is tried where TLS cannot be had. A certificate that is not trusted is no
+    /// such case.
+    ///
+    /// # Errors
+    /// When it is no host.
+    pub fn root(&self, scheme: Scheme, authority: &str) -> Result<Url> {
+        let root = Url::host(scheme, authority)?;
+        if scheme == Scheme::Http || !root.origin.is_loopback() {
+            return Ok(root);
+        }
+        let mut local = self.local.lock().unwrap_or_else(PoisonError::into_inner);
+        let key = (scheme, authority.to_owned());
+        if let Some(known) = local.get(&key) {
+            return Ok(known.clone());
+        }
+        let plain = Url::host(Scheme::Http, authority)?;
+        let chosen = match self.probe(&root) {
+            Err(error) if !is_untrusted(&error) && self.probe(&plain).is_ok() => {
+                say::verbose(format_args!("{authority} speaks plain HTTP"));
+                plain
+            }
+            _ => root,
+        };
+        local.insert(key, chosen.clone());
+        Ok(chosen)
+    }
+
+    /// Whether a server answers with anything at all.
+    fn probe(&self, root: &Url) -> Result<(), ureq::Error> {
+        let agent = self.agent(&root.origin)?;
+        let request = http::Request::builder()
+            .method(http::Method::GET)
+            .uri(root.with_target("/v2/").to_string())
+            .body(())?;
+        let request = request.with_agent(&agent).configure();
+        request.timeout_global(Some(PROBE_LIMIT)).build().run()?;
+        Ok(())
     }
 
     /// The authorization that was given last for what `key` names.
@@ -503,6 +550,16 @@ fn is_dropped(error: &ureq::Error) -> bool {
         ),
         _ => false,
     }
+}
+
+/// Whether TLS is spoken there, and only the certificate is not what it should be.
+fn is_untrusted(error: &ureq::Error) -> bool {
+    let text = match error {
+        ureq::Error::Io(error) => error.to_string(),
+        ureq::Error::Rustls(error) => error.to_string(),
+        _ => return false,
+    };
+    text.contains("certificate")
 }
 
 /// What went wrong, in the words that clients sort on.

@@ -1,12 +1,15 @@
-//! Mirrors of registries, as containers' tools configure them (`containers-registries.conf(5)`): the first of
-//! `$CONTAINERS_REGISTRIES_CONF`, `~/.config/containers/registries.conf`, `/etc/containers/registries.conf`.
+//! Mirrors of registries, as containers' tools configure them (`containers-registries.conf(5)`,
+//! `containers-registries.conf.d(5)`): the first of `$CONTAINERS_REGISTRIES_CONF`, `~/.config/containers/registries.conf`,
+//! `/etc/containers/registries.conf` and `/usr/share/containers/registries.conf`; and over it `*.conf` of
+//! `registries.conf.d` in `/usr/share/containers`, `/etc/containers` and `~/.config/containers`, in this order and by name.
+//! A later entry takes the place of an earlier one with the same prefix.
 //!
-//! Read: `[[registry]]` with `prefix`, `location`, `insecure`, `blocked`, and its `[[registry.mirror]]` with `location`,
-//! `insecure`, `pull-from-mirror`. Names without a registry always mean `docker.io`, as Apptainer has it.
+//! Read: `[[registry]]` with `prefix`, `location`, `insecure`, `blocked`, `mirror-by-digest-only`, and its
+//! `[[registry.mirror]]` with `location`, `insecure`, `pull-from-mirror`. Names without a registry always mean `docker.io`, as Apptainer has it.
 
 use std::fs;
 use std::io::ErrorKind;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::Deserialize;
@@ -30,7 +33,16 @@ struct Registry {
     #[serde(default)]
     blocked: bool,
     #[serde(default)]
+    mirror_by_digest_only: bool,
+    #[serde(default)]
     mirror: Vec<Mirror>,
+}
+
+impl Registry {
+    fn prefix(&self) -> Option<&str> {
+        let named = self.prefix.as_deref().filter(|p| !p.is_empty());
+        named.or(self.location.as_deref())
+    }
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -54,31 +66,56 @@ pub struct Place {
 }
 
 impl Mirrors {
-    /// From the first of these files that is there.
+    /// From the first of these files that is there, and all files of these directories.
     ///
     /// # Errors
-    /// When it cannot be read or understood.
-    pub fn read(files: &[PathBuf]) -> Result<Mirrors> {
+    /// When one cannot be read or understood.
+    pub fn read(files: &[PathBuf], directories: &[PathBuf]) -> Result<Mirrors> {
+        let mut all = Mirrors::default();
         for file in files {
-            let text = match fs::read_to_string(file) {
-                Ok(text) => text,
-                // In a user namespace the home directory may be another user's.
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        ErrorKind::NotFound | ErrorKind::PermissionDenied
-                    ) =>
-                {
-                    continue;
-                }
-                Err(error) => {
-                    return Err(error).with_context(|| format!("cannot read {}", file.display()));
-                }
-            };
-            return toml::from_str(&text)
-                .with_context(|| format!("cannot understand {}", file.display()));
+            if let Some(found) = Mirrors::read_file(file)? {
+                all = found;
+                break;
+            }
         }
-        Ok(Mirrors::default())
+        for directory in directories {
+            let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+            let mut files: Vec<PathBuf> = entries
+                .map(|entry| entry.path())
+                .filter(|path| path.extension().is_some_and(|e| e == "conf"))
+                .collect();
+            files.sort();
+            for file in files {
+                let found = Mirrors::read_file(&file)?.unwrap_or_default();
+                for entry in found.registry {
+                    all.registry.retain(|old| old.prefix() != entry.prefix());
+                    all.registry.push(entry);
+                }
+            }
+        }
+        Ok(all)
+    }
+
+    /// `None` when there is none.
+    fn read_file(file: &Path) -> Result<Option<Mirrors>> {
+        let text = match fs::read_to_string(file) {
+            Ok(text) => text,
+            // In a user namespace the home directory may be another user's.
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::NotFound | ErrorKind::PermissionDenied | ErrorKind::NotADirectory
+                ) =>
+            {
+                return Ok(None);
+            }
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot read {}", file.display()));
+            }
+        };
+        let mirrors: Mirrors = toml::from_str(&text)
+            .with_context(|| format!("cannot understand {}", file.display()))?;
+        Ok(Some(mirrors))
     }
 
     /// Whether nothing may be pulled from there.
@@ -86,17 +123,20 @@ impl Mirrors {
         self.entry(registry, path).is_some_and(|(e, _)| e.blocked)
     }
 
-    /// The mirrors of a repository, then its other location if it has one.
-    pub fn of(&self, registry: &str, path: &str) -> Vec<Place> {
+    /// The mirrors of a repository, for an image named by its digest or by a tag, then its other location if it has one.
+    pub fn of(&self, registry: &str, path: &str, by_digest: bool) -> Vec<Place> {
         let Some((entry, rest)) = self.entry(registry, path) else {
             return Vec::new();
         };
-        let by_tag =
-            |mirror: &&Mirror| !matches!(mirror.pull_from_mirror.as_deref(), Some("digest-only"));
+        let is_asked = |mirror: &&Mirror| match mirror.pull_from_mirror.as_deref() {
+            Some("digest-only") => by_digest,
+            Some("tag-only") => !by_digest,
+            _ => by_digest || !entry.mirror_by_digest_only,
+        };
         let mirrors = entry
             .mirror
             .iter()
-            .filter(by_tag)
+            .filter(is_asked)
             .map(|m| (m.location.as_str(), m.insecure));
         let own = entry.location.as_deref().map(|l| (l, entry.insecure));
         mirrors
@@ -109,7 +149,7 @@ impl Mirrors {
     fn entry<'a>(&'a self, registry: &str, path: &'a str) -> Option<(&'a Registry, &'a str)> {
         let name = format!("{registry}/{path}");
         let of = |entry: &'a Registry| {
-            let prefix = entry.prefix.as_deref().or(entry.location.as_deref())?;
+            let prefix = entry.prefix()?;
             let rest = match prefix.strip_prefix("*.") {
                 Some(domain) => {
                     let above = registry.strip_suffix(domain)?;
@@ -157,7 +197,7 @@ mod tests {
     }
 
     fn places(all: &Mirrors, registry: &str, path: &str) -> Vec<String> {
-        let all = all.of(registry, path).into_iter();
+        let all = all.of(registry, path, false).into_iter();
         all.map(|p| format!("{}://{}/{}", p.scheme.name(), p.registry, p.path))
             .collect()
     }
@@ -212,5 +252,72 @@ mod tests {
         assert!(places(&all, "docker.io.evil.org", "x").is_empty());
         assert!(all.is_blocked("bad.example.org", "x"));
         assert!(!all.is_blocked("good.example.org", "x"));
+    }
+
+    #[test]
+    fn tags_and_digests_may_have_other_mirrors() {
+        let mirror = |kind: &str| match kind {
+            "" => "[[registry.mirror]]\nlocation = \"any\"\n".to_owned(),
+            kind => format!(
+                "[[registry.mirror]]\nlocation = \"{kind}\"\npull-from-mirror = \"{kind}\"\n"
+            ),
+        };
+        let all = ["", "all", "digest-only", "tag-only"].map(mirror).concat();
+        for (more, by_digest, expected) in [
+            ("", false, &["any", "all", "tag-only"][..]),
+            ("", true, &["any", "all", "digest-only"]),
+            ("mirror-by-digest-only = true\n", false, &["tag-only"]),
+            (
+                "mirror-by-digest-only = true\n",
+                true,
+                &["any", "all", "digest-only"],
+            ),
+        ] {
+            let found = mirrors(&format!("[[registry]]\nprefix = \"r.test\"\n{more}{all}"));
+            let places = found.of("r.test", "x", by_digest);
+            let names: Vec<&str> = places.iter().map(|p| p.registry.as_str()).collect();
+            assert_eq!(names, expected, "{more} {by_digest}");
+        }
+    }
+
+    #[test]
+    fn one_file_counts_and_all_of_the_directories() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = |name: &str, prefix: &str, mirror: &str| {
+            let path = dir.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            let text = format!(
+                "[[registry]]\nprefix = \"{prefix}\"\n[[registry.mirror]]\nlocation = \"{mirror}\"\n"
+            );
+            fs::write(&path, text).unwrap();
+            path
+        };
+        let files = [
+            dir.path().join("none.conf"),
+            file("own.conf", "a.test", "own"),
+            file("etc.conf", "b.test", "never"),
+        ];
+        file("etc.d/50-site.conf", "a.test", "site");
+        file("etc.d/10-first.conf", "c.test", "first");
+        file("etc.d/60-last.conf", "c.test", "last");
+        file("etc.d/70-other.txt", "c.test", "never");
+        file("home.d/00.conf", "d.test", "home");
+        let directories = ["none.d", "etc.d", "home.d"].map(|d| dir.path().join(d));
+        let all = Mirrors::read(&files, &directories).unwrap();
+        for (registry, mirror) in [
+            ("a.test", Some("site")),
+            ("b.test", None),
+            ("c.test", Some("last")),
+            ("d.test", Some("home")),
+        ] {
+            let expected: Vec<String> = mirror
+                .map(|m| format!("https://{m}/x"))
+                .into_iter()
+                .collect();
+            assert_eq!(places(&all, registry, "x"), expected, "{registry}");
+        }
+        fs::write(dir.path().join("etc.d/55-bad.conf"), "registry = 1").unwrap();
+        let error = Mirrors::read(&files, &directories).unwrap_err();
+        assert!(format!("{error:#}").contains("55-bad.conf"));
     }
 }

@@ -1,6 +1,6 @@
 //! Images elsewhere: registries, libraries, web servers.
 //!
-//! [`image`] downloads the layers of a `docker://` image into the cache, [`file`] the file that any other reference
+//! [`layers`] downloads the layers of a `docker://` image into the cache, [`file`] the file that any other reference
 //! names. All that is decided by environment and options is in [`Options`], made once.
 
 pub mod credentials;
@@ -9,6 +9,7 @@ pub mod http;
 pub mod library;
 pub mod mirrors;
 pub mod oci;
+mod pace;
 mod proxy;
 pub mod reference;
 pub mod registry;
@@ -18,7 +19,7 @@ mod web;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Result, bail};
@@ -29,7 +30,7 @@ pub use reference::Reference;
 
 use crate::cache::Cache;
 use crate::oci::{Image, Platform};
-use crate::say;
+use crate::{image, say};
 use mirrors::Mirrors;
 use reference::Repository;
 use registry::{Access, Remote};
@@ -67,7 +68,7 @@ impl Options {
     /// Does something with a repository at its mirrors in turn, at last at the registry itself.
     ///
     /// # Errors
-    /// The registry's own.
+    /// The registry's own, and after it those of the mirrors.
     fn first_working<T>(
         &self,
         repository: &Repository,
@@ -77,31 +78,47 @@ impl Options {
         if self.mirrors.is_blocked(registry, &path) {
             bail!("registry {registry} is blocked in registries.conf");
         }
-        for place in self.mirrors.of(registry, &path) {
-            // What was given for one registry is not for another.
-            let logins = Credentials {
-                given: None,
-                ..self.credentials.clone()
-            };
-            let login = logins.find(&place.registry, &place.path)?;
-            let scheme = match place.scheme {
-                Scheme::Http => Scheme::Http,
-                Scheme::Https => self.scheme,
-            };
-            let remote = Remote::at(
-                &self.client,
-                scheme,
-                &place.registry,
-                &place.path,
-                login,
-                Access::Pull,
-            )?;
-            match work(&remote) {
+        let by_digest = repository.digest().is_some();
+        let mut failed = Vec::new();
+        for place in self.mirrors.of(registry, &path, by_digest) {
+            match self.mirror(&place).and_then(|remote| work(&remote)) {
                 Ok(done) => return Ok(done),
-                Err(error) => say::verbose(format_args!("mirror {}: {error:#}", place.registry)),
+                Err(error) => {
+                    say::verbose(format_args!("mirror {}: {error:#}", place.registry));
+                    failed.push(format!("mirror {}: {error:#}", place.registry));
+                }
             }
         }
-        work(&self.remote(repository, Access::Pull)?)
+        let own = self
+            .remote(repository, Access::Pull)
+            .and_then(|remote| work(&remote));
+        match own {
+            Err(error) if !failed.is_empty() => {
+                bail!("{error:#}; before that, {}", failed.join("; "))
+            }
+            own => own,
+        }
+    }
+
+    fn mirror(&self, place: &mirrors::Place) -> Result<Remote<'_>> {
+        // What was given for one registry is not for another.
+        let logins = Credentials {
+            given: None,
+            ..self.credentials.clone()
+        };
+        let login = logins.find(&place.registry, &place.path)?;
+        let scheme = match place.scheme {
+            Scheme::Http => Scheme::Http,
+            Scheme::Https => self.scheme,
+        };
+        Remote::at(
+            &self.client,
+            scheme,
+            &place.registry,
+            &place.path,
+            login,
+            Access::Pull,
+        )
     }
 }
 
@@ -109,7 +126,7 @@ impl Options {
 ///
 /// # Errors
 /// When it is not there, damaged, or not a `docker://` reference.
-pub fn image(reference: &Reference, options: &Options, cache: &Cache) -> Result<Image> {
+pub fn layers(reference: &Reference, options: &Options, cache: &Cache) -> Result<Image> {
     match reference {
         Reference::Docker(repository) => oci::image(repository, options, cache),
         other => bail!("{other} is a file, not an image of layers"),
@@ -124,9 +141,29 @@ pub fn file(reference: &Reference, options: &Options, cache: &Cache) -> Result<P
     match reference {
         Reference::Oras(repository) => oci::sif(repository, options, cache),
         Reference::Library(name) => library::pull(name, options, cache),
-        Reference::Http(url) => web::pull(url, options, cache),
+        Reference::Http(url) => web::pull(url, options, cache, &image::check),
         Reference::Docker(_) => bail!("{reference} is an image of layers, not a file"),
     }
+}
+
+/// Downloads a file that need be no image.
+///
+/// # Errors
+/// When it is not there, empty or damaged, or not at a web address.
+pub fn plain_file(reference: &Reference, options: &Options, cache: &Cache) -> Result<PathBuf> {
+    let is_something = |path: &Path| match std::fs::metadata(path)?.len() {
+        0 => bail!("the file is empty"),
+        _ => Ok(()),
+    };
+    match reference {
+        Reference::Http(url) => web::pull(url, options, cache, &is_something),
+        other => file(other, options, cache),
+    }
+}
+
+/// Whether a file has a length.
+fn has_len(path: &Path, len_bytes: u64) -> bool {
+    std::fs::metadata(path).is_ok_and(|m| m.len() == len_bytes)
 }
 
 /// Whether a file begins as a SIF does.

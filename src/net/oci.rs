@@ -11,15 +11,16 @@ use anyhow::{Context, Result, anyhow, bail};
 use super::download::{self, CONNECTIONS, Expected};
 use super::http::{Body, Method, Request};
 use super::reference::Repository;
-use super::registry::{Access, Received, Remote, check_platform};
+use super::registry::{Access, Remote};
 use super::url::Url;
-use super::{Options, is_sif};
-use crate::cache::{Cache, Kind, Obtained};
+use super::{Options, has_len, is_sif};
+use crate::cache::{Cache, Draft, Kind, Obtained};
 use crate::digest::{Digest, Hashing};
 use crate::oci::blob::Verified;
+use crate::oci::platform::Chosen;
 use crate::oci::{self, Blobs, Descriptor, Image, ImageConfig, Manifest};
 use crate::progress::Progress;
-use crate::say;
+use crate::{image, say};
 
 /// Configuration of a SIF artifact.
 const SIF_CONFIG: &str = "application/vnd.sylabs.sif.config.v1+json";
@@ -29,12 +30,8 @@ const SIF_LAYER: &str = "application/vnd.sylabs.sif.layer.v1.sif";
 const SIF_LAYER_OLD: &str = "appliciation/vnd.sylabs.sif.layer.tar";
 /// A manifest of OCI.
 const MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
-/// Configurations of images that can run.
-const IMAGE_CONFIGS: [&str; 3] = [
-    "application/vnd.oci.image.config.v1+json",
-    "application/vnd.docker.container.image.v1+json",
-    "",
-];
+/// Addresses of one layer that are tried, at most.
+const MAX_URLS: usize = 4;
 /// Layers of more than this number are an attack.
 const MAX_LAYERS: usize = 1024;
 /// A file that is longer goes in pieces, each of which can be sent again.
@@ -49,46 +46,35 @@ pub fn image(repository: &Repository, options: &Options, cache: &Cache) -> Resul
     image_of(&resolved, repository, options, cache)
 }
 
-/// An image whose manifest is at hand.
-pub struct Resolved {
-    /// What it consists of.
-    pub manifest: Manifest,
-    /// The manifest as it came.
-    pub received: Received,
-}
-
 /// Reads the manifest of an image for a machine.
 ///
 /// # Errors
 /// When it is not there or not an image.
-pub fn resolve(repository: &Repository, options: &Options) -> Result<Resolved> {
+pub fn resolve(repository: &Repository, options: &Options) -> Result<Chosen> {
     options.first_working(repository, &|remote| {
-        let (manifest, received) = remote.manifest_for(&repository.version(), &options.platform)?;
-        Ok(Resolved { manifest, received })
+        remote.manifest_for(&repository.version(), &options.platform)
     })
 }
 
 /// Downloads the layers of an image whose manifest is at hand.
 ///
 /// # Errors
-/// When it is no image that can run, or damaged.
+/// When it is no image that can run, for another machine, or damaged.
 pub fn image_of(
-    resolved: &Resolved,
+    chosen: &Chosen,
     repository: &Repository,
     options: &Options,
     cache: &Cache,
 ) -> Result<Image> {
-    let Resolved { manifest, received } = resolved;
-    if !IMAGE_CONFIGS.contains(&manifest.config.media_type.as_str()) {
-        let hint = match manifest.config.media_type == SIF_CONFIG {
-            true => ": it is a SIF, use oras://",
-            false => "",
-        };
+    let Chosen {
+        manifest, received, ..
+    } = chosen;
+    if manifest.config.media_type == SIF_CONFIG {
         bail!(
-            "unsupported image-specific operation on artifact with type {:?}{hint}",
-            manifest.config.media_type
+            "unsupported image-specific operation on artifact with type {SIF_CONFIG:?}: it is a SIF, use oras://"
         );
     }
+    oci::layers::check_types(manifest)?;
     if manifest.layers.len() > MAX_LAYERS {
         bail!("the image has {} layers: too many", manifest.layers.len());
     }
@@ -102,7 +88,9 @@ pub fn image_of(
     options.first_working(repository, &|remote| fetch_all(remote, manifest, cache))?;
     let blobs = Cached(cache.clone());
     let config: ImageConfig = oci::document(&blobs, &manifest.config)?;
-    check_platform(&config, &options.platform);
+    if !chosen.is_told {
+        oci::platform::check(&config, &options.platform).with_context(|| repository.to_string())?;
+    }
     Ok(Image {
         digest: received.digest,
         manifest: manifest.clone(),
@@ -119,7 +107,6 @@ fn fetch_all(remote: &Remote, manifest: &Manifest, cache: &Cache) -> Result<()> 
             wanted.push(layer);
         }
     }
-    wanted.retain(|blob| !is_whole(cache, blob));
     let total = wanted.iter().map(|d| d.size).fold(0, u64::saturating_add);
     let progress = Progress::new("downloading layers", total);
     let next = AtomicUsize::new(0);
@@ -143,41 +130,63 @@ fn fetch_all(remote: &Remote, manifest: &Manifest, cache: &Cache) -> Result<()> 
     })
 }
 
-/// Whether the cache has a blob in its full length; what has another length goes.
-fn is_whole(cache: &Cache, blob: &Descriptor) -> bool {
-    let Some(path) = cache.blob(&blob.digest) else {
+/// Whether a file holds a blob: what a disk that was full, or somebody's editor, has left of it is none.
+fn is_whole(path: &Path, blob: &Descriptor) -> bool {
+    let Ok(file) = File::open(path) else {
         return false;
     };
-    let whole = std::fs::metadata(&path).is_ok_and(|m| m.len() == blob.size);
-    if !whole {
-        // A disk that was full, or somebody's editor.
-        let _ = std::fs::remove_file(&path);
-    }
-    whole
+    let is_long = file.metadata().is_ok_and(|m| m.len() == blob.size);
+    let mut hash = Hashing::new(io::sink());
+    is_long && io::copy(&mut &file, &mut hash).is_ok() && hash.finish().0 == blob.digest
 }
 
 fn fetch(remote: &Remote, blob: &Descriptor, cache: &Cache, progress: &Progress) -> Result<()> {
     let key = blob.digest.hex();
-    let claim = match cache.obtain(Kind::Blob, &key)? {
-        Obtained::Ready(_) => return Ok(()),
+    let claim = match cache.obtain(Kind::Blob, &key, &|path| is_whole(path, blob))? {
+        Obtained::Ready(_) => {
+            progress.add(blob.size);
+            return Ok(());
+        }
         Obtained::Claimed(claim) => claim,
     };
-    let draft = cache.draft()?;
-    let expected = Expected {
-        len_bytes: Some(blob.size),
-        digest: Some(blob.digest),
-    };
     let what = format!("blob {} of {}", blob.digest, remote.name());
-    download::to_draft(
-        &what,
-        &|part| remote.blob(blob, part),
-        expected,
-        &draft,
-        progress,
-    )?;
-    draft.publish(&cache.place(Kind::Blob, &key)?)?;
+    let place = cache.place(Kind::Blob, &key)?;
+    let mut draft = cache.draft()?;
+    let open = |part| remote.blob(blob, part);
+    let mut fetched = download::to_draft(&what, &open, expected(blob), &draft, progress);
+    if oci::layers::is_foreign(blob) {
+        for url in blob.urls.iter().take(MAX_URLS) {
+            let Err(error) = &fetched else { break };
+            say::verbose(format_args!("{error:#}: trying {url}"));
+            draft = cache.draft()?;
+            fetched = from_elsewhere(remote, blob, url, &draft, progress)
+                .with_context(|| format!("{error:#}"));
+        }
+    }
+    fetched?;
+    draft.publish(&place)?;
     drop(claim);
     Ok(())
+}
+
+fn expected(blob: &Descriptor) -> Expected {
+    Expected {
+        len_bytes: Some(blob.size),
+        digest: Some(blob.digest),
+    }
+}
+
+/// A layer from an address in its manifest, which gets no login.
+fn from_elsewhere(
+    remote: &Remote,
+    blob: &Descriptor,
+    url: &str,
+    draft: &Draft,
+    progress: &Progress,
+) -> Result<(Digest, u64)> {
+    let url: Url = url.parse()?;
+    let open = |part| super::web::get(remote.client(), &url, part);
+    download::to_draft(&url.redacted(), &open, expected(blob), draft, progress)
 }
 
 /// Blobs of the cache, checked again while they are read.
@@ -201,10 +210,13 @@ impl Blobs for Cached {
 /// When it is not there or no SIF.
 pub fn sif(repository: &Repository, options: &Options, cache: &Cache) -> Result<PathBuf> {
     options.first_working(repository, &|remote| {
-        let (manifest, received) = remote.manifest_for(&repository.version(), &options.platform)?;
+        let Chosen {
+            manifest, received, ..
+        } = remote.manifest_for(&repository.version(), &options.platform)?;
         let layer = sif_layer(&manifest, &received.media_type)?;
         let key = format!("sha256.{}", layer.digest.hex());
-        let claim = match cache.obtain(Kind::Oras, &key)? {
+        let is_good = |path: &Path| has_len(path, layer.size) && image::check(path).is_ok();
+        let claim = match cache.obtain(Kind::Oras, &key, &is_good)? {
             Obtained::Ready(path) => {
                 say::info(format_args!("Using cached SIF image"));
                 return Ok(path);
@@ -212,17 +224,13 @@ pub fn sif(repository: &Repository, options: &Options, cache: &Cache) -> Result<
             Obtained::Claimed(claim) => claim,
         };
         let draft = cache.draft()?;
-        let expected = Expected {
-            len_bytes: Some(layer.size),
-            digest: Some(layer.digest),
-        };
         say::info(format_args!("Downloading oras image"));
         let progress = Progress::new("downloading", layer.size);
         let what = format!("blob {} of {}", layer.digest, remote.name());
         download::to_draft(
             &what,
             &|part| remote.blob(layer, part),
-            expected,
+            expected(layer),
             &draft,
             &progress,
         )?;
@@ -236,18 +244,22 @@ pub fn sif(repository: &Repository, options: &Options, cache: &Cache) -> Result<
     })
 }
 
+/// The words are those that clients tell the cases by.
 fn sif_layer<'a>(manifest: &'a Manifest, media_type: &str) -> Result<&'a Descriptor> {
-    let is_sif = |d: &&Descriptor| [SIF_LAYER, SIF_LAYER_OLD].contains(&d.media_type.as_str());
+    let is_sif = |d: &Descriptor| [SIF_LAYER, SIF_LAYER_OLD].contains(&d.media_type.as_str());
+    const SINGLE: &str = "ORAS SIF image should have a single layer";
     match manifest.layers.as_slice() {
-        [layer] if is_sif(&layer) => Ok(layer),
-        layers if layers.iter().any(|d| is_sif(&d)) => {
-            bail!(
-                "ORAS SIF image should have a single layer, found {}",
-                layers.len()
-            )
-        }
-        _ => bail!(
+        [layer] if is_sif(layer) => Ok(layer),
+        _ if media_type.starts_with("application/vnd.docker.distribution.manifest") => bail!(
             "it is no SIF: received mediaType: {media_type} (a Docker or OCI image is pulled by docker://)"
+        ),
+        [layer] => bail!(
+            "{SINGLE} of type {SIF_LAYER}, and it is of type {:?}: received mediaType: {media_type} (a Docker or OCI image is pulled by docker://)",
+            layer.media_type
+        ),
+        layers => bail!(
+            "{SINGLE}, found {}: received mediaType: {media_type} (a Docker or OCI image is pulled by docker://)",
+            layers.len()
         ),
     }
 }
@@ -275,23 +287,10 @@ pub fn push(
     let (digest, size, _) = hash.finish();
     let remote = options.remote(repository, Access::Push)?;
     let title = path.file_name().map(|n| n.to_string_lossy().into_owned());
-    let layer = Descriptor {
-        media_type: SIF_LAYER.into(),
-        digest,
-        size,
-        platform: None,
-        annotations: title
-            .map(|t| ("org.opencontainers.image.title".to_owned(), t))
-            .into_iter()
-            .collect(),
-    };
-    let config = Descriptor {
-        media_type: SIF_CONFIG.into(),
-        digest: Digest::of(b"{}"),
-        size: 2,
-        platform: None,
-        annotations: Default::default(),
-    };
+    let mut layer = Descriptor::new(SIF_LAYER, digest, size);
+    let title = title.map(|t| ("org.opencontainers.image.title".to_owned(), t));
+    layer.annotations.extend(title);
+    let config = Descriptor::new(SIF_CONFIG, Digest::of(b"{}"), 2);
     let manifest = Manifest {
         schema_version: 2,
         media_type: MANIFEST.into(),

@@ -11,8 +11,8 @@ use super::http::{Client, Method, Request, Response};
 use super::reference::Repository;
 use super::url::{Scheme, Url, escape};
 use crate::digest::Digest;
-use crate::oci::{self, Descriptor, Index, MAX_DOCUMENT, Manifest, Platform};
-use crate::say;
+use crate::oci::platform::{Chosen, Documents, Received};
+use crate::oci::{self, Descriptor, ImageConfig, MAX_DOCUMENT, Platform};
 
 /// The manifests that are understood.
 const ACCEPTED: [&str; 4] = [
@@ -23,6 +23,8 @@ const ACCEPTED: [&str; 4] = [
 ];
 /// The host of Docker's own registry.
 const DOCKER_HOST: &str = "registry-1.docker.io";
+/// What Docker's registry says to those who may not.
+const DENIED: &str = "requested access to the resource is denied";
 /// Longest answer of a token server, in bytes.
 const MAX_TOKEN: u64 = 1 << 20;
 
@@ -55,16 +57,6 @@ pub struct Remote<'a> {
     access: Access,
     /// What an authorization is for.
     session: String,
-}
-
-/// A manifest as it was received.
-pub struct Received {
-    /// Its bytes.
-    pub text: Vec<u8>,
-    /// What it says to be.
-    pub media_type: String,
-    /// Of the bytes.
-    pub digest: Digest,
 }
 
 impl<'a> Remote<'a> {
@@ -105,7 +97,7 @@ impl<'a> Remote<'a> {
             "docker.io" => DOCKER_HOST,
             other => other,
         };
-        let root = Url::host(scheme, host)?;
+        let root = client.root(scheme, host)?;
         Ok(Remote {
             session: format!("{root} {path} {}", access.scope()),
             client,
@@ -120,6 +112,11 @@ impl<'a> Remote<'a> {
     /// For messages.
     pub fn name(&self) -> String {
         format!("{}/{}", self.registry, self.path)
+    }
+
+    /// The connections.
+    pub fn client(&self) -> &Client {
+        self.client
     }
 
     /// An address below the repository.
@@ -167,19 +164,13 @@ impl<'a> Remote<'a> {
     }
 
     /// What the challenges ask for; `None` when nothing is at hand.
-    fn authorize(&self, challenges: &[String]) -> Result<Option<String>> {
-        for challenge in challenges {
-            let (kind, parameters) = challenge.split_once(' ').unwrap_or((challenge, ""));
-            if kind.eq_ignore_ascii_case("bearer") {
-                return self.token(&parameters_of(parameters)).map(Some);
-            }
+    fn authorize(&self, headers: &[String]) -> Result<Option<String>> {
+        let challenges = challenges(headers);
+        let asked = |kind: &str| challenges.iter().find(|(k, _)| k == kind);
+        if let Some((_, parameters)) = asked("bearer") {
+            return self.token(&parameters_of(parameters)).map(Some);
         }
-        let basic = |challenge: &String| {
-            challenge
-                .get(..5)
-                .is_some_and(|kind| kind.eq_ignore_ascii_case("basic"))
-        };
-        if challenges.iter().any(basic) {
+        if asked("basic").is_some() {
             return Ok(self.login.as_ref().and_then(Login::basic));
         }
         Ok(None)
@@ -250,7 +241,7 @@ impl<'a> Remote<'a> {
             token: Option<String>,
             access_token: Option<String>,
         }
-        let answer: Option<Answer> = serde_json::from_slice(&response.document(MAX_TOKEN)?).ok();
+        let answer: Option<Answer> = oci::parse(&response.document(MAX_TOKEN)?).ok();
         let token = answer
             .and_then(|a| a.token.or(a.access_token))
             .filter(|t| !t.is_empty() && t.bytes().all(|b| b.is_ascii_graphic()));
@@ -266,11 +257,16 @@ impl<'a> Remote<'a> {
         let words = registry_words(&response.explanation());
         let words = match (status, words) {
             (401, None) => "unauthorized: authentication required".into(),
-            (403, None) => "denied: requested access to the resource is denied".into(),
+            (403, None) => "denied".into(),
             (404, None) => "not found (StatusCode: 404)".into(),
             (429, None) => "toomanyrequests: the registry limits how much is pulled".into(),
             (status, None) => format!("StatusCode: {status}"),
             (_, Some(words)) => words,
+        };
+        // Clients tell by these words that no other try will help.
+        let words = match status {
+            401 | 403 if !words.contains(DENIED) => format!("{words}: {DENIED}"),
+            _ => words,
         };
         let hint = match (status, &self.login) {
             (401 | 403, None) => format!(
@@ -295,9 +291,13 @@ impl<'a> Remote<'a> {
         match response.status {
             200 => {}
             404 => {
-                let words = registry_words(&response.explanation());
-                let words = words.unwrap_or_else(|| "manifest unknown".into());
-                bail!("{what}: {words}");
+                let text = response.explanation();
+                // Clients tell by these words whether the image or the tag is not there.
+                match registry_words(&text) {
+                    Some(words) if words.contains("manifest unknown") => bail!("{what}: {words}"),
+                    Some(words) => bail!("{what}: StatusCode: 404, {words}"),
+                    None => bail!("{what}: StatusCode: 404, {}", first_words(&text)),
+                }
             }
             _ => return Err(self.refusal(response, what)),
         }
@@ -322,8 +322,8 @@ impl<'a> Remote<'a> {
             #[serde(rename = "mediaType")]
             media_type: Option<String>,
         }
-        let kind: Kind = serde_json::from_slice(&text)
-            .with_context(|| format!("{what}: it is not a JSON document"))?;
+        let kind: Kind =
+            oci::parse(&text).with_context(|| format!("{what}: it is not a JSON document"))?;
         Ok(Received {
             media_type: kind.media_type.or(declared).unwrap_or_default(),
             text,
@@ -331,37 +331,14 @@ impl<'a> Remote<'a> {
         })
     }
 
-    /// The manifest for a machine, through an index where there is one.
+    /// The manifest for a machine, through indexes where there are some.
     ///
     /// # Errors
     /// As [`Remote::manifest`], and when the image is not there for that machine.
-    pub fn manifest_for(&self, version: &str, platform: &Platform) -> Result<(Manifest, Received)> {
-        let mut received = self.manifest(version)?;
-        let what = || format!("reading manifest {version} in {}", self.name());
-        if is_index(&received.media_type) {
-            let index: Index = serde_json::from_slice(&received.text).with_context(what)?;
-            let manifests: Vec<&Descriptor> = index.manifests.iter().collect();
-            let chosen = oci::platform::choose(&manifests, platform).with_context(what)?;
-            received = self.manifest(&chosen.digest.to_string())?;
-        }
-        if received
-            .media_type
-            .starts_with("application/vnd.docker.distribution.manifest.v1")
-        {
-            bail!(
-                "{}: manifests of version 1 are too old: push the image again",
-                what()
-            );
-        }
-        let manifest: Manifest = serde_json::from_slice(&received.text).with_context(what)?;
-        if manifest.schema_version != 2 {
-            bail!(
-                "{}: its schema version is {}, not 2",
-                what(),
-                manifest.schema_version
-            );
-        }
-        Ok((manifest, received))
+    pub fn manifest_for(&self, version: &str, platform: &Platform) -> Result<Chosen> {
+        let received = self.manifest(version)?;
+        oci::platform::choose(received, self, platform)
+            .with_context(|| format!("reading manifest {version} in {}", self.name()))
     }
 
     /// Asks for a blob, or a part of it.
@@ -387,8 +364,18 @@ impl<'a> Remote<'a> {
     }
 }
 
-fn is_index(media_type: &str) -> bool {
-    media_type == ACCEPTED[1] || media_type == ACCEPTED[3]
+impl Documents for Remote<'_> {
+    fn manifest(&self, named: &Descriptor) -> Result<Received> {
+        Remote::manifest(self, &named.digest.to_string())
+    }
+
+    fn config(&self, named: &Descriptor) -> Result<ImageConfig> {
+        let text = self.blob(named, None)?.document(MAX_DOCUMENT)?;
+        if Digest::of(&text) != named.digest {
+            bail!("the configuration {} is damaged", named.digest);
+        }
+        oci::parse(&text).with_context(|| format!("cannot understand {}", named.digest))
+    }
 }
 
 /// The errors of a registry's answer, as `code: message`.
@@ -406,7 +393,7 @@ fn registry_words(text: &str) -> Option<String> {
         #[serde(default)]
         message: String,
     }
-    let answer: Answer = serde_json::from_str(text).ok()?;
+    let answer: Answer = oci::parse(text.as_bytes()).ok()?;
     let words: Vec<String> = answer
         .errors
         .iter()
@@ -429,6 +416,47 @@ fn registry_words(text: &str) -> Option<String> {
     }
 }
 
+/// The beginning of a text that is for people.
+fn first_words(text: &str) -> String {
+    let line = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    line.chars().take(100).collect()
+}
+
+/// The challenges of `WWW-Authenticate` headers: each may hold several, and several headers are one list (RFC 9110,
+/// 11.6.1). Gives kinds in small letters, with what follows them.
+fn challenges(headers: &[String]) -> Vec<(String, String)> {
+    let mut found: Vec<(String, String)> = Vec::new();
+    for part in headers.iter().flat_map(|header| list(header)) {
+        // A kind is followed by a blank or by nothing, a parameter's name by its value.
+        let kind = part.split([' ', '\t']).next().unwrap_or_default();
+        match kind.contains('=') {
+            false => {
+                let rest = part[kind.len()..].trim().to_owned();
+                found.push((kind.to_ascii_lowercase(), rest));
+            }
+            true => {
+                if let Some((_, parameters)) = found.last_mut() {
+                    parameters.push(',');
+                    parameters.push_str(part);
+                }
+            }
+        }
+    }
+    found
+}
+
+/// The parts of a list: what lies between commas that are not quoted.
+fn list(text: &str) -> Vec<&str> {
+    let (mut quoted, mut escaped) = (false, false);
+    let parts = text.split(move |c| {
+        let is_end = c == ',' && !quoted;
+        quoted ^= c == '"' && !escaped;
+        escaped = c == '\\' && quoted && !escaped;
+        is_end
+    });
+    parts.map(str::trim).filter(|p| !p.is_empty()).collect()
+}
+
 /// The `name="value"` pairs of a challenge.
 fn parameters_of(text: &str) -> Vec<(String, String)> {
     let mut found = Vec::new();
@@ -446,16 +474,6 @@ fn parameters_of(text: &str) -> Vec<(String, String)> {
         rest = tail;
     }
     found
-}
-
-/// Warns when a configuration is for another machine than asked for.
-pub fn check_platform(config: &oci::ImageConfig, wanted: &Platform) {
-    if !config.architecture.is_empty() && config.architecture != wanted.architecture {
-        say::warn(format_args!(
-            "the image is for {}, not for {}: the registry has no other",
-            config.architecture, wanted.architecture
-        ));
-    }
 }
 
 #[cfg(test)]
@@ -477,6 +495,52 @@ mod tests {
         assert_eq!(value("scope"), Some("repository:a/b:pull"));
         assert!(parameters_of("").is_empty());
         assert_eq!(parameters_of("a=\"b").len(), 1);
+    }
+
+    #[test]
+    fn challenges_stand_in_one_header_or_in_several() {
+        let bearer = r#"Bearer realm="https://a/t",service="s, Basic x",scope="a:b,c""#;
+        let expected = ["https://a/t", "s, Basic x", "a:b,c"];
+        for headers in [
+            &[bearer][..],
+            &["Negotiate", bearer],
+            &[
+                r#"Negotiate, Basic realm="x", Bearer realm="https://a/t",service="s, Basic x",scope="a:b,c""#,
+            ],
+            &[
+                r#"Bearer realm="https://a/t" , service="s, Basic x", scope="a:b,c", Basic realm="a \"quoted\", Bearer x""#,
+            ],
+            &[
+                "Basic realm=x, Negotiate",
+                "  bearer  realm=https://a/t,service=\"s, Basic x\",scope=\"a:b,c\"",
+            ],
+            &[
+                r#"NTLM, , Digest realm="x", nonce=1, Bearer realm="https://a/t",service="s, Basic x",scope="a:b,c""#,
+            ],
+        ] {
+            let headers: Vec<String> = headers.iter().map(|h| (*h).to_owned()).collect();
+            let all = challenges(&headers);
+            let (_, parameters) = all.iter().find(|(k, _)| k == "bearer").unwrap();
+            let pairs = parameters_of(parameters);
+            for (name, value) in ["realm", "service", "scope"].iter().zip(expected) {
+                let found = pairs.iter().find(|(n, _)| n == name);
+                assert_eq!(found.map(|(_, v)| v.as_str()), Some(value), "{headers:?}");
+            }
+        }
+        for (header, kinds) in [
+            ("", &[][..]),
+            (",", &[]),
+            ("Basic", &["basic"]),
+            (
+                "Negotiate abc==, Basic realm=\"x, y\"",
+                &["negotiate", "basic"],
+            ),
+            ("a=b", &[]),
+        ] {
+            let all = challenges(&[header.to_owned()]);
+            let found: Vec<&str> = all.iter().map(|(k, _)| k.as_str()).collect();
+            assert_eq!(found, kinds, "{header}");
+        }
     }
 
     #[test]

@@ -2,16 +2,20 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
+use serde_yaml_ng::{Mapping, Value};
 
 use super::credentials::write_secret;
 
 /// The endpoint that is there without a file; it has no library.
 pub const DEFAULT_NAME: &str = "DefaultRemote";
 const DEFAULT_URI: &str = "cloud.apptainer.org";
+/// Where the peers list logins.
+const CREDENTIALS: &str = "Credentials";
 /// A larger file is none.
 const MAX_FILE: u64 = 1 << 20;
 
@@ -27,7 +31,7 @@ pub struct Remotes {
     pub remotes: BTreeMap<String, Endpoint>,
     /// What others have written.
     #[serde(flatten)]
-    other: BTreeMap<String, serde_yaml_ng::Value>,
+    other: BTreeMap<String, Value>,
 }
 
 /// A library endpoint.
@@ -51,7 +55,7 @@ pub struct Endpoint {
     pub insecure: bool,
     /// What others have written.
     #[serde(flatten)]
-    other: BTreeMap<String, serde_yaml_ng::Value>,
+    other: BTreeMap<String, Value>,
 }
 
 impl std::fmt::Debug for Endpoint {
@@ -114,7 +118,18 @@ impl Remotes {
     fn read_file(path: &Path) -> Result<Option<Remotes>> {
         let text = match fs::read_to_string(path) {
             Ok(text) => text,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error)
+                if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) =>
+            {
+                return Ok(None);
+            }
+            // A home that this process may not enter; a file that it may not read is another matter.
+            Err(error)
+                if error.kind() == ErrorKind::PermissionDenied
+                    && fs::symlink_metadata(path).is_err() =>
+            {
+                return Ok(None);
+            }
             Err(error) => {
                 return Err(error).with_context(|| format!("cannot read {}", path.display()));
             }
@@ -147,6 +162,48 @@ impl Remotes {
         let mut text = self.clone();
         text.remotes.retain(|_, endpoint| !endpoint.system);
         write_secret(own, serde_yaml_ng::to_string(&text)?.as_bytes())
+    }
+
+    /// The registries that somebody has logged in to, by address, and whether they are reached without TLS: the peers' list
+    /// `Credentials`, whose secrets (of old versions) are nobody's business.
+    pub fn registries(&self) -> Vec<(String, bool)> {
+        let list = self.other.get(CREDENTIALS).and_then(Value::as_sequence);
+        let entry = |entry: &Value| {
+            let uri = entry.get("URI")?.as_str()?.to_owned();
+            let insecure = entry.get("Insecure").and_then(Value::as_bool);
+            Some((uri, insecure.unwrap_or(false)))
+        };
+        list.into_iter().flatten().filter_map(entry).collect()
+    }
+
+    /// Notes a login.
+    pub fn note_registry(&mut self, uri: &str, insecure: bool) {
+        self.retain_registries(|old| old != uri);
+        let mut entry = Mapping::new();
+        entry.insert("URI".into(), uri.into());
+        entry.insert("Insecure".into(), insecure.into());
+        let list = self
+            .other
+            .entry(CREDENTIALS.into())
+            .or_insert_with(|| Value::Sequence(Vec::new()));
+        if list.is_null() {
+            *list = Value::Sequence(Vec::new());
+        }
+        if let Some(list) = list.as_sequence_mut() {
+            list.push(Value::Mapping(entry));
+        }
+    }
+
+    /// A registry's host is not logged in to any more.
+    pub fn forget_registry(&mut self, host: &str) {
+        self.retain_registries(|uri| uri.split("://").nth(1) != Some(host));
+    }
+
+    fn retain_registries(&mut self, keep: impl Fn(&str) -> bool) {
+        let list = self.other.get_mut(CREDENTIALS);
+        if let Some(list) = list.and_then(Value::as_sequence_mut) {
+            list.retain(|entry| entry.get("URI").and_then(Value::as_str).is_none_or(&keep));
+        }
     }
 
     /// The endpoint of a name; the active one without a name.
@@ -193,6 +250,27 @@ mod tests {
             assert!(text.contains(word), "{text}");
         }
         assert!(!text.contains(DEFAULT_NAME), "{text}");
+    }
+
+    #[test]
+    fn logins_of_registries_are_noted_among_what_others_wrote() {
+        let mut remotes = Remotes::default();
+        assert!(remotes.registries().is_empty());
+        remotes.note_registry("oras://a.test", false);
+        remotes.note_registry("docker://b.test:1", true);
+        remotes.note_registry("docker://b.test:1", false);
+        let all = [("oras://a.test", false), ("docker://b.test:1", false)];
+        assert_eq!(remotes.registries(), all.map(|(u, i)| (u.to_owned(), i)));
+        remotes.forget_registry("a.test");
+        assert_eq!(remotes.registries().len(), 1);
+        let text = "Credentials:\n- URI: docker://r\n  Auth: Basic x\n- null\n";
+        let mut remotes: Remotes = serde_yaml_ng::from_str(text).unwrap();
+        remotes.note_registry("docker://s", false);
+        let text = serde_yaml_ng::to_string(&remotes).unwrap();
+        assert!(
+            text.contains("Basic x") && text.contains("docker://s"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -17,9 +17,9 @@ use serde::Deserialize;
 
 use super::blob::Verified;
 use super::decompress::{self, Format};
-use super::layout::{Files, for_platform, image_of, open_regular};
+use super::layout::{Files, image_of, open_regular};
 use super::tar::{Archive, Source, Type};
-use super::{Blobs, Descriptor, Image, ImageConfig, MAX_DOCUMENT, Manifest, Platform};
+use super::{Blobs, Descriptor, Image, ImageConfig, MAX_DOCUMENT, Manifest, Platform, platform};
 use crate::digest::Digest;
 
 /// Members of an archive, at most: an image has some hundred.
@@ -291,7 +291,7 @@ impl Blobs for Docker {
     }
 }
 
-fn docker(members: Members, reference: Option<&str>, platform: &Platform) -> Result<Image> {
+fn docker(members: Members, reference: Option<&str>, wanted: &Platform) -> Result<Image> {
     if !members.has("manifest.json") {
         if members.has("index.json") {
             bail!("it is an OCI archive: use oci-archive:");
@@ -300,7 +300,7 @@ fn docker(members: Members, reference: Option<&str>, platform: &Platform) -> Res
             "it has no manifest.json, so docker save has not written it (before Docker 1.10 it had none)"
         );
     }
-    let saved: Vec<Saved> = serde_json::from_slice(&members.document("manifest.json")?)
+    let saved: Vec<Saved> = super::parse(&members.document("manifest.json")?)
         .context("cannot understand manifest.json")?;
     let Saved {
         config: name,
@@ -309,8 +309,8 @@ fn docker(members: Members, reference: Option<&str>, platform: &Platform) -> Res
     } = saved_image(saved, reference)?;
     let text = members.document(&name)?;
     let config: ImageConfig =
-        serde_json::from_slice(&text).with_context(|| format!("cannot understand {name:?}"))?;
-    for_platform(&config, platform)?;
+        super::parse(&text).with_context(|| format!("cannot understand {name:?}"))?;
+    platform::check(&config, wanted)?;
     let diff_ids = &config.rootfs.diff_ids;
     if names.len() != diff_ids.len() {
         bail!(
@@ -319,19 +319,12 @@ fn docker(members: Members, reference: Option<&str>, platform: &Platform) -> Res
             diff_ids.len()
         );
     }
-    let descriptor = |media_type: &str, digest: Digest, size: u64| Descriptor {
-        media_type: media_type.into(),
-        digest,
-        size,
-        platform: None,
-        annotations: std::collections::BTreeMap::new(),
-    };
     let config_digest = Digest::of(&text);
     let mut layers = Vec::new();
     for (name, diff_id) in names.iter().zip(diff_ids) {
         let section = members.section(name)?;
         let kind = "application/vnd.docker.image.rootfs.diff.tar";
-        layers.push(descriptor(kind, *diff_id, section.end - section.at));
+        layers.push(Descriptor::new(kind, *diff_id, section.end - section.at));
     }
     let kind = "application/vnd.docker.container.image.v1+json";
     Ok(Image {
@@ -341,7 +334,7 @@ fn docker(members: Members, reference: Option<&str>, platform: &Platform) -> Res
             schema_version: 2,
             media_type: "application/vnd.docker.distribution.manifest.v2+json".into(),
             artifact_type: None,
-            config: descriptor(kind, config_digest, text.len() as u64),
+            config: Descriptor::new(kind, config_digest, text.len() as u64),
             layers,
             annotations: std::collections::BTreeMap::new(),
         },
@@ -360,9 +353,8 @@ fn saved_image(saved: Vec<Saved>, reference: Option<&str>) -> Result<Saved> {
     let tags: Vec<String> = saved
         .iter()
         .flat_map(|s| s.repo_tags.iter().flatten().cloned())
-        .take(20)
         .collect();
-    let list = tags.join(", ");
+    let list = tags[..tags.len().min(20)].join(", ");
     let count = saved.len();
     let Some(reference) = reference else {
         let mut saved = saved;
@@ -384,9 +376,14 @@ fn saved_image(saved: Vec<Saved>, reference: Option<&str>) -> Result<Saved> {
             .with_context(|| format!("it has no image {reference}, but {count} images"));
     }
     let wanted = full(reference);
+    let is_exact = tags.iter().any(|tag| tag == reference);
+    let is_meant = |tag: &String| match is_exact {
+        true => tag == reference,
+        false => full(tag) == wanted,
+    };
     saved
         .into_iter()
-        .find(|s| s.repo_tags.iter().flatten().any(|tag| full(tag) == wanted))
+        .find(|s| s.repo_tags.iter().flatten().any(is_meant))
         .with_context(|| format!("it has no image {reference:?}, but {list}"))
 }
 
@@ -394,6 +391,8 @@ fn saved_image(saved: Vec<Saved>, reference: Option<&str>) -> Result<Saved> {
 fn full(name: &str) -> String {
     let name = name.strip_prefix("docker.io/").unwrap_or(name);
     let name = name.strip_prefix("library/").unwrap_or(name);
+    // podman's own name for what has none.
+    let name = name.strip_prefix("localhost/").unwrap_or(name);
     let last = name.rsplit('/').next().unwrap_or(name);
     if last.contains(':') {
         name.into()

@@ -5,10 +5,11 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, bail};
 
 use super::blob::Verified;
-use super::{Blobs, Descriptor, Image, ImageConfig, Index, MAX_DOCUMENT, Manifest, Platform};
+use super::platform::{Chosen, Documents, Received};
+use super::{Blobs, Descriptor, Image, ImageConfig, Index, MAX_DOCUMENT, Platform};
 use super::{document, platform};
 use crate::digest::Digest;
 
@@ -16,8 +17,6 @@ use crate::digest::Digest;
 const REFERENCE: &str = "org.opencontainers.image.ref.name";
 /// The same, as containerd and Docker write it.
 const CONTAINERD: &str = "io.containerd.image.name";
-/// Indexes within indexes, at most.
-const MAX_DEPTH: usize = 8;
 
 /// The files of a layout.
 pub trait Files {
@@ -90,8 +89,10 @@ pub(super) fn image_of(
         .open("index.json")
         .context("it has no index.json, so it is no OCI image layout")?;
     let index: Index = json(index, "index.json")?;
-    let chosen = named(&index, reference, wanted)?.clone();
-    image(Box::new(Layout(files)), &chosen, wanted)
+    let named = named(&index, reference)?;
+    let layout = Layout(files);
+    let chosen = platform::choose_of(&named, &layout, wanted)?;
+    described(Box::new(layout), chosen, wanted)
 }
 
 /// Reads a document whose digest nobody knows.
@@ -103,7 +104,7 @@ fn json<T: for<'de> serde::Deserialize<'de>>(file: impl Read, name: &str) -> Res
     if text.len() as u64 > MAX_DOCUMENT {
         bail!("{name} is larger than {MAX_DOCUMENT} bytes");
     }
-    serde_json::from_slice(&text).with_context(|| format!("cannot understand {name}"))
+    super::parse(&text).with_context(|| format!("cannot understand {name}"))
 }
 
 /// How an index calls an image.
@@ -113,12 +114,8 @@ fn names(image: &Descriptor) -> impl Iterator<Item = &str> {
         .filter_map(|key| image.annotations.get(key).map(String::as_str))
 }
 
-/// The image of an index that a reference names.
-fn named<'a>(
-    index: &'a Index,
-    reference: Option<&str>,
-    wanted: &Platform,
-) -> Result<&'a Descriptor> {
+/// The images of an index that a reference names: one, or several for several machines.
+fn named(index: &Index, reference: Option<&str>) -> Result<Index> {
     let fits = |d: &&Descriptor| match reference {
         None => true,
         Some(reference) => {
@@ -142,99 +139,53 @@ fn named<'a>(
         }
         ([], Some(reference)) => bail!("it has no image {reference:?}, but {list}"),
         ([], None) => bail!("its index.json names no image"),
-        ([only], _) => Ok(only),
         // The same image for several machines.
-        (several, _) if several.iter().all(|d| d.platform.is_some()) => {
-            platform::choose(several, wanted)
+        (several, _) if several.len() == 1 || several.iter().any(|d| d.platform.is_some()) => {
+            Ok(Index {
+                manifests: several.iter().map(|d| (*d).clone()).collect(),
+                ..index.clone()
+            })
         }
         _ => bail!("it holds several images: name one of them ({list}), as PATH:NAME"),
     }
 }
 
-/// Follows a descriptor through indexes to the image for a machine, and reads what describes it.
-///
-/// # Errors
-/// When a document is missing, damaged or of a kind that is no image, and when there is none for the platform.
-pub fn image(
-    blobs: Box<dyn Blobs + Send + Sync>,
-    start: &Descriptor,
-    wanted: &Platform,
-) -> Result<Image> {
-    let mut at = start.clone();
-    for _ in 0..MAX_DEPTH {
-        let value: serde_json::Value = document(&*blobs, &at)?;
-        let declared = value["mediaType"]
-            .as_str()
-            .unwrap_or(&at.media_type)
-            .to_owned();
-        let damaged = || format!("cannot understand {}", at.digest);
-        if value["schemaVersion"] != 2 {
-            bail!(
-                "{}: its schema version is {}: only 2 is supported (skopeo copy converts it)",
-                at.digest,
-                value["schemaVersion"]
-            );
-        }
-        if value.get("manifests").is_some() {
-            let index: Index = serde_json::from_value(value).with_context(damaged)?;
-            let all: Vec<&Descriptor> = index.manifests.iter().collect();
-            at = platform::choose(&all, wanted)?.clone();
-            continue;
-        }
-        if value.get("layers").is_none() {
-            bail!("{} is no image manifest, but {declared:?}", at.digest);
-        }
-        let manifest: Manifest = serde_json::from_value(value).with_context(damaged)?;
-        return described(blobs, at.digest, manifest, wanted);
+impl Documents for Layout {
+    fn manifest(&self, named: &Descriptor) -> Result<Received> {
+        Ok(Received {
+            text: super::text(self, named)?,
+            media_type: named.media_type.clone(),
+            digest: named.digest,
+        })
     }
-    bail!(
-        "{}: indexes within indexes, more than {MAX_DEPTH}",
-        start.digest
-    )
+
+    fn config(&self, named: &Descriptor) -> Result<ImageConfig> {
+        document(self, named)
+    }
 }
 
 /// With its configuration.
 fn described(
     blobs: Box<dyn Blobs + Send + Sync>,
-    digest: Digest,
-    manifest: Manifest,
+    chosen: Chosen,
     wanted: &Platform,
 ) -> Result<Image> {
-    let kind = manifest.config.media_type.as_str();
-    let is_image = matches!(
-        kind,
-        "" | "application/vnd.oci.image.config.v1+json"
-            | "application/vnd.docker.container.image.v1+json"
-            | "application/octet-stream"
-    );
-    if !is_image {
-        bail!("{digest} is no container image, but an artifact of type {kind:?}");
-    }
+    let Chosen {
+        manifest,
+        received: Received { digest, .. },
+        is_told,
+    } = chosen;
+    super::layers::check_types(&manifest).with_context(|| digest.to_string())?;
     let config: ImageConfig = document(&*blobs, &manifest.config)?;
-    for_platform(&config, wanted)?;
+    if !is_told {
+        platform::check(&config, wanted)?;
+    }
     Ok(Image {
         digest,
         manifest,
         config,
         blobs,
     })
-}
-
-/// Whether the only image that there is can be meant.
-pub(super) fn for_platform(config: &ImageConfig, wanted: &Platform) -> Result<()> {
-    let is_other = |found: &str, wanted: &str| !found.is_empty() && found != wanted;
-    if is_other(&config.os, "linux") {
-        return Err(anyhow!("it is for {:?}, not for linux", config.os));
-    }
-    if is_other(&config.architecture, &wanted.architecture) && !wanted.architecture.is_empty() {
-        return Err(anyhow!(
-            "it is for {}, not for {}: --arch {} takes it",
-            config.architecture,
-            wanted.architecture,
-            config.architecture
-        ));
-    }
-    Ok(())
 }
 
 #[cfg(test)]

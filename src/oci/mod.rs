@@ -19,6 +19,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::digest::Digest;
 
@@ -42,6 +43,23 @@ pub struct Descriptor {
     /// Free text, `org.opencontainers.image.title` and `…ref.name` among it.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub annotations: BTreeMap<String, String>,
+    /// Where else it is, for layers that a registry need not have.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub urls: Vec<String>,
+}
+
+impl Descriptor {
+    /// Names content, and says nothing else of it.
+    pub fn new(media_type: &str, digest: Digest, size: u64) -> Descriptor {
+        Descriptor {
+            media_type: media_type.into(),
+            digest,
+            size,
+            platform: None,
+            annotations: BTreeMap::new(),
+            urls: Vec::new(),
+        }
+    }
 }
 
 /// The machine that an image is for.
@@ -62,7 +80,8 @@ pub struct Platform {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Manifest {
-    /// 2.
+    /// 2; also where nothing is said.
+    #[serde(default = "schema_version")]
     pub schema_version: u32,
     /// What it is.
     #[serde(default, skip_serializing_if = "String::is_empty")]
@@ -84,7 +103,8 @@ pub struct Manifest {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Index {
-    /// 2.
+    /// 2; also where nothing is said.
+    #[serde(default = "schema_version")]
     pub schema_version: u32,
     /// What it is.
     #[serde(default, skip_serializing_if = "String::is_empty")]
@@ -195,21 +215,33 @@ impl Place {
         })
     }
 
-    /// Opens `PATH` or `PATH:NAME` (for the engine `NAME`) of a place. What is behind the first colon is the name, as for
-    /// the peers, unless there is a file whose name has the colon. `scratch` is a directory for what has to be decompressed.
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Place::Layout => "oci",
+            Place::OciArchive => "oci-archive",
+            Place::DockerArchive => "docker-archive",
+            Place::DockerDaemon => "docker-daemon",
+        }
+    }
+
+    /// Opens `PATH` or `PATH:NAME` (for the engine `NAME`) of a place, a relative path from `cwd` on. `scratch` is a
+    /// directory for what has to be decompressed.
     ///
     /// # Errors
     /// When there is no such image, or it is damaged or for another machine.
-    pub fn open(self, text: &str, platform: &Platform, scratch: &Path) -> Result<Image> {
+    pub fn open(
+        self,
+        text: &str,
+        cwd: &Path,
+        platform: &Platform,
+        scratch: &Path,
+    ) -> Result<Image> {
         if self == Place::DockerDaemon {
-            return archive::open_docker_daemon(text, platform, scratch);
+            return archive::open_docker_daemon(text.trim_start_matches('/'), platform, scratch);
         }
-        let (path, reference) = match text.split_once(':') {
-            Some((path, name)) if !Path::new(text).exists() => (path, Some(name)),
-            _ => (text, None),
-        };
-        let reference = reference.filter(|r| !r.is_empty());
-        let path = Path::new(path);
+        let (path, reference) = split(text, &|path| cwd.join(path).exists());
+        let path = &cwd.join(path);
         match self {
             Place::Layout => layout::open(path, reference, platform),
             Place::OciArchive => archive::open_oci(path, reference, platform, scratch),
@@ -218,11 +250,61 @@ impl Place {
     }
 }
 
+/// `PATH` or `PATH:NAME`, where both may have colons: all of it is the path where that is there, else what is before the
+/// first colon with a path before it that is there, else what is before the first colon, as for the peers.
+pub fn split<'a>(text: &'a str, is_there: &dyn Fn(&str) -> bool) -> (&'a str, Option<&'a str>) {
+    if is_there(text) {
+        return (text, None);
+    }
+    let mut colons = text.match_indices(':').map(|(at, _)| at);
+    let found = colons.clone().find(|at| is_there(&text[..*at]));
+    match found.or_else(|| colons.next()) {
+        Some(at) => (&text[..at], Some(&text[at + 1..]).filter(|n| !n.is_empty())),
+        None => (text, None),
+    }
+}
+
+fn schema_version() -> u32 {
+    2
+}
+
+/// Reads a document. What is null in it is not there: writers in Go print an empty list, map or pointer so. The only way
+/// from text to the types of this module.
+///
+/// # Errors
+/// When it is no JSON, or lacks what it must have.
+pub fn parse<T: for<'de> Deserialize<'de>>(text: &[u8]) -> Result<T, serde_json::Error> {
+    let mut value: Value = serde_json::from_slice(text)?;
+    drop_nulls(&mut value);
+    serde_json::from_value(value)
+}
+
+/// The depth is bounded by the parser.
+fn drop_nulls(value: &mut Value) {
+    match value {
+        Value::Object(members) => {
+            members.retain(|_, member| !member.is_null());
+            members.values_mut().for_each(drop_nulls);
+        }
+        Value::Array(items) => items.iter_mut().for_each(drop_nulls),
+        _ => {}
+    }
+}
+
 /// Reads a small document whole.
 ///
 /// # Errors
 /// When it is larger than [`MAX_DOCUMENT`], cannot be read, or is not what its media type says.
 pub fn document<T: for<'de> Deserialize<'de>>(blobs: &dyn Blobs, blob: &Descriptor) -> Result<T> {
+    let text = text(blobs, blob)?;
+    parse(&text).with_context(|| format!("cannot understand {}", blob.digest))
+}
+
+/// The same as it is written.
+///
+/// # Errors
+/// When it is larger than [`MAX_DOCUMENT`], or cannot be read.
+pub(crate) fn text(blobs: &dyn Blobs, blob: &Descriptor) -> Result<Vec<u8>> {
     if blob.size > MAX_DOCUMENT {
         bail!(
             "{} has {} bytes: too large for a document",
@@ -233,7 +315,7 @@ pub fn document<T: for<'de> Deserialize<'de>>(blobs: &dyn Blobs, blob: &Descript
     let mut text = Vec::new();
     let read = blobs.open(blob)?.take(MAX_DOCUMENT).read_to_end(&mut text);
     read.with_context(|| format!("cannot read {}", blob.digest))?;
-    serde_json::from_slice(&text).with_context(|| format!("cannot understand {}", blob.digest))
+    Ok(text)
 }
 
 /// Bytes of foreign origin for a message: quoted, escaped, and not too long.
@@ -243,3 +325,7 @@ pub(crate) fn shown(bytes: &[u8]) -> String {
     let more = if bytes.len() > MAX { "…" } else { "" };
     format!("{text:?}{more}")
 }
+
+#[cfg(test)]
+#[path = "document_tests.rs"]
+mod tests;

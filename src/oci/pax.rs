@@ -7,6 +7,9 @@ use anyhow::{Context, Result, bail};
 /// Bytes of a file's extended attributes, at most.
 const MAX_XATTRS: usize = 1 << 20;
 
+/// Most pieces of data in a sparse file: their map takes 16 MiB.
+pub(super) const MAX_PIECES: usize = 1 << 20;
+
 /// What records say about a member; a later record replaces an earlier one.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Records {
@@ -62,6 +65,10 @@ impl Records {
             b"GNU.sparse.offset" => self.piece_offset = number(value)?,
             b"GNU.sparse.numbytes" => {
                 let piece = (self.piece_offset, number(value)?);
+                // A member may have any number of headers.
+                if self.sparse_pieces.len() == MAX_PIECES {
+                    bail!("the map of a sparse file has more than {MAX_PIECES} pieces");
+                }
                 self.sparse_pieces.push(piece);
             }
             b"GNU.sparse.map" => self.sparse_pieces = pieces(value)?,
@@ -157,6 +164,22 @@ mod tests {
         assert_eq!(records.xattrs[&b"security.capability"[..]], capability);
         assert_eq!(records.path.as_deref(), Some("päth".as_bytes()));
         assert_eq!(records.mtime_s, Some(-1));
+    }
+
+    #[test]
+    fn map_of_a_sparse_file_is_bounded_over_all_headers() {
+        let mut records = Records::default();
+        let pair = [
+            record("GNU.sparse.offset", b"0"),
+            record("GNU.sparse.numbytes", b"0"),
+        ];
+        let header = pair.concat().repeat(20_000);
+        let result = (0..60).try_for_each(|_| records.add(&header));
+        assert!(format!("{:#}", result.unwrap_err()).contains("more than 1048576 pieces"));
+        assert!(records.sparse_pieces.len() <= MAX_PIECES);
+        let map = record("GNU.sparse.map", b"0,1,5,2");
+        records.add(&map).unwrap();
+        assert_eq!(records.sparse_pieces, [(0, 1), (5, 2)]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::io::{self, Read};
 
 use anyhow::{Context, Result, bail};
 
-use super::pax;
+use super::pax::{self, MAX_PIECES};
 
 const BLOCK: u64 = 512;
 
@@ -19,9 +19,6 @@ pub const MAX_EXTENSION: u64 = 1 << 20;
 
 /// Largest sparse file, in bytes: a few bytes in an archive must not ask for days of zeros.
 pub const MAX_SPARSE: u64 = 1 << 40;
-
-/// Most pieces of data in a sparse file.
-const MAX_PIECES: usize = 1 << 20;
 
 /// Where an archive is read from.
 pub trait Source: Read {

@@ -12,8 +12,8 @@ use rustix::io::Errno;
 
 use super::write::{Entry, partition_extra};
 use super::{
-    ALIGNMENT, DESCRIPTOR_LEN, DataType, Draft, EXTRA, Error, Link, PartType, Partition, Sif,
-    Stamp, arch_code,
+    ALIGNMENT, DESCRIPTOR_LEN, DataType, Draft, EXTRA, Error, Link, NAME_LEN, PartType, Partition,
+    Sif, Stamp, arch_code,
 };
 
 /// Header and table must end here: they are held in memory.
@@ -53,7 +53,7 @@ impl Extra {
 pub struct Addition {
     /// Kind.
     pub data_type: DataType,
-    /// Free text; the format holds 127 bytes of it.
+    /// Free text of at most 128 bytes.
     pub name: String,
     /// Number of its group.
     pub group: Option<u32>,
@@ -127,7 +127,7 @@ impl Editor {
     /// Adds an object in the first free slot. Returns its number.
     ///
     /// # Errors
-    /// [`Error::Full`], [`Error::HasPrimary`], or when reading or writing fails: the file is then as it was.
+    /// [`Error::Full`], [`Error::HasPrimary`], [`Error::LongName`], or when reading or writing fails: the file is then as it was.
     pub fn add(mut self, addition: Addition, time_s: i64) -> Result<u32, Error> {
         let partition = match addition.extra {
             Extra::Partition(partition) => Some(partition),
@@ -140,6 +140,9 @@ impl Editor {
         let slots = 0..self.sif.header.slots.1 as usize;
         let slot = slots.into_iter().find(|slot| self.slot(*slot)[4] == 0);
         let slot = slot.ok_or(Error::Full)?;
+        if addition.name.len() > NAME_LEN {
+            return Err(Error::LongName(addition.name.len()));
+        }
         let end = self.end();
         let default = if partition.is_some() { ALIGNMENT } else { 1 };
         let alignment = addition.alignment.unwrap_or(default).max(1);
@@ -177,7 +180,7 @@ impl Editor {
             name: &addition.name,
             extra: &addition.extra.bytes(),
         };
-        let bytes = entry.encode();
+        let bytes = entry.encode()?;
         self.slot_mut(slot).copy_from_slice(&bytes);
         if let Some(primary) = primary {
             self.set_arch(primary.arch);

@@ -32,6 +32,8 @@ const VERSION: &[u8; 3] = b"01\0";
 const HEADER_LEN: usize = 128;
 /// Bytes of a descriptor.
 const DESCRIPTOR_LEN: usize = 585;
+/// Bytes of an object's name in its descriptor.
+const NAME_LEN: usize = 128;
 /// Byte of a descriptor at which the fields of its type begin.
 const EXTRA: usize = 201;
 /// Where writers put the table.
@@ -79,6 +81,8 @@ pub enum Error {
     NotPartition(u32),
     /// A second root file system.
     HasPrimary,
+    /// A name of so many bytes.
+    LongName(usize),
     /// Another program is changing the file.
     Busy,
 }
@@ -103,6 +107,10 @@ impl fmt::Display for Error {
             Error::NoObject(_) => f.write_str("object not found"),
             Error::NotPartition(_) => f.write_str("data object not a partition"),
             Error::HasPrimary => f.write_str("image already contains a primary partition"),
+            Error::LongName(len) => write!(
+                f,
+                "the name of an object has {len} bytes, and may have {NAME_LEN}"
+            ),
             Error::Busy => {
                 f.write_str("another program is changing the SIF; try again when it is done")
             }

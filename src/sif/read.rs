@@ -1,6 +1,7 @@
 //! Reads header and descriptors, in two reads; every number is checked against the file before it is used.
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 
 use super::{
@@ -71,7 +72,7 @@ impl Sif {
             )));
         }
         let len = total * DESCRIPTOR_LEN as u64;
-        if table_len < len {
+        if table_len != len {
             return Err(Error::Damaged(format!(
                 "a table of {table_len} bytes for {total} descriptors"
             )));
@@ -82,7 +83,8 @@ impl Sif {
         let slots = raw.chunks_exact(DESCRIPTOR_LEN).filter(|slot| slot[4] != 0);
         let objects = slots
             .map(|slot| decode(slot, have))
-            .collect::<Result<_, _>>()?;
+            .collect::<Result<Vec<_>, _>>()?;
+        check_places(&objects, table..table + len)?;
         let header = Header {
             launches: head.starts_with(LAUNCH),
             identity,
@@ -108,6 +110,43 @@ impl Sif {
         self.objects
             .iter()
             .filter_map(move |d| Some((d, d.partition.filter(|p| p.part == part)?)))
+    }
+}
+
+/// No byte belongs to two things, no number to two objects, and there is one root at most: which of two is meant, each
+/// reader would decide for itself.
+fn check_places(objects: &[Descriptor], table: Range<u64>) -> Result<(), Error> {
+    let mut places = vec![
+        (0..HEADER_LEN as u64, "the header".to_owned()),
+        (table, "the table of descriptors".to_owned()),
+    ];
+    for object in objects {
+        let end = object.offset_bytes + object.len_bytes;
+        places.push((object.offset_bytes..end, format!("object {}", object.id)));
+    }
+    places.retain(|(place, _)| !place.is_empty());
+    places.sort_by_key(|(place, _)| place.start);
+    for pair in places.windows(2) {
+        if let [(a, first), (b, second)] = pair
+            && b.start < a.end
+        {
+            return Err(Error::Damaged(format!("{first} and {second} overlap")));
+        }
+    }
+    let mut ids: Vec<u32> = objects.iter().map(|o| o.id).collect();
+    ids.sort_unstable();
+    if let Some(pair) = ids.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(Error::Damaged(format!(
+            "two objects have the number {}",
+            pair[0]
+        )));
+    }
+    let is_primary = |o: &&Descriptor| o.partition.is_some_and(|p| p.part == PartType::Primary);
+    match objects.iter().filter(is_primary).count() {
+        0 | 1 => Ok(()),
+        several => Err(Error::Damaged(format!(
+            "it has {several} primary partitions"
+        ))),
     }
 }
 

@@ -149,3 +149,95 @@ fn too_many_objects_are_refused() {
         Err(Error::Full)
     ));
 }
+
+/// The sample with a descriptor's field (by its byte) changed to this number.
+fn changed(slot: u64, at: u64, number: u64) -> Result<Sif, Error> {
+    let file = sample();
+    let place = 4096 + slot * DESCRIPTOR_LEN as u64 + at;
+    file.write_all_at(&number.to_le_bytes(), place).unwrap();
+    Sif::read(&file)
+}
+
+#[test]
+fn what_readers_would_understand_differently_is_refused() {
+    const OFFSET: u64 = 17;
+    const LEN: u64 = 25;
+    let error = |result: Result<Sif, Error>| result.unwrap_err().to_string();
+    for (slot, at, number, words) in [
+        (1, OFFSET, 32_176, "object 1 and object 2 overlap"),
+        (0, OFFSET, 0, "the header and object 1 overlap"),
+        (0, OFFSET, 120, "the header and object 1 overlap"),
+        (0, OFFSET, 4090, "overlap"),
+        (0, OFFSET, 32_160, "overlap"),
+        (
+            0,
+            OFFSET,
+            20_000,
+            "the table of descriptors and object 1 overlap",
+        ),
+        (2, OFFSET, 32_180, "overlap"),
+        (1, LEN, 1000, "object 2 and object 3 overlap"),
+        // The overlay partition becomes a primary one.
+        (3, EXTRA as u64 + 4, 2, "2 primary partitions"),
+    ] {
+        // A number of four bytes: the four behind it are the architecture.
+        let result = match at == EXTRA as u64 + 4 {
+            true => changed(
+                slot,
+                at,
+                number | u64::from(u32::from_le_bytes(*b"02\0\0")) << 32,
+            ),
+            false => changed(slot, at, number),
+        };
+        assert!(error(result).contains(words), "{slot} {at} {number}");
+    }
+    // Nothing overlaps with nothing, wherever it lies.
+    assert!(changed(0, LEN, 0).is_ok());
+    let file = sample();
+    file.write_all_at(&1_u32.to_le_bytes(), 4096 + DESCRIPTOR_LEN as u64 + 5)
+        .unwrap();
+    assert!(error(Sif::read(&file)).contains("two objects have the number 1"));
+    for len in [0, 28_079, 28_081, 28_080 * 2, u64::MAX] {
+        let file = sample();
+        file.write_all_at(&len.to_le_bytes(), 104).unwrap();
+        assert!(error(Sif::read(&file)).contains("48 descriptors"), "{len}");
+    }
+}
+
+#[test]
+fn names_are_kept_in_full_or_refused() {
+    for len in [0, 1, 127, 128, 129, 200] {
+        let name = "n".repeat(len);
+        let mut draft = Draft::default();
+        draft.add(DataType::GenericJson, &name, Content::Bytes(Vec::new()));
+        let mut file = tempfile::tempfile().unwrap();
+        match draft.write(&mut file, STAMP) {
+            Ok(()) => assert_eq!(Sif::read(&file).unwrap().objects[0].name, name),
+            Err(Error::LongName(found)) => assert!(found == len && len > 128),
+            Err(error) => panic!("{error}"),
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.sif");
+        create(&path, STAMP).unwrap();
+        let before = std::fs::read(&path).unwrap();
+        let addition = Addition {
+            data_type: DataType::GenericJson,
+            name: name.clone(),
+            group: None,
+            link: Link::None,
+            alignment: None,
+            extra: Extra::None,
+            content: tempfile::tempfile().unwrap(),
+        };
+        match Editor::open(&path).unwrap().add(addition, 0) {
+            Ok(_) => {
+                let sif = Sif::read(&File::open(&path).unwrap()).unwrap();
+                assert_eq!(sif.objects[0].name, name);
+            }
+            Err(error) => {
+                assert!(len > 128, "{error}");
+                assert!(std::fs::read(&path).unwrap() == before, "it is as it was");
+            }
+        }
+    }
+}

@@ -5,7 +5,7 @@ use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
 
 use super::{
     ALIGNMENT, DESCRIPTOR_LEN, DataType, EXTRA, Error, GROUP, HEADER_LEN, LAUNCH, Link, MAGIC,
-    PartType, Partition, SLOTS, TABLE_OFFSET, VERSION, arch_code,
+    NAME_LEN, PartType, Partition, SLOTS, TABLE_OFFSET, VERSION, arch_code,
 };
 
 /// When an image was made, and its identity: given by the caller, so that two builds can be alike.
@@ -81,7 +81,7 @@ impl Draft {
                 name: &name,
                 extra: &partition.map(partition_extra).unwrap_or_default(),
             };
-            table.extend(entry.encode());
+            table.extend(entry.encode()?);
             at = start + len;
         }
         // An image that ends in a hole would be shorter than its header says.
@@ -161,7 +161,12 @@ pub(super) struct Entry<'a> {
 }
 
 impl Entry<'_> {
-    pub(super) fn encode(&self) -> Vec<u8> {
+    /// # Errors
+    /// [`Error::LongName`].
+    pub(super) fn encode(&self) -> Result<Vec<u8>, Error> {
+        if self.name.len() > NAME_LEN {
+            return Err(Error::LongName(self.name.len()));
+        }
         let mut slot = Vec::with_capacity(DESCRIPTOR_LEN);
         slot.extend(self.data_type.code().to_le_bytes());
         slot.push(1);
@@ -179,11 +184,11 @@ impl Entry<'_> {
         slot.extend(self.time_s.to_le_bytes());
         slot.extend(self.time_s.to_le_bytes());
         slot.resize(73, 0);
-        slot.extend(self.name.bytes().take(127));
+        slot.extend(self.name.bytes());
         slot.resize(EXTRA, 0);
         slot.extend(self.extra);
         slot.resize(DESCRIPTOR_LEN, 0);
-        slot
+        Ok(slot)
     }
 }
 

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 pub mod http;
+pub mod registry;
 
 /// A scratch directory and a runtime directory for one test.
 pub struct Env {

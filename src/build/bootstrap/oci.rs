@@ -42,23 +42,9 @@ pub fn prepare(
 }
 
 fn open(agent: &str, from: &str, stage: &Stage, room: &Path, settings: &Settings) -> Result<Image> {
-    let platform = &settings.platform;
-    // What follows the last colon is a tag, unless the path itself is there.
-    let (path, reference) = match from.rsplit_once(':') {
-        Some((path, tag)) if !settings.host.cwd.join(from).exists() && !tag.contains('/') => {
-            (path, Some(tag))
-        }
-        _ => (from, None),
-    };
-    let path = settings.host.cwd.join(path);
-    match agent {
-        "oci" => oci::layout::open(&path, reference, platform),
-        "oci-archive" => oci::archive::open_oci(&path, reference, platform, room),
-        "docker-archive" => oci::archive::open_docker(&path, reference, platform, room),
-        "docker-daemon" => {
-            oci::archive::open_docker_daemon(from.trim_start_matches('/'), platform, room)
-        }
-        _ => registry(from, stage, settings),
+    match oci::Place::of(agent) {
+        Some(place) => place.open(from, &settings.host.cwd, &settings.platform, room),
+        None => registry(from, stage, settings),
     }
 }
 
@@ -83,7 +69,7 @@ fn registry(from: &str, stage: &Stage, settings: &Settings) -> Result<Image> {
     let what = || format!("cannot fetch {address}");
     let reference: net::Reference = address.parse().with_context(what)?;
     let net = settings.net()?;
-    net::image(&reference, &net.options, &net.cache).with_context(what)
+    net::layers(&reference, &net.options, &net.cache).with_context(what)
 }
 
 /// Unpacks the layers, with what the image's configuration says.

@@ -141,7 +141,7 @@ fn settings(
         None => host.arch,
     };
     let now_s = crate::instance::now_s();
-    let epoch = epoch(&host)?;
+    let epoch = transfer::epoch(&host)?;
     let time_s = epoch.unwrap_or(if args.reproducible { 0 } else { now_s });
     let reproducible = args.reproducible || epoch.is_some();
     let subordinate = if args.ignore_subuid {
@@ -164,7 +164,7 @@ fn settings(
     {
         None
     } else {
-        Steps::open(&transfer::cache_root(&host))
+        Steps::open(&host.cache_root())
     };
     let mut binds = Vec::new();
     for text in &args.bind {
@@ -232,18 +232,6 @@ fn known_arch(name: &str) -> Result<&'static str> {
     }
 }
 
-/// `SOURCE_DATE_EPOCH` (reproducible-builds.org).
-fn epoch(host: &Host) -> Result<Option<i64>> {
-    let Some(text) = host.var("SOURCE_DATE_EPOCH").filter(|v| !v.is_empty()) else {
-        return Ok(None);
-    };
-    let number = text.to_str().and_then(|t| t.parse::<u32>().ok());
-    match number {
-        Some(number) => Ok(Some(number.into())),
-        None => bail!("SOURCE_DATE_EPOCH={text:?}: seconds since 1970 are wanted"),
-    }
-}
-
 /// The way to registries, where a stage needs one. Without a cache what is fetched goes with the room.
 fn net(args: &BuildArgs, def: &Def, settings: &Settings, room: &Room) -> Result<Option<Net>> {
     const AGENTS: [&str; 6] = ["docker", "library", "oras", "http", "https", "busybox"];
@@ -265,11 +253,11 @@ fn net(args: &BuildArgs, def: &Def, settings: &Settings, room: &Room) -> Result<
     let host = &settings.host;
     let options = transfer::options(host, &args.access, &machine, args.library.as_deref())?;
     let own = room.temporary.join("cache");
-    let root = transfer::cache_root(host);
+    let root = host.cache_root();
     let opened = match args.disable_cache {
         true => None,
         false => Cache::open(&root)
-            .inspect_err(|error| say::warn(format_args!("the cache is not used: {error:#}")))
+            .inspect_err(|error| say::warn(format_args!("Cache disabled: {error:#}")))
             .ok(),
     };
     let cache = match opened {

@@ -85,8 +85,9 @@ fn start(
     refuse(name, &args)?;
     let patience = args.wait.as_deref().map(seconds).transpose()?;
     let action = &args.action;
-    let path = action::image_path(&action.image, &host, &action::access(action))?;
-    let image = image::open(&path)?;
+    // What is for this command only goes when it ends: the container runs by then, or has ended.
+    let file = action::image_path(&action.image, &host, &action::access(action))?;
+    let image = image::open(&file.path)?;
     let facts = image.facts();
     image::check_arch(facts.arch.as_deref(), host.arch)?;
     let registry = Registry::open(&host)?;
@@ -136,8 +137,8 @@ fn start(
 fn show(verb: &str, name: &str, args: &StartArgs, host: &Host, form: Explain) -> Result<u8> {
     let action = &args.action;
     action::refuse_fetching(&action.image, host)?;
-    let path = action::image_path(&action.image, host, &action::access(action))?;
-    let image = image::open(&path)?;
+    let file = action::image_path(&action.image, host, &action::access(action))?;
+    let image = image::open(&file.path)?;
     let facts = image.facts();
     image::check_arch(facts.arch.as_deref(), host.arch)?;
     let request = request(verb, name, action, host)?;

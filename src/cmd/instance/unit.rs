@@ -47,7 +47,9 @@ pub fn run(words: &[OsString]) -> Result<u8> {
     // An image elsewhere is fetched when the unit starts.
     let image = match action::is_elsewhere(&rest[0], &host) {
         true => rest[0].clone().into(),
-        false => action::image_path(&rest[0], &host, &RunAccess::default())?,
+        false => action::image_path(&rest[0], &host, &RunAccess::default())?
+            .path
+            .clone(),
     };
     let verb = if args.run { "run" } else { "start" };
     let mut start: Vec<String> = [

@@ -110,6 +110,8 @@ pub struct Places {
     pub runtime: Option<OsString>,
     /// Where access profiles of images are kept.
     pub profiles: Option<PathBuf>,
+    /// A directory that is needed until the image is mounted, and removed then.
+    pub unneeded: Option<PathBuf>,
 }
 
 /// Who asks for a root.

@@ -12,23 +12,23 @@
 mod push;
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::Options;
 use super::download::{self, Expected};
 use super::http::{Client, Method, Request, Response};
 use super::reference::LibraryName;
 use super::remotes::{Endpoint, Files, Remotes};
 use super::url::{Scheme, Url};
+use super::{Options, has_len};
 use crate::cache::{Cache, Kind, Obtained};
 use crate::digest::Digest;
 use crate::progress::Progress;
-use crate::say;
+use crate::{image, oci, say};
 
 pub use push::push;
 
@@ -73,7 +73,7 @@ impl<'a> Library<'a> {
         let client = &options.client;
         let choice = &options.library;
         if let Some(host) = &name.host {
-            let root = Url::host(options.scheme, host)?;
+            let root = client.root(options.scheme, host)?;
             let remotes = Remotes::read(&choice.files.own, &choice.files.site)?;
             // A login is for the endpoint that it was made for.
             let known = remotes.remotes.values().find(|e| {
@@ -88,7 +88,7 @@ impl<'a> Library<'a> {
         if let Some(text) = &choice.url {
             let root: Url = match text.contains("://") {
                 true => text.parse()?,
-                false => Url::host(options.scheme, text)?,
+                false => client.root(options.scheme, text)?,
             };
             return Ok(Library {
                 client,
@@ -164,7 +164,7 @@ impl<'a> Library<'a> {
         let text = response.document(MAX_ANSWER)?;
         let answer = match text.is_empty() {
             true => Answer { data: Value::Null },
-            false => serde_json::from_slice(&text)
+            false => oci::parse(&text)
                 .with_context(|| format!("{what} gives an answer that is not understood"))?,
         };
         serde_json::from_value(answer.data)
@@ -320,7 +320,9 @@ pub fn pull(name: &LibraryName, options: &Options, cache: &Cache) -> Result<Path
             info.hash
         );
     }
-    let claim = match cache.obtain(Kind::Library, &info.hash)? {
+    let is_good =
+        |path: &Path| (info.size == 0 || has_len(path, info.size)) && image::check(path).is_ok();
+    let claim = match cache.obtain(Kind::Library, &info.hash, &is_good)? {
         Obtained::Ready(path) => {
             say::info(format_args!("Using cached image"));
             return Ok(path);
@@ -352,6 +354,8 @@ pub fn pull(name: &LibraryName, options: &Options, cache: &Cache) -> Result<Path
     let progress = Progress::new("downloading", info.size);
     download::to_draft(&format!("image {path}"), &open, expected, &draft, &progress)?;
     drop(progress);
+    image::check(draft.path())
+        .with_context(|| format!("what the library has sent for {path} is no image"))?;
     let place = draft.publish(&cache.place(Kind::Library, &info.hash)?)?;
     drop(claim);
     Ok(place)

@@ -33,6 +33,7 @@ use crate::say;
 use crate::squash::{Kind, NodeId, Store, Tree};
 
 pub use self::directory::{Owners, Place};
+pub use self::stream::{check_types, is_foreign};
 
 /// Memory for names, links and attributes of all layers, in bytes: some five million files. Compressed, that many names can
 /// come in a small file, and a login node is shared.

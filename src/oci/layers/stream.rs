@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::oci::blob::Verified;
 use crate::oci::tar::Source;
-use crate::oci::{Descriptor, Image, decompress};
+use crate::oci::{Descriptor, Image, Manifest, decompress};
 
 /// Bytes that are handed over at once.
 const CHUNK: usize = 256 << 10;
@@ -64,18 +64,71 @@ pub fn check(image: &Image) -> Result<()> {
     Ok(())
 }
 
+/// Media types of configurations of images; others are met too (Docker wrote `application/octet-stream` once).
+const CONFIGS: [&str; 4] = [
+    "",
+    "application/vnd.oci.image.config.v1+json",
+    "application/vnd.docker.container.image.v1+json",
+    "application/octet-stream",
+];
+
+/// Whether a manifest is that of an image that can run: its layers' types decide, where it has layers.
+///
+/// # Errors
+/// When it is that of an artifact.
+pub fn check_types(manifest: &Manifest) -> Result<()> {
+    let kind = manifest.config.media_type.as_str();
+    let is_config = CONFIGS.contains(&kind);
+    let are_layers = manifest.layers.iter().all(|l| is_layer(&l.media_type));
+    // What is encrypted is an image, with a message of its own.
+    if is_config
+        && manifest
+            .layers
+            .iter()
+            .any(|l| l.media_type.ends_with("+encrypted"))
+    {
+        return Ok(());
+    }
+    if are_layers && (is_config || !manifest.layers.is_empty()) {
+        return Ok(());
+    }
+    let shown = match (
+        is_config,
+        manifest.layers.iter().find(|l| !is_layer(&l.media_type)),
+    ) {
+        (true, Some(layer)) => &layer.media_type,
+        _ => kind,
+    };
+    bail!("unsupported image-specific operation on artifact with type {shown:?}")
+}
+
+/// Layers as OCI and Docker call them, old names and those that need not be distributed among them. What lies in them,
+/// their bytes say.
+fn is_layer(kind: &str) -> bool {
+    const BEGINNINGS: [&str; 6] = [
+        "application/vnd.oci.image.layer.v1.tar",
+        "application/vnd.oci.image.layer.nondistributable.v1.tar",
+        "application/vnd.docker.image.rootfs.diff.tar",
+        "application/vnd.docker.image.rootfs.foreign.diff.tar",
+        "application/vnd.docker.container.image.rootfs.diff",
+        "application/vnd.oci.image.rootfs.tar",
+    ];
+    kind.is_empty()
+        || BEGINNINGS.iter().any(|b| kind.starts_with(b)) && !kind.ends_with("+encrypted")
+}
+
+/// Whether a registry need not have a layer.
+pub fn is_foreign(layer: &Descriptor) -> bool {
+    let kind = layer.media_type.as_str();
+    kind.contains(".nondistributable.") || kind.contains(".foreign.")
+}
+
 fn supported(layer: &Descriptor) -> Result<()> {
     let kind = layer.media_type.as_str();
     if kind.ends_with("+encrypted") {
         bail!("it is encrypted ({kind}): decrypt the image first (skopeo copy --decryption-key)");
     }
-    if kind.contains(".nondistributable.") || kind.contains(".foreign.") {
-        bail!("it is not distributed with the image ({kind}), which is not supported");
-    }
-    let is_layer = kind.is_empty()
-        || kind.starts_with("application/vnd.oci.image.layer.v1.tar")
-        || kind.starts_with("application/vnd.docker.image.rootfs.diff.tar");
-    if !is_layer {
+    if !is_layer(kind) {
         bail!("{kind:?} is no file system layer: this is an artifact, not a container image");
     }
     Ok(())
@@ -133,7 +186,13 @@ fn read(
     ) else {
         bail!("there is no such layer");
     };
-    let stored = image.blobs.open(layer)?;
+    let stored = image
+        .blobs
+        .open(layer)
+        .with_context(|| match is_foreign(layer) {
+            true => "it is not distributed with the image: pull the image from its registry",
+            false => "cannot read it",
+        })?;
     let plain = decompress::open(stored)?;
     let mut plain: Box<dyn Read + Send> = if layer.digest == *diff_id {
         plain

@@ -94,13 +94,11 @@ fn image_of(layers: Vec<Vec<u8>>) -> Image {
             1 => zstd::stream::encode_all(&layer[..], 1).unwrap(),
             _ => layer,
         };
-        manifest.layers.push(Descriptor {
-            media_type: "application/vnd.oci.image.layer.v1.tar+gzip".into(),
-            digest: Digest::of(&stored),
-            size: stored.len() as u64,
-            platform: None,
-            annotations: BTreeMap::new(),
-        });
+        let kind = "application/vnd.oci.image.layer.v1.tar+gzip";
+        let len = stored.len() as u64;
+        manifest
+            .layers
+            .push(Descriptor::new(kind, Digest::of(&stored), len));
         blobs.insert(Digest::of(&stored), stored);
     }
     Image {
@@ -507,14 +505,6 @@ fn damage_is_found_whatever_is_damaged() {
             "application/vnd.oci.image.layer.v1.tar+gzip+encrypted",
             "encrypted",
         ),
-        (
-            "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
-            "not distributed",
-        ),
-        (
-            "application/vnd.oci.image.layer.nondistributable.v1.tar",
-            "not distributed",
-        ),
         ("application/vnd.sylabs.sif.layer.v1.sif", "artifact"),
     ] {
         let text = failing(&|image| image.manifest.layers[0].media_type = kind.into());
@@ -583,4 +573,64 @@ fn extended_attributes_are_kept_where_they_mean_something() {
     assert_eq!(&value[..len], b"two\nlines");
     let mode = fs::metadata(&file).unwrap().permissions().mode();
     assert_eq!(mode & 0o7777, 0o4555, "set after the attributes");
+}
+
+#[test]
+fn types_of_layers_decide_what_is_an_image() {
+    let manifest = |config: &str, layers: &[&str]| Manifest {
+        schema_version: 2,
+        media_type: String::new(),
+        artifact_type: None,
+        config: Descriptor::new(config, Digest::of(b""), 0),
+        layers: layers
+            .iter()
+            .map(|kind| Descriptor::new(kind, Digest::of(b""), 0))
+            .collect(),
+        annotations: BTreeMap::new(),
+    };
+    let docker = "application/vnd.docker.image.rootfs.diff.tar.gzip";
+    for (config, layers, is_image) in [
+        (
+            "application/vnd.oci.image.config.v1+json",
+            &[docker][..],
+            true,
+        ),
+        ("application/vnd.oci.image.config.v1+json", &[], true),
+        ("application/octet-stream", &[docker, docker], true),
+        ("text/plain", &[docker], true),
+        ("", &[""], true),
+        (
+            "application/vnd.docker.container.image.v1+json",
+            &[
+                "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip",
+                "application/vnd.oci.image.layer.v1.tar+zstd",
+            ],
+            true,
+        ),
+        (
+            "",
+            &["application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"],
+            true,
+        ),
+        ("application/vnd.oci.empty.v1+json", &[], false),
+        (
+            "application/vnd.oci.image.config.v1+json",
+            &["application/vnd.in-toto+json"],
+            false,
+        ),
+        (
+            "application/vnd.cncf.helm.config.v1+json",
+            &["application/vnd.cncf.helm.chart.content.v1.tar+gzip"],
+            false,
+        ),
+        (
+            "application/vnd.sylabs.sif.config.v1+json",
+            &["application/vnd.sylabs.sif.layer.v1.sif"],
+            false,
+        ),
+        ("application/octet-stream", &[docker, "text/plain"], false),
+    ] {
+        let result = check_types(&manifest(config, layers));
+        assert_eq!(result.is_ok(), is_image, "{config} {layers:?}");
+    }
 }
