@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 pub struct Id {
     /// Its number.
     pub pid: i32,
-    /// When it began, in clock ticks since the machine started.
+    /// When it began, in clock ticks since the machine started; 0 when that could not be seen.
     pub start: u64,
 }
 
@@ -30,9 +30,14 @@ impl Id {
         })
     }
 
+    /// The process that has this number now; with no known start where /proc hides it (`hidepid=`, proc(5)).
+    pub fn seen(pid: i32) -> Id {
+        Id::of(pid).unwrap_or(Id { pid, start: 0 })
+    }
+
     /// This process.
-    pub fn own() -> Option<Id> {
-        Id::of(rustix::process::getpid().as_raw_nonzero().get())
+    pub fn own() -> Id {
+        Id::seen(rustix::process::getpid().as_raw_nonzero().get())
     }
 
     /// Holds the process; `None` when it has ended.
@@ -77,7 +82,44 @@ impl Held {
 
     /// Sends a signal; false when it has ended or belongs to somebody else.
     pub fn signal(&self, signal: Signal) -> bool {
-        pidfd_send_signal(&self.0, signal).is_ok()
+        self.try_signal(signal).is_ok()
+    }
+
+    /// The same, with the cause of a refusal.
+    ///
+    /// # Errors
+    /// `ESRCH` when it has ended, `EPERM` when it is somebody else's, `ENOSYS` where a filter hides the call and the number
+    /// cannot be told either.
+    pub fn try_signal(&self, signal: Signal) -> std::io::Result<()> {
+        use rustix::io::Errno;
+        match pidfd_send_signal(&self.0, signal) {
+            // A filter around us may know of no pidfds (`seccomp(2)`; those of older container runtimes do not).
+            Err(Errno::NOSYS) => {
+                let pid = self.number().and_then(Pid::from_raw).ok_or(Errno::NOSYS)?;
+                Ok(rustix::process::kill_process(pid, signal)?)
+            }
+            other => Ok(other?),
+        }
+    }
+
+    /// Its number, while it has not ended: until its parent has collected it nobody else can have that. `None` where
+    /// `/proc/self/fdinfo` cannot be read.
+    pub fn number(&self) -> Option<i32> {
+        use std::os::fd::AsRawFd as _;
+        let path = format!("/proc/self/fdinfo/{}", self.0.as_raw_fd());
+        let text = std::fs::read_to_string(path).ok()?;
+        let pid = text.lines().find_map(|line| line.strip_prefix("Pid:"))?;
+        pid.trim()
+            .parse()
+            .ok()
+            .filter(|pid| *pid > 0 && self.is_alive())
+    }
+}
+
+impl From<OwnedFd> for Held {
+    /// Of a process descriptor that somebody has handed over.
+    fn from(pidfd: OwnedFd) -> Held {
+        Held(pidfd)
     }
 }
 
@@ -117,12 +159,27 @@ mod tests {
 
     #[test]
     fn process_is_known_by_its_start() {
-        let own = Id::own().unwrap();
+        let own = Id::own();
         assert!(own.hold().is_some());
         let other = Id {
             start: own.start + 1,
             ..own
         };
         assert!(other.hold().is_none());
+    }
+
+    #[test]
+    fn held_process_has_its_number_until_it_ends() {
+        let mut child = std::process::Command::new("sleep")
+            .arg("100")
+            .spawn()
+            .unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let held = Held::child(pid).unwrap();
+        assert_eq!(held.number(), Some(pid));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(held.number(), None);
+        assert!(!held.signal(Signal::TERM));
     }
 }

@@ -47,7 +47,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     // An instance's monitor starts its container.
     (
         "instance",
-        &["engine", "exit", "host", "plan", "proc", "say"],
+        &["digest", "engine", "exit", "host", "plan", "proc", "say"],
     ),
     // The supervisor of a job starts processes that become `capsid instance start`; it looks into no image.
     (

@@ -188,9 +188,17 @@ fn older_spelling_and_json_are_kept_for_clients() {
 #[test]
 fn names_are_checked_and_unique() {
     let s = Services::new(FOREVER);
-    for bad in [".", "..", "a/b", "a b", "-x", "", &"x".repeat(65)] {
+    for bad in [".", "..", "a/b", "a b", "-x", "", &"x".repeat(241)] {
         s.run(&["instance", "start", "IMAGE", bad])
             .fatal(&["not a valid instance name"]);
+    }
+    for good in ["x".repeat(65), "a.b-_9".repeat(40)] {
+        s.run(&["instance", "start", "IMAGE", &good]).ok();
+        wait_until("its log", || {
+            s.run(&["instance", "logs", "--out", &good]).ok() == "started"
+        });
+        s.run(&["instance", "stop", &good]).ok();
+        s.run(&["instance", "inspect", &good]).ok();
     }
     s.run(&["instance", "start", "IMAGE", "db"]).ok();
     s.run(&["instance", "start", "IMAGE", "db"])
@@ -290,6 +298,7 @@ fn daemon_of_an_exec_outlives_it() {
         "x=$({program} exec instance://n sh -c 'setsid sleep 77 </dev/null >/dev/null 2>&1 & echo said'); echo got $x"
     );
     let mut command = s.env.command_as(Path::new("/bin/sh"), ["-c", &shell]);
+    command.env("APPTAINER_CONFIGDIR", s.env.path("config"));
     assert_eq!(output(&mut command).ok(), "got said");
     wait_until("the daemon", || {
         let ps = s.run(&["exec", "instance://n", "ps", "-o", "ppid,args"]);
@@ -491,26 +500,24 @@ fn killed_processes_of_ours_end_the_instance() {
 }
 
 #[test]
-fn stale_record_neither_shows_nor_blocks() {
+fn stale_record_of_an_older_version_neither_shows_nor_blocks() {
     let s = Services::new(FOREVER);
     s.run(&["instance", "start", "IMAGE", "n"]).ok();
-    let file = s.env.path("run/capsid/instance.n");
-    let record = fs::read_to_string(&file).unwrap();
+    let mut record = s.inspect("n");
     s.run(&["instance", "stop", "n"]).ok();
+    let file = s.env.path("run/capsid/instance.n");
     let own = std::process::id();
-    let mut other: serde_json::Value = serde_json::from_str(&record).unwrap();
     // As after a reboot, and with a number that belongs to somebody else now: to us.
-    other["init"]["pid"] = own.into();
-    other["monitor"]["pid"] = own.into();
-    for boot in [other["boot"].clone(), "another".into()] {
-        other["boot"] = boot;
+    record["init"]["pid"] = own.into();
+    record["monitor"]["pid"] = own.into();
+    for boot in [record["boot"].clone(), "another".into()] {
+        record["boot"] = boot;
         use std::os::unix::fs::PermissionsExt as _;
-        fs::write(&file, other.to_string()).unwrap();
+        fs::write(&file, record.to_string()).unwrap();
         fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
         let out = s.run(&["instance", "stop", "n"]);
         assert_eq!(out.status, 1, "we are not signalled: {out}");
-        fs::write(&file, other.to_string()).unwrap();
-        assert!(s.names().is_empty());
+        assert!(s.names().is_empty() && !file.exists());
         s.run(&["instance", "start", "IMAGE", "n"]).ok();
         s.run(&["instance", "stop", "n"]).ok();
     }
@@ -830,17 +837,21 @@ fn logs_are_bounded_and_never_stop_the_service() {
 #[test]
 fn place_for_state_and_logs_is_found_or_named() {
     let s = Services::new(FOREVER);
-    let mut command = s.command(&["instance", "start", "IMAGE", "n"]);
-    command.env("APPTAINER_CONFIGDIR", "/proc/nowhere");
-    let out = output(&mut command);
+    // A name of its own: the user's other instances are not this test's.
+    let config = format!("/proc/nowhere/{}", std::process::id());
+    let elsewhere = |words: &[&str]| output(s.command(words).env("APPTAINER_CONFIGDIR", &config));
+    let out = elsewhere(&["instance", "start", "IMAGE", "n"]);
     out.ok();
     assert!(
         out.stderr
             .contains("WARNING: cannot write logs in /proc/nowhere"),
         "{out}"
     );
-    assert!(s.log("n").starts_with(s.env.path("run/capsid/logs")));
-    s.run(&["instance", "stop", "n"]).ok();
+    let inspected = elsewhere(&["instance", "inspect", "--json", "n"]);
+    let inspected: serde_json::Value = serde_json::from_str(inspected.ok()).unwrap();
+    let log = Path::new(inspected["log_out"].as_str().unwrap());
+    assert!(log.starts_with(s.env.path("run/capsid/logs")));
+    elsewhere(&["instance", "stop", "n"]).ok();
     fs::remove_dir_all(s.env.path("run/capsid/logs")).unwrap();
 }
 
@@ -866,6 +877,12 @@ fn pid_file_is_written_and_removed() {
         "n",
     ])
     .fatal(&["/no/such/pid", "--pid-file"]);
+    // What is no file of ours is neither replaced nor read: some devices have no end.
+    nix::unistd::mkfifo(&s.env.work().join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+    for other in ["/dev/full", "/dev/zero", "fifo", "."] {
+        s.run(&["instance", "start", "--pid-file", other, "IMAGE", "n"])
+            .fatal(&["--pid-file", "no regular file"]);
+    }
     assert!(s.names().is_empty());
 }
 

@@ -517,9 +517,9 @@ srun -n1 $CAPSID exec instance://db echo still here",
 fn records_of_another_boot_are_nobodys() {
     let slurm = Slurm::new("cgroup");
     // The record as it is after a reboot, where the numbers of processes belong to others.
-    let text = "d=/run/capsid/job-$SLURM_JOB_ID/capsid; f=$d/instance-$SLURM_JOB_ID.db
-srun -n1 $CAPSID instance start $IMAGE db; cp -p $f $d/saved
-sed 's/\"boot\":\"[0-9a-f]*/\"boot\":\"0/' $d/saved >$d/new; chmod 600 $d/new; mv $d/new $f
+    let text = "f=/run/capsid/job-$SLURM_JOB_ID/capsid/instance-$SLURM_JOB_ID.db
+srun -n1 $CAPSID instance start $IMAGE db; $CAPSID instance inspect --json db >saved; $CAPSID instance stop db
+umask 077; sed 's/\"boot\": \"[0-9a-f]*/\"boot\": \"0/' saved >$f
 $CAPSID instance list | tail -n +2 | wc -l; $CAPSID exec instance://db true; echo status $?
 $CAPSID instance start $IMAGE db && srun -n1 $CAPSID exec instance://db echo anew";
     let job = slurm.submit(&["-n1"], text);

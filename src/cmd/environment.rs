@@ -52,6 +52,7 @@ const KEYS: &[(&str, &[&str])] = &[
     ("login_username", &["LOGIN_USERNAME"]),
     ("login_password", &["LOGIN_PASSWORD"]),
     ("add_insecure", &["ADD_INSECURE"]),
+    ("fusemount", &["FUSEMOUNT", "FUSESPEC"]),
     ("env", &[]),
     ("size", &[]),
     ("create_dir", &[]),

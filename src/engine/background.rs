@@ -22,6 +22,8 @@ pub enum Event {
     Born(i32),
     /// Its network namespace is there and waits for a connection.
     Unconnected,
+    /// Comes with descriptors of its namespaces, that of users first: who steps into the container joins them in this order.
+    Namespaces,
     /// The script has been executed.
     Running,
     /// The image has no script: there is nothing to run.
@@ -59,6 +61,8 @@ pub struct Background {
     pub control: OwnedFd,
     /// What hangs up when an image server that it needs is gone.
     pub lives: Vec<OwnedFd>,
+    /// Its namespaces, as soon as [`Event::Namespaces`] has been heard.
+    pub namespaces: Vec<OwnedFd>,
 }
 
 /// Starts process 1 of a container.
@@ -99,6 +103,7 @@ pub fn start(
                     held: Held::child(pid).context("cannot hold process 1 (pidfd_open)")?,
                     control,
                     lives,
+                    namespaces: Vec::new(),
                 }),
                 Some((Event::Failed(text), _)) => Err(anyhow!(text)),
                 _ => bail!("the container's first process was killed before it began"),

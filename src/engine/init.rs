@@ -94,6 +94,7 @@ pub fn serve(
     if service.connected {
         await_connection(control)?;
     }
+    tell_namespaces(plan, control)?;
     // Of the host: who knows what the image has there.
     let null = std::fs::File::options()
         .read(true)
@@ -147,8 +148,6 @@ pub fn serve(
     } else {
         Event::Idle
     };
-    // Whoever is told may join at once.
-    sys::allow_tracing();
     redirect(&init.null, &init.null, &init.null)?;
     tell(control, &event, &[])?;
     init.stay(&signals)
@@ -165,6 +164,28 @@ fn await_connection(control: &OwnedFd) -> Result<()> {
         Ok((go, _)) if !go.is_empty() => Ok(()),
         _ => bail!("the instance's monitor is gone"),
     }
+}
+
+/// Hands out the namespaces. This process is never again open to others of its user: its memory has held the caller's
+/// environment, and it has the monitor's socket. Without that nobody else could open them (`namespaces(7)`).
+fn tell_namespaces(plan: &Plan, control: &OwnedFd) -> Result<()> {
+    let names = plan.namespaces;
+    let kinds = [
+        ("user", true),
+        ("pid", true),
+        ("ipc", names.ipc),
+        ("net", names.net),
+        ("uts", names.uts),
+        ("mnt", true),
+    ];
+    let open = |(kind, _): (&str, bool)| {
+        let path = format!("/proc/self/ns/{kind}");
+        std::fs::File::open(&path).with_context(|| format!("cannot open {path}"))
+    };
+    let own = kinds.into_iter().filter(|(_, own)| *own).map(open);
+    let files = own.collect::<Result<Vec<_>>>()?;
+    let fds: Vec<i32> = files.iter().map(|file| file.as_raw_fd()).collect();
+    tell(control, &Event::Namespaces, &fds)
 }
 
 fn redirect(stdin: &OwnedFd, stdout: &OwnedFd, stderr: &OwnedFd) -> Result<()> {
@@ -334,18 +355,28 @@ impl Init<'_> {
         let main = self.main.map(Pid::as_raw);
         let ours = nix::unistd::getpgrp().as_raw();
         for pid in main.into_iter().chain(children(main)) {
-            let group = nix::unistd::getpgid(Some(Pid::from_raw(pid))).map_or(pid, Pid::as_raw);
-            let to = if group == ours { pid } else { -group };
-            let told = (to, stop.signal_for(pid));
-            if !stop.told.contains(&told) {
-                stop.told.push(told);
-                send(to, told.1);
+            match group(pid) {
+                // What somebody has executed here leads no group that has a number here: its members are told one by one.
+                0 => members_of_outer_groups()
+                    .into_iter()
+                    .for_each(|pid| stop.tell(pid, pid)),
+                own if own == ours => stop.tell(pid, pid),
+                group => stop.tell(-group, pid),
             }
         }
     }
 }
 
 impl Stop {
+    /// Tells a process, or a group by its negative number, once what fits `pid` of it.
+    fn tell(&mut self, to: i32, pid: i32) {
+        let told = (to, self.signal_for(pid));
+        if !self.told.contains(&told) {
+            self.told.push(told);
+            send(to, told.1);
+        }
+    }
+
     /// A process that ignores the default signal, as background jobs of scripts do, gets `SIGTERM` instead.
     fn signal_for(&self, pid: i32) -> Signal {
         if self.chosen || !ignores(pid, self.signal) {
@@ -361,6 +392,19 @@ fn send(to: i32, signal: Signal) {
     // It may have ended by now. What is stopped must run to see the signal.
     let _ = kill(to, signal);
     let _ = kill(to, Signal::SIGCONT);
+}
+
+/// The group that a process is in; 0 when its leader is outside of our pid namespace (`pid_namespaces(7)`), the process
+/// itself when that cannot be told.
+fn group(pid: i32) -> i32 {
+    nix::unistd::getpgid(Some(Pid::from_raw(pid))).map_or(pid, Pid::as_raw)
+}
+
+/// The processes of our namespace whose group is led from outside.
+fn members_of_outer_groups() -> Vec<i32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid| *pid != 1 && group(*pid) == 0).collect()
 }
 
 /// Our children. Where /proc is not mounted, only the one that we know.

@@ -1,25 +1,37 @@
 //! Stepping into the container of a running instance.
 //!
-//! The namespaces are joined directly, by the instance's process 1: no process of ours runs the program for the caller.
+//! The namespaces are joined directly: no process of ours runs the program for the caller. Their descriptors come from the
+//! instance's monitor, since process 1 lets nobody open them.
 //! The program is a child of the waiting caller, in the caller's session and cgroup; what it leaves behind is adopted by
 //! process 1 of the container and stays.
 
-use anyhow::{Context, Result, anyhow};
+use std::os::fd::OwnedFd;
+
+use anyhow::{Context, Result};
 use nix::sched::{CloneFlags, setns};
 
 use super::process::{self, Next};
 use super::sys::{self, Fork};
-use super::wait;
+use super::{userns, wait};
 use crate::plan::{Join, Namespaces};
 use crate::proc::Held;
+
+/// What leads into a container.
+#[derive(Debug)]
+pub enum Way {
+    /// Descriptors of its namespaces, that of users first.
+    Namespaces(Vec<OwnedFd>),
+    /// Its process 1, which lets its namespaces be opened: an instance of an older version.
+    Process(Held),
+}
 
 /// Runs the program in the container and waits for it. `Ok` is the status to end with.
 ///
 /// # Errors
 /// When the instance has ended, or the program cannot be started.
-pub fn run(join: &Join) -> Result<u8> {
+pub fn run(join: &Join, way: Way) -> Result<u8> {
     let own = Held::child(rustix::process::getpid().as_raw_nonzero().get());
-    enter(join)?;
+    enter(join, way)?;
     let mask = wait::block()?;
     match sys::fork()? {
         Fork::Parent(child) => {
@@ -32,7 +44,7 @@ pub fn run(join: &Join) -> Result<u8> {
             match process::resolve(&join.process, &join.environment, &cwd)? {
                 Next::End(status) => Ok(status),
                 Next::Run(program) => {
-                    process::restrict(&join.ids, &join.process, join.process.close_descriptors)?;
+                    process::restrict(&join.ids, &join.process)?;
                     mask.thread_set_mask()
                         .context("cannot restore the signal mask")?;
                     super::never(process::exec(&program))
@@ -42,16 +54,26 @@ pub fn run(join: &Join) -> Result<u8> {
     }
 }
 
-fn enter(join: &Join) -> Result<()> {
-    let target = join
-        .target
-        .hold()
-        .ok_or_else(|| anyhow!("the instance has just ended"))?;
+fn enter(join: &Join, way: Way) -> Result<()> {
+    const WHAT: &str = "cannot join the instance's namespaces (setns)";
+    sys::forbid_tracing();
+    let target = match way {
+        Way::Namespaces(namespaces) => {
+            let mut namespaces = namespaces.iter();
+            if let Some(users) = namespaces.next() {
+                userns::join(users).context(WHAT)?;
+            }
+            for namespace in namespaces {
+                setns(namespace, CloneFlags::empty()).context(WHAT)?;
+            }
+            return Ok(());
+        }
+        Way::Process(target) => target,
+    };
     let Namespaces { ipc, net, uts, .. } = join.namespaces;
     let mut flags = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID;
     flags.set(CloneFlags::CLONE_NEWIPC, ipc);
     flags.set(CloneFlags::CLONE_NEWNET, net);
     flags.set(CloneFlags::CLONE_NEWUTS, uts);
-    sys::forbid_tracing();
-    setns(&target, flags).context("cannot join the instance's namespaces (setns)")
+    setns(&target, flags).context(WHAT)
 }

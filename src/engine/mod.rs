@@ -307,6 +307,6 @@ fn inside(
     drop(tree);
     let cwd = process::enter_directory(&plan.process)?;
     let next = process::resolve(&plan.process, &plan.environment, &cwd)?;
-    process::restrict(&plan.ids, &plan.process, plan.process.close_descriptors)?;
+    process::restrict(&plan.ids, &plan.process)?;
     Ok(next)
 }

@@ -91,10 +91,8 @@ pub fn enter_directory(process: &Process) -> Result<PathBuf> {
 ///
 /// # Errors
 /// When the kernel refuses: then the program must not run.
-pub fn restrict(ids: &IdMap, process: &Process, private_keys: bool) -> Result<()> {
-    if private_keys {
-        sys::new_session_keyring();
-    }
+pub fn restrict(ids: &IdMap, process: &Process) -> Result<()> {
+    sys::new_session_keyring();
     let left = process.rights.left(ids.is_root());
     match (ids.is_root(), left) {
         (true, Capabilities::ALL) => {}

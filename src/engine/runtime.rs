@@ -1,8 +1,9 @@
 //! The runtime directory of a user on this node: where the sockets of the image servers are.
 //!
-//! `$XDG_RUNTIME_DIR/capsid`, else `/run/user/UID/capsid` (batch jobs often lack the variable), else
-//! `/tmp/capsid-UID`. It must be ours, of mode 0700 and on a file system of this node; a directory that is not so is
-//! refused and not repaired, and without one every run simply has an image server of its own.
+//! `$XDG_RUNTIME_DIR/capsid`, else `/run/user/UID/capsid` (batch jobs often lack the variable), else `capsid-UID` in
+//! `/tmp`, `/dev/shm` or `/var/tmp`, where others may have made it before. It must be ours, of mode 0700 and on a file system
+//! of this node; a directory that is not so is refused and not repaired, and without one every run simply has an image server
+//! of its own. It may go at any time: what has to be found again by another login is not kept there.
 
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -37,7 +38,30 @@ pub fn open(uid: u32, xdg: Option<&OsStr>) -> Option<Directory> {
             return Some(found);
         }
     }
-    open_below(Path::new(&format!("/tmp/capsid-{uid}")), uid)
+    PUBLIC
+        .iter()
+        .find_map(|place| open_below(&Path::new(place).join(format!("capsid-{uid}")), uid))
+}
+
+/// Directories that all users write to, in the order in which they are tried.
+const PUBLIC: [&str; 3] = ["/tmp", "/dev/shm", "/var/tmp"];
+
+/// All directories of the user that there are, below these homes and in the usual places.
+pub fn present(uid: u32, homes: impl IntoIterator<Item = PathBuf>) -> Vec<Directory> {
+    let usual = [PathBuf::from(format!("/run/user/{uid}"))];
+    let private = homes
+        .into_iter()
+        .chain(usual)
+        .filter(|home| home.is_absolute() && is_private(home, uid))
+        .map(|home| home.join("capsid"));
+    let public = PUBLIC
+        .iter()
+        .map(|place| Path::new(place).join(format!("capsid-{uid}")));
+    let paths: std::collections::BTreeSet<PathBuf> = private.chain(public).collect();
+    paths
+        .iter()
+        .filter_map(|path| open_present(path, uid))
+        .collect()
 }
 
 fn is_private(path: &Path, uid: u32) -> bool {
@@ -50,6 +74,10 @@ fn open_below(path: &Path, uid: u32) -> Option<Directory> {
         Err(rustix::io::Errno::EXIST) => {}
         Err(_) => return None,
     }
+    open_present(path, uid)
+}
+
+fn open_present(path: &Path, uid: u32) -> Option<Directory> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let fd = rustix::fs::open(path, flags, Mode::empty()).ok()?;
     let stat = rustix::fs::fstat(&fd).ok()?;
@@ -136,6 +164,22 @@ impl Directory {
             self.remove(&draft);
         }
         done
+    }
+
+    /// Removes drafts of processes that were killed while they wrote.
+    pub fn sweep(&self) {
+        let _lock = self.lock();
+        for file in self.entries() {
+            let writer = file.strip_prefix(DRAFT).and_then(|rest| {
+                let (pid, _) = rest.split_once('.')?;
+                rustix::process::Pid::from_raw(pid.parse().ok()?)
+            });
+            let is_gone =
+                |pid| rustix::process::test_kill_process(pid) == Err(rustix::io::Errno::SRCH);
+            if writer.is_some_and(is_gone) {
+                self.remove(&file);
+            }
+        }
     }
 
     /// A descriptor of its own, for a process that outlives this one. The lock belongs to the open file, so

@@ -83,7 +83,7 @@ pub fn join(userns: &OwnedFd) -> Result<()> {
         {
             Ok(())
         }
-        other => other.context("cannot join the image server's user namespace (setns)"),
+        other => other.context("cannot join the user namespace (setns)"),
     }
 }
 

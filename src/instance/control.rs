@@ -6,9 +6,8 @@ use anyhow::{Result, bail};
 use nix::sys::signal::Signal;
 use rustix::process::Signal as Raw;
 
-use super::{Record, Registry};
+use super::{Instance, Record, Registry};
 use crate::engine::{init, sys};
-use crate::proc::Held;
 use crate::say;
 
 /// How an instance is stopped.
@@ -24,61 +23,79 @@ pub struct Stop {
 
 /// What is needed to see an instance end.
 pub struct Ending {
-    name: String,
-    record: Record,
-    init: Option<Held>,
-    monitor: Option<Held>,
+    instance: Instance,
+    /// Why it could not even be killed.
+    refusal: Option<std::io::Error>,
 }
 
 /// Asks an instance to stop.
-pub fn begin(record: Record, stop: &Stop) -> Ending {
-    let (monitor, init) = (record.hold_monitor(), record.hold());
-    if let Some(init) = &init {
-        if stop.force {
-            init.signal(Raw::KILL);
-        } else {
+pub fn begin(instance: Instance, stop: &Stop) -> Ending {
+    let mut refusal = None;
+    match (&instance.init, &instance.monitor) {
+        (Some(init), _) if stop.force => refusal = init.try_signal(Raw::KILL).err(),
+        (Some(init), _) => {
             // It may have ended by now: then there is nothing to do.
-            let _ = sys::queue_signal(init, sys::STOP_SIGNAL, init::stop_value(stop.signal));
+            let value = init::stop_value(stop.signal);
+            refusal = sys::queue_signal(init, sys::STOP_SIGNAL, value).err();
             // Somebody may have stopped it.
             init.signal(Raw::CONT);
         }
+        // Process 1 is out of sight, but its monitor tells it.
+        (None, Some(monitor)) => refusal = monitor.try_signal(Raw::TERM).err(),
+        (None, None) => {}
     }
-    if let Some(monitor) = &monitor {
+    if let Some(monitor) = &instance.monitor {
         monitor.signal(Raw::CONT);
     }
-    Ending {
-        name: record.name.clone(),
-        record,
-        init,
-        monitor,
-    }
+    Ending { instance, refusal }
 }
 
 /// Waits until an instance has ended, its monitor has tidied up and its name is free; kills what does not end in time.
 ///
 /// # Errors
 /// When it does not end even then (a process that hangs in the kernel).
-pub fn finish(registry: &Registry, ending: Ending, patience: Duration) -> Result<()> {
-    if let Some(init) = &ending.init
-        && !init.wait(patience)
+pub fn finish(ending: &Ending, patience: Duration) -> Result<()> {
+    let Ending { instance, refusal } = ending;
+    let name = &instance.name;
+    if let Some(init) = &instance.init
+        && !init.wait(if refusal.is_none() {
+            patience
+        } else {
+            Duration::ZERO
+        })
     {
-        say::info(format_args!("Killing instance {} (Timeout)", ending.name));
-        init.signal(Raw::KILL);
+        let pid = instance.record.init.map_or(0, |id| id.pid);
+        let told = match refusal {
+            None => {
+                say::info(format_args!("Killing instance {name} (Timeout)"));
+                init.try_signal(Raw::KILL)
+            }
+            Some(_) => init.try_signal(Raw::KILL),
+        };
+        if let Err(error) = told
+            && init.is_alive()
+        {
+            bail!(
+                "instance {name} does not end: process {pid} cannot be sent a signal: {} (kill -9 {pid} may do)",
+                say::word(&error)
+            );
+        }
         if !init.wait(Duration::from_secs(4)) {
             bail!(
-                "instance {} does not end: process {} hangs in the kernel (a file system that does not answer?)",
-                ending.name,
-                ending.record.init.map_or(0, |id| id.pid)
+                "instance {name} does not end: process {pid} hangs in the kernel (a file system that does not answer?)"
             );
         }
     }
-    if let Some(monitor) = &ending.monitor
-        && !monitor.wait(Duration::from_secs(3))
+    if let Some(monitor) = &instance.monitor
+        && !monitor.wait(match instance.init {
+            Some(_) => Duration::from_secs(3),
+            None => patience + Duration::from_secs(3),
+        })
     {
+        // Its container ends with it.
         monitor.signal(Raw::KILL);
         monitor.wait(Duration::from_secs(1));
     }
-    registry.remove(&ending.record);
     Ok(())
 }
 
@@ -104,15 +121,20 @@ pub fn wait(
     deadline: Option<Instant>,
 ) -> Result<Option<Record>> {
     let mut pause = Duration::from_millis(2);
-    let Some(mut last) = registry.find_any(name) else {
+    let Some(mut instance) = registry.find_any(name) else {
         bail!("no instance found with name {name}");
     };
+    let mut last: Record;
     loop {
+        last = instance.record.clone();
         match registry
             .find_any(name)
-            .filter(|r| r.monitor == last.monitor)
+            .filter(|i| i.record.monitor == last.monitor)
         {
-            Some(record) => last = record,
+            Some(now) => {
+                last = now.record.clone();
+                instance = now;
+            }
             None => {
                 // The monitor has written down how it ended, unless it was killed.
                 let directory = last.log_err.parent().unwrap_or(std::path::Path::new("/"));
@@ -141,7 +163,7 @@ pub fn wait(
         }
         // The record is looked at in growing steps; the end itself is noticed when it happens.
         let step = left.map_or(pause, |left| left.min(pause));
-        match last.hold_monitor() {
+        match &instance.monitor {
             Some(monitor) => drop(monitor.wait(step)),
             None => std::thread::sleep(step),
         }

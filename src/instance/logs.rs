@@ -20,10 +20,7 @@ pub const DEFAULT_SIZE: u64 = 10 << 20;
 
 /// The directory for logs of this user on this node.
 pub fn directory(host: &Host, job: Option<&str>) -> PathBuf {
-    let set = |name| host.var(name).filter(|v| !v.is_empty()).map(PathBuf::from);
-    let top = set("APPTAINER_CONFIGDIR")
-        .or_else(|| set("SINGULARITY_CONFIGDIR"))
-        .map_or_else(|| host.user.home.join(".apptainer"), |d| host.cwd.join(d));
+    let top = configured(host).unwrap_or_else(|| host.user.home.join(".apptainer"));
     let mut path = top
         .join("instances/logs")
         .join(node_name())
@@ -32,6 +29,13 @@ pub fn directory(host: &Host, job: Option<&str>) -> PathBuf {
         path.push(format!("job-{job}"));
     }
     path
+}
+
+/// The configuration directory that the environment names.
+pub fn configured(host: &Host) -> Option<PathBuf> {
+    let set = |name| host.var(name).filter(|v| !v.is_empty());
+    let directory = set("APPTAINER_CONFIGDIR").or_else(|| set("SINGULARITY_CONFIGDIR"))?;
+    Some(host.cwd.join(directory))
 }
 
 /// The node's name.

@@ -1,5 +1,5 @@
 //! The process that looks after an instance: it starts the container, writes down what the service says, keeps the
-//! record true, and tidies up.
+//! record true for those who ask, and tidies up.
 //!
 //! It is the parent of the container's process 1, which dies with it; when process 1 ends, however, the monitor ends too.
 //! It stays in the host's namespaces and holds nothing of the caller's.
@@ -16,6 +16,7 @@ use nix::sys::signal::Signal;
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use regex_lite::Regex;
 
+use super::door::Door;
 use super::ending::{self, Noted, Peak};
 use super::launch::Message;
 use super::logs::{self, Log};
@@ -88,14 +89,14 @@ pub fn run(registry: &Registry, mut spec: Spec, tell: &dyn Fn(&Message)) -> Resu
     stops.thread_block().context("cannot block signals")?;
     let signals = SignalFd::with_flags(&stops, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)
         .context("cannot watch signals")?;
-    spec.record.monitor = Id::own().context("cannot read /proc/self/stat: is /proc mounted?")?;
+    spec.record.monitor = Id::own();
     sys::set_title(&format!(
         "capsid-instance: {} [{}]",
         spec.record.user, spec.record.name
     ));
-    registry.claim(&spec.record)?;
     let mut monitor = Monitor {
         registry,
+        door: registry.claim(&spec.record.name)?,
         service: spec.service,
         tell,
         awaited: spec.awaited,
@@ -124,6 +125,8 @@ pub fn run(registry: &Registry, mut spec: Spec, tell: &dyn Fn(&Message)) -> Resu
 
 struct Monitor<'a> {
     registry: &'a Registry,
+    /// Where others ask for the record. Its going gives the name free.
+    door: Door,
     service: &'a Service,
     tell: &'a dyn Fn(&Message),
     awaited: bool,
@@ -170,12 +173,11 @@ impl Monitor<'_> {
             err: err_end,
         };
         let container = background::start(spec.plan, spec.service, streams, &spec.places)?;
-        self.record.init = Id::of(container.pid);
+        self.record.init = Some(Id::seen(container.pid));
         self.container = Some(container);
         if !self.foreground {
             sys::detach_standard_descriptors();
         }
-        self.registry.save(&self.record)?;
         self.write_pid_file()?;
         let watched = self.watch(&[out, err], &mut logs, signals);
         match self.failure.take() {
@@ -259,6 +261,11 @@ impl Monitor<'_> {
                 let life = self.life.iter();
                 set.extend(life.map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN)));
             }
+            let doors = set.len();
+            if deadline.is_none() {
+                let door = self.door.descriptors();
+                set.extend(door.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
+            }
             match poll(&mut set, timeout) {
                 Ok(0) if deadline.is_some() => return Ok(()),
                 Ok(_) | Err(nix::Error::EINTR) => {}
@@ -284,7 +291,7 @@ impl Monitor<'_> {
             if happened[lives..ours].contains(&true) {
                 self.fail("the image server was killed");
             }
-            if happened[ours..].contains(&true) {
+            if happened[ours..doors].contains(&true) {
                 self.orphaned = Some(Instant::now() + ORPHANED);
                 self.ask_to_stop();
             } else if self.orphaned.is_some_and(|at| at <= Instant::now()) {
@@ -296,8 +303,10 @@ impl Monitor<'_> {
             }
             if happened[1] {
                 while self.heard() {}
-                // Nobody writes any more; what is in the pipes is read to its end.
+                // Nobody writes any more; what is in the pipes is read to its end. Who asks sees the end, which is near.
                 deadline = Some(Instant::now() + LAST_WORDS);
+            } else if happened[doors..].contains(&true) {
+                self.serve_door();
             }
         }
         Ok(())
@@ -352,14 +361,19 @@ impl Monitor<'_> {
 
     /// Takes one event from process 1. False when there is none.
     fn heard(&mut self) -> bool {
-        let Some(container) = &self.container else {
+        let Some(container) = &mut self.container else {
             return false;
         };
-        let Some((event, _)) = background::hear(&container.control) else {
+        let Some((event, fds)) = background::hear(&container.control) else {
             return false;
         };
         match event {
             Event::Born(_) => {}
+            Event::Namespaces => {
+                let processes = fds.get(1).and_then(|fd| sys::identity(fd.as_fd()).ok());
+                self.record.container.processes = processes.map_or(0, |(_, inode)| inode);
+                container.namespaces = fds;
+            }
             Event::Unconnected => self.connect(),
             Event::Running => {
                 self.ooms = cgroup::oom_kills();
@@ -387,21 +401,20 @@ impl Monitor<'_> {
         true
     }
 
-    /// Writes the record, and then tells what there is to tell: who has been told finds it there.
+    /// Lets others see the record. There is nothing to join before the namespaces are known.
+    fn serve_door(&mut self) {
+        let inside = self.container.as_ref().filter(|c| !c.namespaces.is_empty());
+        let inside = inside.map(|c| (&c.held, c.namespaces.as_slice()));
+        self.door.serve(&self.record, inside);
+    }
+
+    /// Tells what there is to tell: who asks then finds it in the record.
     fn publish(&mut self) {
-        self.save();
         // A line of the log may be seen before it is heard that the script runs.
         if self.started {
             for message in std::mem::take(&mut self.news) {
                 (self.tell)(&message);
             }
-        }
-    }
-
-    fn save(&self) {
-        if let Err(error) = self.registry.save(&self.record) {
-            // The old record still names the right processes.
-            say::verbose(format_args!("{error:#}"));
         }
     }
 
@@ -500,7 +513,11 @@ impl Monitor<'_> {
         let (Some(path), Some(init)) = (&self.record.pid_file, self.record.init) else {
             return Ok(());
         };
-        let write = || -> std::io::Result<()> {
+        let write = || -> Result<()> {
+            let there = std::fs::symlink_metadata(path);
+            if there.is_ok_and(|m| !m.is_file() && !m.is_symlink()) {
+                bail!("it is there, and no regular file");
+            }
             // Beside it under a name that nobody can guess, then into its place: no link is followed.
             let draft = path.with_added_extension(uuid::Uuid::new_v4().simple().to_string());
             let mut file = std::fs::File::options()
@@ -511,7 +528,8 @@ impl Monitor<'_> {
             writeln!(file, "{}", init.pid)?;
             std::fs::rename(&draft, path).inspect_err(|_| {
                 let _ = std::fs::remove_file(&draft);
-            })
+            })?;
+            Ok(())
         };
         write().with_context(|| format!("cannot write {} (--pid-file)", path.display()))
     }
@@ -526,7 +544,7 @@ impl Monitor<'_> {
             {}
         }
         if let (Some(path), Some(init)) = (&self.record.pid_file, self.record.init)
-            && std::fs::read_to_string(path).is_ok_and(|t| t.trim() == init.pid.to_string())
+            && names_process(path, init.pid)
         {
             let _ = std::fs::remove_file(path);
         }
@@ -543,7 +561,22 @@ impl Monitor<'_> {
                 ending::note(self.registry, &self.record);
             }
         }
-        self.registry.remove(&self.record);
         cgroup::remove(self.record.cgroup.as_deref());
     }
+}
+
+/// Whether a file that may be anybody's by now is a `--pid-file` with this number.
+fn names_process(path: &Path, pid: i32) -> bool {
+    use rustix::fs::OFlags;
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let Ok(file) = rustix::fs::open(path, flags, rustix::fs::Mode::empty()) else {
+        return false;
+    };
+    let file = std::fs::File::from(file);
+    let wanted = format!("{pid}\n");
+    let same_len = |m: std::fs::Metadata| m.is_file() && m.len() == wanted.len() as u64;
+    let mut text = String::new();
+    file.metadata().is_ok_and(same_len)
+        && std::io::Read::read_to_string(&mut &file, &mut text).is_ok()
+        && text == wanted
 }

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use serde_json::{Value, json};
@@ -49,14 +49,13 @@ pub struct Usage {
     pub pids_limit: Option<u64>,
 }
 
-/// Looks at an instance; `None` when it has ended.
+/// Looks at an instance that runs; `None` when it has no process 1 yet.
 pub fn usage(record: &Record) -> Option<Usage> {
     let init = record.init?;
-    init.hold()?;
     let machine = || {
-        let memory = sysinfo::MemoryRefreshKind::nothing().with_ram();
-        let what = sysinfo::RefreshKind::nothing().with_memory(memory);
-        sysinfo::System::new_with_specifics(what).map_or(0, |system| system.total_memory())
+        // As /proc/meminfo says, which may be hidden.
+        let system = rustix::system::sysinfo();
+        system.totalram * u64::from(system.mem_unit)
     };
     let in_job = record.job.is_some();
     let limit = |own: Option<u64>| {
@@ -74,7 +73,7 @@ pub fn usage(record: &Record) -> Option<Usage> {
         .and_then(|path| from_cgroup(&Path::new("/sys/fs/cgroup").join(path)));
     let mut usage = match own {
         Some(usage) => usage,
-        None => from_processes(init.pid),
+        None => from_processes(init.pid, record.container.processes),
     };
     (usage.memory_limit, usage.limit_of) = limit(Some(usage.memory_limit).filter(|l| *l > 0));
     Some(usage)
@@ -109,7 +108,7 @@ fn from_cgroup(path: &Path) -> Option<Usage> {
     })
 }
 
-fn from_processes(init: i32) -> Usage {
+fn from_processes(init: i32, namespace: u64) -> Usage {
     let tick_ns = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK)
         .ok()
         .flatten()
@@ -128,7 +127,7 @@ fn from_processes(init: i32) -> Usage {
         pids: 0,
         pids_limit: None,
     };
-    for pid in members(init) {
+    for pid in members(init, namespace) {
         let file =
             |name: &str| fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap_or_default();
         // What ended children used stays with the parents who collected them.
@@ -162,10 +161,12 @@ fn kib(text: &str, key: &str) -> Option<u64> {
     Some(line.trim().trim_end_matches(" kB").parse::<u64>().ok()? * 1024)
 }
 
-/// The processes of a container: the descendants of its process 1, and who else is in its pid namespace.
-fn members(init: i32) -> BTreeSet<i32> {
-    let namespace = |pid: i32| fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
-    let own = namespace(init);
+/// The processes of a container: the descendants of its process 1, and who else is in its pid namespace, which has this
+/// number.
+fn members(init: i32, namespace: u64) -> BTreeSet<i32> {
+    let own = PathBuf::from(format!("pid:[{namespace}]"));
+    let is_inside =
+        |pid: &i32| fs::read_link(format!("/proc/{pid}/ns/pid")).is_ok_and(|theirs| theirs == own);
     let pids: Vec<(i32, i32)> = fs::read_dir("/proc")
         .into_iter()
         .flatten()
@@ -186,13 +187,7 @@ fn members(init: i32) -> BTreeSet<i32> {
             break;
         }
     }
-    if own.is_some() {
-        members.extend(
-            pids.iter()
-                .map(|(p, _)| *p)
-                .filter(|p| namespace(*p) == own),
-        );
-    }
+    members.extend(pids.iter().map(|(pid, _)| *pid).filter(is_inside));
     members
 }
 
@@ -290,7 +285,7 @@ mod tests {
 
     #[test]
     fn own_process_is_a_member() {
-        let usage = from_processes(i32::try_from(std::process::id()).unwrap());
+        let usage = from_processes(i32::try_from(std::process::id()).unwrap(), 0);
         assert!(usage.pids >= 1 && usage.memory > 0);
     }
 }

@@ -184,11 +184,7 @@ pub fn stop_all(registry: &Registry, patience: Duration) -> usize {
     let count = endings.len();
     for ending in endings {
         // What hangs in the kernel is named by whoever looks next.
-        let _ = control::finish(
-            registry,
-            ending,
-            end.saturating_duration_since(Instant::now()),
-        );
+        let _ = control::finish(&ending, end.saturating_duration_since(Instant::now()));
     }
     count
 }

@@ -9,7 +9,7 @@ use anyhow::{Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
-use super::service::{is_name, parse_restart};
+use super::service::{LONGEST_NAME, is_name, parse_restart};
 
 /// How long a service may take to be ready when nothing else is said, seconds.
 const TIMEOUT_S: u32 = 60;
@@ -171,7 +171,7 @@ fn declared(
     let name = entry.name.get_ref();
     if !is_name(name) {
         let text = format!(
-            "name {name:?}: use 1 to 64 of A-Z a-z 0-9 _ . - (not . or .., and no dash in front)"
+            "name {name:?}: use 1 to {LONGEST_NAME} of A-Z a-z 0-9 _ . - (not . or .., and no dash in front)"
         );
         return Err(wrong(entry.name.span().start, text));
     }

@@ -22,7 +22,7 @@ pub fn prepare(from: &str, settings: &Settings) -> Result<Base> {
     let path = match from.strip_prefix("instance://") {
         Some(name) => crate::instance::Registry::open(&settings.host)?
             .find(name)
-            .map(|(record, _)| record.image)
+            .map(|instance| instance.record.image)
             .with_context(|| format!("no instance {name} is running"))?,
         None => settings.host.cwd.join(from),
     };

@@ -26,9 +26,10 @@ pub fn run(
     if registry.job.is_some() {
         crate::job::await_ready(&registry, name)?;
     }
-    let Some((record, held)) = registry.find(name) else {
+    let Some(instance) = registry.find(name) else {
         bail!("no instance found with name {name}");
     };
+    let record = instance.record.clone();
     check_options(args, &record, persona)?;
     let verb = action::verb(verb);
     if verb == crate::plan::Verb::Shell && !args.rest.is_empty() {
@@ -90,8 +91,10 @@ pub fn run(
             say::debug(format_args!("plan: {line}"));
         }
     }
-    drop(held);
-    engine::join::run(&join)
+    let way = instance.way().with_context(|| {
+        format!("cannot see process 1 of instance {name}, which an older version started: stop it, and start it again")
+    })?;
+    engine::join::run(&join, way)
 }
 
 /// What cannot have its effect any more is an error where somebody relies on it. A peer takes the rest without a word, so

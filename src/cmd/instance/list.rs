@@ -1,5 +1,6 @@
 //! `instance list` and `instance stop`.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
 use anyhow::{Result, bail};
@@ -10,7 +11,7 @@ use super::{check_user, none_found, print_table, start::usage};
 use crate::cmd::print_json;
 use crate::host::Host;
 use crate::instance::{Record, Registry, control};
-use crate::plan::service::fits;
+use crate::plan::pattern::fits;
 use crate::{exit, say};
 
 /// Options of `instance list`.
@@ -40,12 +41,12 @@ pub struct ListArgs {
 struct Entry<'a> {
     instance: &'a str,
     pid: i32,
-    img: &'a std::path::Path,
+    img: Cow<'a, str>,
     ip: &'a str,
     #[serde(rename = "logErrPath")]
-    log_err: &'a std::path::Path,
+    log_err: Cow<'a, str>,
     #[serde(rename = "logOutPath")]
-    log_out: &'a std::path::Path,
+    log_out: Cow<'a, str>,
 }
 
 #[derive(Serialize)]
@@ -91,19 +92,11 @@ pub fn list(args: &ListArgs) -> Result<u8> {
         registry.job = None;
     }
     let mut records = registry.list();
-    if registry.job.is_none() {
-        let own = registry.path().to_owned();
-        let others = Registry::of_jobs(&host)
-            .into_iter()
-            .filter(|r| r.path() != own);
-        records.extend(others.flat_map(|r| r.list()));
-    }
     let pattern = args.pattern.as_deref().unwrap_or("*");
     records.retain(|r| fits(pattern, &r.name));
     if args.json {
-        let entry = |r| Entry::of(r);
         print_json(&Entries {
-            instances: records.iter().map(entry).collect(),
+            instances: records.iter().map(|r| Entry::of(r)).collect(),
         })?;
         return Ok(exit::OK);
     }
@@ -137,10 +130,10 @@ impl<'a> Entry<'a> {
         Entry {
             instance: &record.name,
             pid: pid(record),
-            img: &record.image,
+            img: record.image.to_string_lossy(),
             ip: record.ip.as_deref().unwrap_or_default(),
-            log_err: &record.log_err,
-            log_out: &record.log_out,
+            log_err: record.log_err.to_string_lossy(),
+            log_out: record.log_out.to_string_lossy(),
         }
     }
 }
@@ -213,7 +206,7 @@ pub fn stop(args: &StopArgs) -> Result<u8> {
     let mut failures = Vec::new();
     for ending in endings {
         let left = end.saturating_duration_since(std::time::Instant::now());
-        if let Err(error) = control::finish(&registry, ending, left) {
+        if let Err(error) = control::finish(&ending, left) {
             failures.push(format!("{error:#}"));
         }
     }

@@ -12,6 +12,7 @@ use anyhow::Result;
 
 use super::{Explain, Persona, Usage};
 use crate::host::Host;
+use crate::instance::Instance;
 use crate::say;
 
 /// The commands below `instance`, with the line that their list shows.
@@ -45,12 +46,12 @@ pub fn run(words: &[OsString], explain: Option<Explain>, persona: Persona) -> Re
     let rest = words.get(1..).unwrap_or_default();
     match verb {
         "start" | "run" => start::run(verb, rest, explain),
-        "list" => list::list(&super::parse("instance list", rest)?),
-        "stop" => list::stop(&super::parse("instance stop", rest)?),
-        "stats" => watch::stats(&super::parse("instance stats", rest)?),
-        "logs" => watch::logs(&super::parse("instance logs", rest)?),
-        "wait" => watch::wait(&super::parse("instance wait", rest)?),
-        "inspect" => watch::inspect(&super::parse("instance inspect", rest)?),
+        "list" => list::list(&parse("instance list", rest)?),
+        "stop" => list::stop(&parse("instance stop", rest)?),
+        "stats" => watch::stats(&parse("instance stats", rest)?),
+        "logs" => watch::logs(&parse("instance logs", rest)?),
+        "wait" => watch::wait(&parse("instance wait", rest)?),
+        "inspect" => watch::inspect(&parse("instance inspect", rest)?),
         "unit" => unit::run(rest),
         other => super::print_group(
             "instance",
@@ -60,6 +61,11 @@ pub fn run(words: &[OsString], explain: Option<Explain>, persona: Persona) -> Re
             persona,
         ),
     }
+}
+
+/// Options of a command, with the environment's in front.
+fn parse<A: clap::Args + clap::FromArgMatches>(name: &str, words: &[OsString]) -> Result<A> {
+    super::parse_with_environment(name, words, &Host::read()?)
 }
 
 /// Says that a command found no instance: a wrong command line, as clients expect it.
@@ -81,16 +87,17 @@ fn check_user(user: Option<&str>, host: &Host) -> Result<()> {
     Ok(())
 }
 
-/// The instance that a command names, running or not.
-fn record_of(name: &str, host: &Host) -> Result<crate::instance::Record> {
+/// The instance that a command names, running or not. One that has ended has no processes.
+fn instance_of(name: &str, host: &Host) -> Result<Instance> {
     let registry = crate::instance::Registry::open(host)?;
-    if let Some(record) = registry.find_any(name) {
-        return Ok(record);
+    if let Some(instance) = registry.find_any(name) {
+        return Ok(instance);
     }
     let usual = crate::instance::logs::directory(host, registry.job.as_deref());
     [usual, registry.path().join("logs")]
         .iter()
         .find_map(|directory| crate::instance::logs::last_end(directory, name))
+        .map(Instance::ended)
         .ok_or_else(|| anyhow::anyhow!("no instance found with name {name}"))
 }
 

@@ -16,7 +16,7 @@ use crate::instance::launch::{self, Message, Report};
 use crate::instance::monitor::{self, Spec};
 use crate::instance::{Container, Record, Registry, Script, control, logs, now_s};
 use crate::job::client;
-use crate::plan::service::{Ready, is_name, parse_port, parse_restart};
+use crate::plan::service::{LONGEST_NAME, Ready, is_name, parse_port, parse_restart};
 use crate::plan::{self, Ownership, Service, limits};
 use crate::proc;
 use crate::{exit, image, say};
@@ -92,6 +92,7 @@ fn start(
     image::check_arch(facts.arch.as_deref(), host.arch)?;
     let registry = Registry::open(&host)?;
     let network = action::network(action, registry.path())?;
+    tell_root_of_ports(&host, action.net || network.is_some());
     let service = service(&args, network.is_some())?;
     let request = request(verb, name, action, &host)?;
     let groups = host.groups();
@@ -158,10 +159,23 @@ fn request(verb: &str, name: &str, action: &ActionArgs, host: &Host) -> Result<p
     Ok(request)
 }
 
+/// A service that runs as root expects to open any port. Root of a container is none over the machine's own network.
+fn tell_root_of_ports(host: &Host, own_network: bool) {
+    let setting = "/proc/sys/net/ipv4/ip_unprivileged_port_start";
+    let first = std::fs::read_to_string(setting).unwrap_or_default();
+    let first: u16 = first.trim().parse().unwrap_or(1024);
+    if host.uid == 0 && !own_network && first > 1 {
+        say::warn(format_args!(
+            "root of a container cannot open ports below {first} of this machine's network: use a higher port, --net --publish \
+             80:80, or sysctl -w net.ipv4.ip_unprivileged_port_start=80"
+        ));
+    }
+}
+
 fn refuse(name: &str, args: &StartArgs) -> Result<()> {
     if !is_name(name) {
         bail!(
-            "{name:?} is not a valid instance name: use 1 to 64 of A-Z a-z 0-9 _ . - (not . or .., and no dash in front)"
+            "{name:?} is not a valid instance name: use 1 to {LONGEST_NAME} of A-Z a-z 0-9 _ . - (not . or .., and no dash in front)"
         );
     }
     if args.boot {
@@ -286,6 +300,7 @@ fn record(
         container: Container {
             ids: plan.ids,
             namespaces: plan.namespaces,
+            processes: 0,
             home: plan.process.home.clone(),
             home_moved: action.home.is_some(),
             contained: action.contain || action.containall || action.compat,
@@ -323,13 +338,13 @@ fn await_start(
             Ok(exit::OK)
         }
         None => {
-            if let Some(record) = registry.find_any(name) {
+            if let Some(instance) = registry.find_any(name) {
                 let stop = control::Stop {
                     signal: None,
                     patience: Duration::from_secs(5),
                     force: false,
                 };
-                control::finish(registry, control::begin(record, &stop), stop.patience)?;
+                control::finish(&control::begin(instance, &stop), stop.patience)?;
             }
             bail!(
                 "instance {name} was not ready after {} s and has been stopped: see capsid instance logs {name}, or give --wait more seconds",

@@ -1,6 +1,7 @@
 //! `instance unit`: a systemd unit that keeps an instance.
 
 use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
@@ -43,7 +44,7 @@ pub fn run(words: &[OsString]) -> Result<u8> {
     let options = &words[..words.len() - rest.len()];
     let own = ["--system", "--run", "--foreground", "--"];
     let options = options.iter().filter(|w| !own.iter().any(|o| *w == *o));
-    let program = std::env::current_exe().context("cannot tell where this program is")?;
+    let program = called(&host)?;
     // An image elsewhere is fetched when the unit starts.
     let image = match action::is_elsewhere(&rest[0], &host) {
         true => rest[0].clone().into(),
@@ -121,6 +122,35 @@ pub fn run(words: &[OsString]) -> Result<u8> {
         }
     ))?;
     Ok(exit::OK)
+}
+
+/// The path by which this program was called: a link to it stays when an update takes what it leads to.
+fn called(host: &Host) -> Result<PathBuf> {
+    let own = std::env::current_exe().context("cannot tell where this program is")?;
+    let name = std::env::args_os().next().unwrap_or_default();
+    let name = Path::new(&name);
+    let candidates: Vec<PathBuf> = match name.components().count() {
+        1 if !name.as_os_str().as_encoded_bytes().contains(&b'/') => {
+            let path = host.var("PATH").unwrap_or_default();
+            let directories = std::env::split_paths(path);
+            directories.map(|d| host.cwd.join(d).join(name)).collect()
+        }
+        _ => vec![host.cwd.join(name)],
+    };
+    let is_own = |path: &&PathBuf| match (rustix::fs::stat(*path), rustix::fs::stat(&own)) {
+        (Ok(a), Ok(b)) => (a.st_dev, a.st_ino) == (b.st_dev, b.st_ino),
+        _ => false,
+    };
+    let found = candidates
+        .iter()
+        .find(is_own)
+        .map(|path| without_dots(path));
+    Ok(found.unwrap_or(own))
+}
+
+/// Without `.` in it, which leads nowhere else; `..` may lead through a link.
+fn without_dots(path: &Path) -> PathBuf {
+    path.components().collect()
 }
 
 /// A word of a command line in a unit (`systemd.service(5)`): quoted where needed, specifiers and variables escaped.

@@ -5,12 +5,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::{check_user, none_found, print_table, record_of};
+use super::{check_user, instance_of, none_found, print_table};
 use crate::cmd::{print_json, utc};
 use crate::host::Host;
 use crate::instance::stats::{self, Usage};
-use crate::instance::{Record, Registry, State, control, logs};
-use crate::plan::service::fits;
+use crate::instance::{Instance, Record, Registry, State, control, logs};
+use crate::plan::pattern::fits;
 use crate::{exit, say};
 
 /// Options of `instance logs`.
@@ -38,7 +38,9 @@ pub struct LogsArgs {
 /// When there is no such instance, and never was one.
 pub fn logs(args: &LogsArgs) -> Result<u8> {
     let host = Host::read()?;
-    let record = record_of(&args.name, &host)?;
+    let Instance {
+        record, monitor, ..
+    } = instance_of(&args.name, &host)?;
     let mut paths = Vec::new();
     if !args.err {
         paths.push(&record.log_out);
@@ -57,7 +59,6 @@ pub fn logs(args: &LogsArgs) -> Result<u8> {
     if !args.follow {
         return Ok(exit::OK);
     }
-    let monitor = record.hold_monitor();
     loop {
         let running = monitor
             .as_ref()
@@ -94,7 +95,7 @@ pub fn wait(args: &WaitArgs) -> Result<u8> {
     let registry = Registry::open(&host)?;
     let Some(record) = registry.find_any(&args.name) else {
         // One that has ended has its status still.
-        let record = record_of(&args.name, &host)?;
+        let record = instance_of(&args.name, &host)?;
         if args.until.as_deref() == Some("ready") {
             bail!("instance {} has ended", args.name);
         }
@@ -158,8 +159,9 @@ struct Inspection<'a> {
 /// When there is no such instance, and never was one.
 pub fn inspect(args: &InspectArgs) -> Result<u8> {
     let host = Host::read()?;
-    let record = record_of(&args.name, &host)?;
-    let running = record.hold().is_some();
+    let instance = instance_of(&args.name, &host)?;
+    let running = instance.is_running();
+    let record = instance.record;
     let hints = hints(&record);
     if args.json {
         print_json(&Inspection {
@@ -267,9 +269,8 @@ pub fn stats(args: &StatsArgs) -> Result<u8> {
     let registry = Registry::open(&host)?;
     let pattern = args.name.as_deref().unwrap_or("*");
     let look = || -> Vec<(Record, Usage)> {
-        let records = registry.list().into_iter();
-        records
-            .filter(|r| fits(pattern, &r.name))
+        let all = registry.list().into_iter().map(|i| i.record);
+        all.filter(|r| fits(pattern, &r.name))
             .filter_map(|r| stats::usage(&r).map(|usage| (r, usage)))
             .collect()
     };

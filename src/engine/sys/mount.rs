@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, anyhow};
 use rustix::fs::CWD;
 use rustix::mount::{MoveMountFlags, OpenTreeFlags};
 
@@ -107,7 +107,17 @@ pub fn new_filesystem(kind: &str, options: &[(&str, Option<&CStr>)]) -> Result<O
         }
         .with_context(|| format!("cannot mount {kind}: option {key}"))?;
     }
-    fsconfig_create(context.as_fd()).with_context(what)?;
+    fsconfig_create(context.as_fd())
+        .map_err(|error| match (kind, error) {
+            // A full view is given to those only who have one (`mount_namespaces(7)`).
+            ("proc", rustix::io::Errno::PERM) => anyhow!(
+                "something is mounted over parts of this machine's /proc, and the kernel then gives nobody another one: start the \
+                 container around us with its whole /proc (docker run --security-opt systempaths=unconfined, podman run \
+                 --security-opt unmask=ALL), or do without process ids of the container's own (--pid, --containall, instances)"
+            ),
+            _ => error.into(),
+        })
+        .with_context(what)?;
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
     let attributes = if kind == "devpts" {
         MountAttrFlags::MOUNT_ATTR_NOSUID

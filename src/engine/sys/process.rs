@@ -157,7 +157,8 @@ pub fn set_name(name: &str) {
     let _ = rustix::thread::set_name(&CString::new(name).unwrap_or_default());
 }
 
-/// A new anonymous session keyring, so that the caller's keys are out of reach.
+/// A new anonymous session keyring, so that the caller's keys are out of reach. Where the user has as many keys as may be
+/// (`keyrings(7)`: 200), the caller's stays.
 pub fn new_session_keyring() {
     const KEYCTL_JOIN_SESSION_KEYRING: libc::c_long = 1;
     // SAFETY: a null name asks for an anonymous keyring; no memory is passed. Kernels without keys say ENOSYS.

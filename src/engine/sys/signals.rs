@@ -64,7 +64,7 @@ pub fn queue_signal(process: &Held, signal: i32, value: i32) -> io::Result<()> {
         rest: [0; 12],
     };
     // SAFETY: the structure has the size and layout of siginfo_t on 64-bit machines and lives through the call.
-    let done = unsafe {
+    let mut done = unsafe {
         libc::syscall(
             libc::SYS_pidfd_send_signal,
             process.as_fd().as_raw_fd(),
@@ -73,6 +73,14 @@ pub fn queue_signal(process: &Held, signal: i32, value: i32) -> io::Result<()> {
             0,
         )
     };
+    // As `Held::try_signal`.
+    if done != 0
+        && io::Error::last_os_error().raw_os_error() == Some(libc::ENOSYS)
+        && let Some(pid) = process.number()
+    {
+        // SAFETY: as above.
+        done = unsafe { libc::syscall(libc::SYS_rt_sigqueueinfo, pid, signal, &raw const info) };
+    }
     if done == 0 {
         Ok(())
     } else {

@@ -1,0 +1,226 @@
+//! The instances of a user on this node.
+
+use std::collections::BTreeSet;
+use std::ops::Deref;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+use super::door::{self, Door, Line, Name, Told};
+use super::older::Older;
+use super::{Record, State};
+use crate::engine::join::Way;
+use crate::engine::runtime::{self, Directory};
+use crate::host::Host;
+use crate::proc::Held;
+use crate::say;
+
+/// How long an instance that is named may take to answer: it may be being started.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The same for all of those that are listed.
+const GLANCE: Duration = Duration::from_secs(3);
+
+/// An instance whose processes are held.
+#[derive(Debug)]
+pub struct Instance {
+    /// What its monitor knows of it.
+    pub record: Record,
+    /// The process that looks after it.
+    pub monitor: Option<Held>,
+    /// Process 1 of its container; `None` until there is one.
+    pub init: Option<Held>,
+    /// What leads into the container, that of users first; none of an instance of an older version.
+    pub namespaces: Vec<OwnedFd>,
+}
+
+impl Deref for Instance {
+    type Target = Record;
+
+    fn deref(&self) -> &Record {
+        &self.record
+    }
+}
+
+impl Instance {
+    /// Whether its container runs.
+    pub fn is_running(&self) -> bool {
+        match &self.init {
+            Some(init) => init.is_alive(),
+            // An older version's, whose process 1 /proc hides.
+            None => self.script.state != State::Starting && self.monitor.is_some(),
+        }
+    }
+
+    /// Of the record that an instance has left.
+    pub fn ended(record: Record) -> Instance {
+        Instance {
+            record,
+            monitor: None,
+            init: None,
+            namespaces: Vec::new(),
+        }
+    }
+
+    /// What leads into its container; `None` when that is not there.
+    pub fn way(self) -> Option<Way> {
+        match self.namespaces.is_empty() {
+            true => self.init.map(Way::Process),
+            false => Some(Way::Namespaces(self.namespaces)),
+        }
+    }
+}
+
+/// Where the instances of a user are asked for.
+pub struct Registry {
+    pub(super) directory: Directory,
+    uid: u32,
+    /// What shares its names outside of jobs.
+    login: String,
+    older: Older,
+    /// The job whose instances are meant, when we are in one.
+    pub job: Option<String>,
+}
+
+impl Registry {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// When no place on this node is fit for what else of instances and jobs has to be somewhere.
+    pub fn open(host: &Host) -> Result<Registry> {
+        let Some(directory) = runtime::open(host.uid, host.runtime_home().as_deref()) else {
+            bail!(
+                "there is no place for the state of instances: neither $XDG_RUNTIME_DIR nor /run/user/{0} nor capsid-{0} in /tmp, \
+                 /dev/shm or /var/tmp is a local directory of yours with mode 0700",
+                host.uid
+            );
+        };
+        Ok(Registry {
+            directory,
+            uid: host.uid,
+            login: door::scope_of_login(host),
+            older: Older::open(host),
+            job: host.job(),
+        })
+    }
+
+    /// For messages, and for what else belongs there.
+    pub fn path(&self) -> &Path {
+        &self.directory.path
+    }
+
+    /// A directory of the user on this node. It may go at the end of a login.
+    pub fn directory(&self) -> &Directory {
+        &self.directory
+    }
+
+    fn scope(&self) -> String {
+        match &self.job {
+            Some(job) => door::scope_of_job(job),
+            None => self.login.clone(),
+        }
+    }
+
+    /// Takes a name.
+    ///
+    /// # Errors
+    /// When an instance of the name runs or is being started.
+    pub fn claim(&self, name: &str) -> Result<Door> {
+        self.directory.sweep();
+        if self.older(name).is_some() {
+            return Err(exists(name));
+        }
+        loop {
+            let told = match Door::claim(self.uid, &self.scope(), name, PATIENCE)? {
+                Name::Ours(door) => return Ok(door),
+                Name::Taken(told) => told,
+            };
+            match told {
+                Told::Ended | Told::Stranger => {}
+                // It has ended, and its monitor is tidying up.
+                Told::Instance(other) if other.init.is_some() && !other.is_running() => {
+                    let monitor = other.monitor.as_ref();
+                    if !monitor.is_some_and(|m| m.wait(Duration::from_secs(5))) {
+                        bail!(
+                            "instance {name} already exists: its monitor (process {}) does not end",
+                            other.record.monitor.pid
+                        );
+                    }
+                }
+                Told::Instance(_) => return Err(exists(name)),
+                Told::Nothing(pid) => bail!(
+                    "instance {name} already exists, and its monitor (process {pid}) does not answer: it is being started, or hangs (kill -9 {pid} ends it)"
+                ),
+            }
+        }
+    }
+
+    /// The instance of a name, if its container runs.
+    pub fn find(&self, name: &str) -> Option<Instance> {
+        self.find_any(name).filter(Instance::is_running)
+    }
+
+    /// The instance of a name whose monitor lives, whatever its container does.
+    pub fn find_any(&self, name: &str) -> Option<Instance> {
+        for line in Line::to_instance(self.uid, &self.scope(), name) {
+            line.ask();
+            match line.hear(Instant::now() + PATIENCE) {
+                Told::Instance(instance) if instance.name == name => return Some(*instance),
+                Told::Nothing(pid) => silent(pid),
+                _ => {}
+            }
+        }
+        self.older(name)
+    }
+
+    fn older(&self, name: &str) -> Option<Instance> {
+        let all = self.older.list();
+        all.into_iter()
+            .find(|i| i.name == name && i.job == self.job)
+    }
+
+    /// All running instances, by name: those of our job, or all of them outside of jobs.
+    pub fn list(&self) -> Vec<Instance> {
+        let own = self.scope();
+        let lines = Line::to_all(self.uid, &|scope| {
+            scope == own || self.job.is_none() && door::is_job_here(scope)
+        });
+        let lines = lines.unwrap_or_else(|error| {
+            say::warn(format_args!(
+                "{error:#}: instances can only be named, and not be listed"
+            ));
+            Vec::new()
+        });
+        lines.iter().for_each(Line::ask);
+        let deadline = Instant::now() + GLANCE;
+        let mut found = Vec::new();
+        for line in lines {
+            match line.hear(deadline) {
+                Told::Instance(instance) => found.push(*instance),
+                Told::Nothing(pid) => silent(pid),
+                Told::Ended | Told::Stranger => {}
+            }
+        }
+        let job = &self.job;
+        let older = self.older.list().into_iter();
+        found.extend(older.filter(|i| job.is_none() || i.job == *job));
+        found.retain(Instance::is_running);
+        found.sort_by(|a, b| (&a.job, &a.name).cmp(&(&b.job, &b.name)));
+        let mut seen = BTreeSet::new();
+        found.retain(|i| seen.insert((i.job.clone(), i.name.clone())));
+        found
+    }
+}
+
+fn exists(name: &str) -> anyhow::Error {
+    anyhow::anyhow!(
+        "instance {name} already exists: stop it first (instance stop {name}), or use another name"
+    )
+}
+
+fn silent(pid: i32) {
+    say::warn(format_args!(
+        "the monitor of an instance (process {pid}) does not answer: the instance is being started, or hangs (kill -9 {pid} ends it)"
+    ));
+}
