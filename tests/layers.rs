@@ -126,6 +126,148 @@ fn overlay_works_beside_binds_and_fakeroot() {
     assert_eq!(out.ok(), "33");
 }
 
+/// A directory as fuse-overlayfs leaves it: a deleted file and directory, a replaced one, a file that is there again, a
+/// directory that hides the one below in each way that it is marked, and what only looks like a mark.
+fn layer_of_fuse_overlayfs(env: &Env, name: &str) -> std::path::PathBuf {
+    use std::os::unix::fs::PermissionsExt as _;
+    let dir = env.path(name);
+    let upper = dir.join("upper");
+    for (path, text) in [
+        ("opt/.wh.gone", ""),
+        ("opt/.wh.tree", ""),
+        ("opt/.wh.again", ""),
+        ("opt/again", "upper"),
+        ("opt/.wh.replaced", ""),
+        ("opt/replaced/mine", ""),
+        ("opt/by-file/.wh..wh..opq", ""),
+        ("opt/by-file/mine", ""),
+        ("opt/by-file/deep/.wh.nothing", ""),
+        ("opt/by-attribute/mine", ""),
+        ("opt/.wh.somebody", "somebody's file"),
+        ("opt/a b/\u{e9}/.wh.c\nd", ""),
+    ] {
+        write(&upper.join(path), text);
+    }
+    fs::create_dir_all(dir.join("work")).unwrap();
+    fs::set_permissions(upper.join("opt"), fs::Permissions::from_mode(0o750)).unwrap();
+    rustix::fs::setxattr(
+        upper.join("opt/by-attribute"),
+        "user.fuseoverlayfs.opaque",
+        b"y",
+        rustix::fs::XattrFlags::empty(),
+    )
+    .unwrap();
+    dir
+}
+
+#[test]
+fn what_fuse_overlayfs_has_deleted_stays_deleted() {
+    let env = Env::new();
+    let tree = env.tree("tree");
+    for path in [
+        "gone",
+        "tree/a/b",
+        "again",
+        "kept",
+        "replaced/theirs",
+        "by-file/theirs",
+        "by-file/deep/theirs",
+        "by-attribute/theirs",
+        "somebody",
+        "a b/\u{e9}/c\nd",
+        "a b/\u{e9}/kept",
+    ] {
+        write(&tree.join("opt").join(path), "image");
+    }
+    let image = env.sif(&tree, "image.sif");
+    let image = image.to_str().unwrap();
+    // What is empty after it has been taken away again is not listed.
+    let expected = "./.wh.somebody
+./a b/\u{e9}/kept
+./again
+./by-attribute/mine
+./by-file/mine
+./hello.txt
+./kept
+./replaced/mine
+./somebody
+upper
+750";
+    let script = "cd /opt; find . ! -type d | sort; cat again; echo; stat -c %a .";
+    let dir = layer_of_fuse_overlayfs(&env, "layer");
+    let list = |overlay: &str, root: &str, more: &[&str]| {
+        let words = [
+            &["exec"],
+            more,
+            &["--overlay", overlay, root, "sh", "-c", script],
+        ]
+        .concat();
+        env.run(words).ok().to_owned()
+    };
+    let read_only = format!("{}:ro", dir.display());
+    let sandbox = tree.to_str().unwrap();
+    for root in [image, sandbox] {
+        assert_eq!(list(&read_only, root, &[]), expected);
+        assert_eq!(list(&read_only, root, &["--writable-tmpfs"]), expected);
+        assert_eq!(list(&read_only, root, &["--fakeroot"]), expected);
+    }
+    let marks = || {
+        output(
+            Command::new("find")
+                .arg(dir.join("upper"))
+                .args(["-name", ".wh.*", "-size", "0", "-printf", "x\n"]),
+        )
+        .ok()
+        .lines()
+        .count()
+    };
+    assert_eq!(marks(), 7, "the layer is as it was");
+    // Below another layer, which deletes more.
+    let second = env.path("second");
+    write(&second.join("upper/opt/.wh.kept"), "");
+    let out = env.run([
+        "exec",
+        "--overlay",
+        &read_only,
+        "--overlay",
+        &format!("{}:ro", second.display()),
+        image,
+        "sh",
+        "-c",
+        "cd /opt; ls -A",
+    ]);
+    let names: Vec<&str> = out.ok().lines().collect();
+    assert!(
+        !names.contains(&"kept") && !names.contains(&"gone") && names.contains(&"again"),
+        "{out}"
+    );
+    assert_eq!(
+        names.iter().filter(|n| n.starts_with(".wh.")).count(),
+        1,
+        "{out}"
+    );
+    // Written, it gets the marks of the kernel.
+    let writable = dir.to_str().unwrap();
+    assert_eq!(list(writable, image, &[]), expected);
+    assert_eq!(marks(), 0);
+    assert_eq!(
+        fs::read_to_string(dir.join("upper/opt/.wh.somebody")).unwrap(),
+        "somebody's file"
+    );
+    assert_eq!(list(writable, image, &[]), expected, "and once more");
+    assert_eq!(list(&read_only, image, &[]), expected);
+    let out = env.run([
+        "exec",
+        "--overlay",
+        writable,
+        image,
+        "sh",
+        "-c",
+        "cd /opt; echo new > gone; mkdir tree; ls tree; cat gone",
+    ]);
+    assert_eq!(out.ok(), "new");
+}
+
 /// An ext3 file system with an upper layer in which a file is new, one is deleted in each of the two styles, and a
 /// directory hides the one below.
 fn ext3(env: &Env) -> std::path::PathBuf {

@@ -16,6 +16,7 @@ pub mod emulate;
 pub mod environment;
 pub mod init;
 pub mod join;
+mod marks;
 pub mod network;
 pub mod overlay;
 mod points;

@@ -12,6 +12,7 @@ use rustix::fs::{CWD, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
 
+use super::marks::Marked;
 use super::overlay::Writable;
 use super::points::{create_all, create_at, make_point, resolve_in};
 use super::session::Session;
@@ -242,6 +243,11 @@ impl Tree {
                 }
                 Layer::Directory(dir) => {
                     let [upper, work] = overlay::upper_and_work(dir)?;
+                    if let Some(marked) = Marked::find(upper.as_fd()) {
+                        let what =
+                            || format!("cannot use the overlay {} for writing", dir.display());
+                        marked.translate(upper.as_fd()).with_context(what)?;
+                    }
                     writable = Some(Writable {
                         upper: hold(&mut held, upper),
                         work: hold(&mut held, work),
@@ -250,8 +256,16 @@ impl Tree {
                 }
                 Layer::ReadOnlyDirectory(dir) => {
                     let fd = sys::open_path(dir)?;
-                    let upper = overlay::upper_of(&fd, dir)?;
-                    lower.push(hold(&mut held, upper.unwrap_or(fd)));
+                    let layer = overlay::upper_of(&fd, dir)?.unwrap_or(fd);
+                    let shadow = Marked::find(layer.as_fd())
+                        .map(|marked| marked.shadow(layer.as_fd(), &mut self.session))
+                        .transpose()?;
+                    match shadow {
+                        Some([above, below]) => {
+                            lower.extend([above, layer, below].map(|fd| hold(&mut held, fd)));
+                        }
+                        None => lower.push(hold(&mut held, layer)),
+                    }
                 }
                 Layer::Image(root) => {
                     let fd = self.image(root)?;
