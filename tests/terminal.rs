@@ -221,7 +221,14 @@ fn terminal_cannot_be_typed_into() {
         "#include <sys/ioctl.h>\n#include <sys/syscall.h>\n#include <errno.h>\n#include <unistd.h>\n\
          int main(void) { char c = 'x'; int bad = 0;\n\
          unsigned long numbers[] = {0x5412, 0x5412 | 1ul << 32, 0x541C, 0x541C | 1ul << 33};\n\
-         for (int i = 0; i < 4; i++) { long r = syscall(SYS_ioctl, 0, numbers[i], &c); bad |= !(r == -1 && errno == EPERM); }\n\
+         long calls[] = {SYS_ioctl,\n\
+         #ifdef __x86_64__\n\
+         514, 0x40000000 | 514, 0x40000000 | SYS_ioctl,\n\
+         #endif\n\
+         };\n\
+         for (unsigned c = 0; c < sizeof calls / sizeof *calls; c++)\n\
+         for (int i = 0; i < 4; i++) { long r = syscall(calls[c], 0, numbers[i], &c); bad |= !(r == -1 && errno == EPERM); }\n\
+         bad |= syscall(SYS_ioctl, -1, 0x5401, &c) != -1 || errno != EBADF;\n\
          return bad; }\n",
     );
     output(

@@ -19,7 +19,7 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use super::sys;
 
 /// Part of the socket's name: programs of different versions do not talk to each other.
-pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), ".4");
+pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), ".5");
 
 /// Largest message, bytes. The kernel's default limit for one packet is 208 KiB.
 const MAX: usize = 192 << 10;

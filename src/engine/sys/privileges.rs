@@ -92,6 +92,9 @@ pub fn allow_tracing() {
     let _ = set_dumpable_behavior(DumpableBehavior::Dumpable);
 }
 
+/// Marks the numbers of x32, the third table of calls of x86 (`__X32_SYSCALL_BIT`).
+const X32: u32 = 0x4000_0000;
+
 /// Forbids the two ioctls that type into the caller's terminal, `TIOCSTI` and `TIOCLINUX`: a program in a
 /// container shares the terminal with the shell outside. The number is compared in 32 bits, as the kernel
 /// takes it.
@@ -100,23 +103,26 @@ pub fn allow_tracing() {
 /// When the kernel has seccomp and refuses the filter.
 pub fn forbid_terminal_injection() -> Result<()> {
     const TIOCLINUX: u32 = 0x541C;
+    // By every number that leads to it: that of the 32-bit table of x86 too, and those of x32 with and without the bit that
+    // marks them (before Linux 5.4 both work, and those of 64 bits with it).
     let ioctl = libc::SYS_ioctl as u32;
-    // The number of ioctl in the 32-bit table of x86; on other machines the same as `ioctl`.
-    let ioctl32 = if cfg!(target_arch = "x86_64") {
-        54
-    } else {
-        ioctl
+    let numbers: &[u32] = match cfg!(target_arch = "x86_64") {
+        true => &[ioctl, 54, X32 | 514, X32 | ioctl, 514],
+        false => &[ioctl],
     };
-    let filter = [
-        seccomp::load_number(),
-        seccomp::if_equal(ioctl, 1, 0),
-        seccomp::if_equal(ioctl32, 0, 3),
-        seccomp::load_argument(1),
-        seccomp::if_equal(libc::TIOCSTI as u32, 2, 0),
-        seccomp::if_equal(TIOCLINUX, 1, 0),
+    let mut filter = vec![seccomp::load_number()];
+    for left in (1..=numbers.len()).rev() {
+        let number = numbers[numbers.len() - left];
+        filter.push(seccomp::if_equal(number, left as u8, 0));
+    }
+    filter.extend([
         seccomp::end(libc::SECCOMP_RET_ALLOW),
+        seccomp::load_argument(1),
+        seccomp::if_equal(libc::TIOCSTI as u32, 1, 0),
+        seccomp::if_equal(TIOCLINUX, 0, 1),
         seccomp::refuse(libc::EPERM),
-    ];
+        seccomp::end(libc::SECCOMP_RET_ALLOW),
+    ]);
     match seccomp::install(&filter, 0) {
         Ok(_) => Ok(()),
         // A kernel without seccomp offers nobody this protection.
@@ -150,6 +156,10 @@ pub fn confine_server() {
         seccomp::end(libc::SECCOMP_RET_KILL_PROCESS),
         seccomp::load_number(),
     ];
+    if cfg!(target_arch = "x86_64") {
+        // The same calls have other numbers there.
+        filter.extend([seccomp::if_set(X32), seccomp::refuse(libc::EPERM)]);
+    }
     for call in DENIED {
         filter.push(seccomp::if_equal(call as u32, 0, 1));
         filter.push(seccomp::refuse(libc::EPERM));
