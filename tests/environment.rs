@@ -186,6 +186,170 @@ fn scripts_that_need_a_shell_are_run_by_the_images_own() {
 }
 
 #[test]
+fn scripts_in_error_are_told_and_the_run_goes_on() {
+    let env = Env::new();
+    let tree = env.tree("tree");
+    let image = |name: &str, line: &str| {
+        let text = format!("#!/bin/sh\nexport FIRST=1\n{line}\nexport LAST=1\n");
+        script(&tree.join(".singularity.d/env/91-environment.sh"), &text);
+        env.sif(&tree, name)
+    };
+    let run = |image: &std::path::Path, options: &[&str]| {
+        let words = ["exec"].iter().chain(options).copied();
+        env.run(words.chain([image.to_str().unwrap(), "/bin/env"]))
+    };
+    // What only bash knows is known here, with no bash in the image.
+    for (n, line) in [
+        "LIST=(a 'b c'); export X=${LIST[1]}",
+        "X=b; X+=' c'; export X",
+        "[[ -n $HOME && $HOME == /* ]] && export X='b c'",
+        "Y='a c'; export X=${Y/a/b}",
+    ]
+    .iter()
+    .enumerate()
+    {
+        let out = run(&image(&format!("bash{n}.sif"), line), &[]);
+        assert!(
+            out.ok().contains("X=b c\n") && out.stdout.contains("LAST=1"),
+            "{line}: {out}"
+        );
+        assert_eq!(out.stderr, "", "{line}");
+    }
+    // What is wrong to all shells, and what busybox does not know.
+    for (n, line) in [
+        "if then fi",
+        "export 1x=2",
+        "A=([k]=v",
+        "readonly HOME; HOME=x",
+    ]
+    .iter()
+    .enumerate()
+    {
+        let image = image(&format!("bad{n}.sif"), line);
+        for options in [&[][..], &["-p"], &["--env", "GREETING=mine"]] {
+            let out = run(&image, options);
+            assert!(out.ok().contains("FIRST=1\n"), "{line}: {out}");
+            assert_ne!(out.stderr, "", "{line}: it is told");
+            if !options.is_empty() && options[0] == "--env" {
+                assert!(out.stdout.contains("GREETING=mine\n"), "{line}: {out}");
+            }
+        }
+    }
+    // Without any shell, a script that needs one is left out, and that is told.
+    let bare = env.path("bare");
+    std::fs::create_dir_all(bare.join("bin")).unwrap();
+    std::fs::copy("/bin/busybox", bare.join("bin/env")).unwrap();
+    let env_d = bare.join(".singularity.d/env");
+    script(&env_d.join("10-one.sh"), "export ONE=1\n");
+    script(
+        &env_d.join("20-two.sh"),
+        "export TWO=1\nexport NOW=$(date)\n",
+    );
+    script(&env_d.join("30-three.sh"), "export THREE=1\n");
+    let out = run(&env.sif(&bare, "bare.sif"), &[]);
+    let has = |line: &str| out.stdout.lines().any(|l| l == line);
+    out.ok();
+    assert!(has("ONE=1") && has("THREE=1") && !has("TWO=1"), "{out}");
+    assert!(
+        out.stderr.contains("WARNING: ") && out.stderr.contains("20-two.sh"),
+        "{out}"
+    );
+    // A file of the caller's may have what bash has.
+    write(
+        &env.path("a.env"),
+        "LIST=(a b)\nexport B=${LIST[1]}\nC+=c\n",
+    );
+    let file = env.path("a.env");
+    let out = run(
+        &env.path("bare.sif"),
+        &["--env-file", file.to_str().unwrap()],
+    );
+    assert!(
+        out.ok().contains("B=b\n") && out.stdout.contains("C=c\n"),
+        "{out}"
+    );
+}
+
+#[test]
+fn exported_functions_come_along() {
+    let env = Env::new();
+    let tree = env.tree("tree");
+    common::add_programs(&tree, &["/bin/bash"]);
+    let image = env.sif(&tree, "image.sif");
+    script(
+        &tree.join(".singularity.d/env/91-environment.sh"),
+        "#!/bin/sh\nexport NOW=$(date)\n",
+    );
+    let other = env.sif(&tree, "other.sif");
+    for image in [image, other] {
+        let run = |options: &[&str]| {
+            let words = ["exec"].iter().chain(options).copied();
+            let image = image.to_str().unwrap();
+            let words = words.chain([image, "/bin/bash", "-c", "f 'a b'; echo $?"]);
+            output(
+                env.command(words)
+                    .env("BASH_FUNC_f%%", "() {  echo \"fn $1\"\n}"),
+            )
+        };
+        assert_eq!(run(&[]).ok(), "fn a b\n0", "{}", image.display());
+        assert_eq!(run(&["--cleanenv"]).ok(), "127");
+        assert_eq!(run(&["--no-env", "BASH_FUNC_f%%"]).ok(), "127");
+    }
+}
+
+#[test]
+fn libraries_of_the_image_come_before_those_of_the_host() {
+    let env = Env::new();
+    let tree = env.tree("tree");
+    let libs = |image: &std::path::Path, options: &[&str], host: &[(&str, &str)]| {
+        let image = image.to_str().unwrap();
+        value(&env, image, options, host, "LD_LIBRARY_PATH").unwrap_or_default()
+    };
+    let plain = env.sif(&tree, "plain.sif");
+    for (path, text) in [
+        ("lib64/ld-linux-x86-64.so.2", ""),
+        ("usr/lib64/libx.so", ""),
+        ("etc/ld.so.conf", "include /etc/ld.so.conf.d/*.conf\n"),
+        ("etc/ld.so.conf.d/local.conf", "/usr/local/lib\n"),
+        ("usr/local/lib/liby.so", ""),
+    ] {
+        write(&tree.join(path), text);
+    }
+    let glibc = env.sif(&tree, "glibc.sif");
+    script(
+        &tree.join(".singularity.d/env/91-environment.sh"),
+        "#!/bin/sh\nexport NOW=$(date)\n",
+    );
+    let shell = env.sif(&tree, "shell.sif");
+    let host = env.path("host");
+    write(&host.join("libcuda.so.1"), "");
+    let bind = format!("{}:/.singularity.d/libs", host.display());
+    let bind = ["-B", &*bind];
+    let own = "/usr/local/lib:/lib64:/usr/lib64:/.singularity.d/libs";
+    for image in [&glibc, &shell] {
+        assert_eq!(
+            libs(image, &[], &[]),
+            "/.singularity.d/libs",
+            "nothing of the host"
+        );
+        assert_eq!(libs(image, &bind, &[]), own);
+        let pre = ("APPTAINERENV_PREPEND_LD_LIBRARY_PATH", "/pre");
+        let app = ("APPTAINERENV_APPEND_LD_LIBRARY_PATH", "/app");
+        assert_eq!(libs(image, &[], &[pre, app]), format!("/pre:{own}:/app"));
+        let all = ("APPTAINERENV_LD_LIBRARY_PATH", "/mine");
+        assert_eq!(libs(image, &bind, &[all]), "/mine:/.singularity.d/libs");
+        let none = ("APPTAINERENV_LD_LIBRARY_PATH", "");
+        assert_eq!(libs(image, &bind, &[none]), "");
+        assert_eq!(libs(image, &[], &[none, pre]), "");
+    }
+    assert_eq!(
+        libs(&plain, &bind, &[]),
+        "/.singularity.d/libs",
+        "another C library"
+    );
+}
+
+#[test]
 fn exported_functions_and_odd_names_of_the_host_do_no_harm() {
     let env = Env::new();
     let image = env.image();

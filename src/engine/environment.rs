@@ -25,16 +25,30 @@ const PROMPT_COMMAND: &str = "PS1=\"Apptainer> \"; unset PROMPT_COMMAND";
 /// A single argument of execve(2) has at most 128 KiB.
 const MAX_SHELL_BYTES: usize = 120 << 10;
 
+/// Shells of images, the best first: the peers' evaluator takes what bash does.
+const SHELLS: [&[&str]; 2] = [&["/bin/bash", "--norc", "--noprofile"], &["/bin/sh"]];
+
+/// What becomes of a script that is not known well enough.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Unknown {
+    /// All of them are given to a shell.
+    Given,
+    /// It is told, and what it has set is forgotten: there is no shell.
+    Skipped,
+}
+
 /// What the scripts left.
 #[derive(Debug)]
 pub enum Finished {
     /// The environment.
     Ready(Vec<(OsString, OsString)>),
-    /// This script for the image's `/bin/sh`, started with these variables, makes it and runs `"$@"`.
+    /// This script for the image's shell, started with these variables, makes it and runs `"$@"`.
     Shell {
+        /// The shell with its options.
+        shell: &'static [&'static str],
         /// For `sh -c`.
         script: OsString,
-        /// For `sh` itself.
+        /// For the shell itself.
         vars: Vec<(OsString, OsString)>,
     },
     /// A script ended the run with this status.
@@ -48,12 +62,16 @@ pub enum Finished {
 pub fn finish(environment: &Environment, cwd: &Path) -> Result<Finished> {
     let state = start(environment, cwd);
     let scripts = scripts();
-    match natively(environment, &scripts, &mut state.clone()) {
+    match natively(environment, &scripts, &mut state.clone(), Unknown::Given) {
         Ok(finished) => Ok(finished),
         Err(why) => {
-            if rustix::fs::access("/bin/sh", Access::EXEC_OK).is_err() {
-                bail!("cannot evaluate {why}, and the image has no /bin/sh that could");
-            }
+            let there = |shell: &&&[&str]| rustix::fs::access(shell[0], Access::EXEC_OK).is_ok();
+            let Some(shell) = SHELLS.iter().find(there) else {
+                return natively(environment, &scripts, &mut state.clone(), Unknown::Skipped)
+                    .map_err(|why| {
+                        why.context("the image has no shell that could evaluate its environment")
+                    });
+            };
             say::verbose(format_args!(
                 "the image's own shell evaluates its environment: {why}"
             ));
@@ -66,6 +84,7 @@ pub fn finish(environment: &Environment, cwd: &Path) -> Result<Finished> {
                 );
             }
             Ok(Finished::Shell {
+                shell,
                 script: OsString::from_vec(script),
                 vars,
             })
@@ -99,10 +118,8 @@ fn ids() -> [(&'static str, u32); 3] {
 
 /// What programs get of the variables.
 fn exported(state: State) -> Vec<(OsString, OsString)> {
-    let exported = state.vars.into_iter().filter(|(_, var)| var.exported);
-    exported
-        .filter_map(|(name, var)| Some((OsString::from_vec(name), OsString::from_vec(var.value?))))
-        .collect()
+    let text = OsString::from_vec;
+    state.handed_on().map(|(n, v)| (text(n), text(v))).collect()
 }
 
 /// The image's scripts in the order of their names.
@@ -130,17 +147,28 @@ fn is(script: &Path, start: &str) -> bool {
         .is_some_and(|n| n.as_bytes().starts_with(start.as_bytes()))
 }
 
-fn natively(environment: &Environment, scripts: &[PathBuf], state: &mut State) -> Result<Finished> {
+fn natively(
+    environment: &Environment,
+    scripts: &[PathBuf],
+    state: &mut State,
+    unknown: Unknown,
+) -> Result<Finished> {
     let mut overridden = false;
     for script in scripts {
         if is(script, "90-") && state.get(b"PATH").is_none_or(<[u8]>::is_empty) {
             state.export(b"PATH", DEFAULT_PATH.as_bytes());
         }
-        let text = Container
-            .read(script.as_os_str().as_bytes())
-            .ok_or_else(|| anyhow!("{}: it cannot be read", script.display()))?;
-        let end = shell::run(&text, state, &Container)
-            .map_err(|error| anyhow!("{}: {error}", script.display()))?;
+        let before = (unknown == Unknown::Skipped).then(|| state.clone());
+        let end = match (evaluate(script, state), before) {
+            (Err(why), Some(before)) => {
+                say::warn(format_args!(
+                    "the image has no shell that could evaluate its script {why:#}: what it sets is missing"
+                ));
+                *state = before;
+                End::Done
+            }
+            (end, _) => end?,
+        };
         if let End::Exit(status) = end {
             print(state);
             return Ok(Finished::Ended(status));
@@ -176,6 +204,13 @@ fn natively(environment: &Environment, scripts: &[PathBuf], state: &mut State) -
     Ok(Finished::Ready(exported(std::mem::take(state))))
 }
 
+fn evaluate(script: &Path, state: &mut State) -> Result<End> {
+    let text = Container
+        .read(script.as_os_str().as_bytes())
+        .ok_or_else(|| anyhow!("{}: it cannot be read", script.display()))?;
+    shell::run(&text, state, &Container).map_err(|error| anyhow!("{}: {error}", script.display()))
+}
+
 /// What a script says is the payload's output, as it would be with a real shell.
 fn print(state: &State) {
     use std::io::Write as _;
@@ -185,42 +220,84 @@ fn print(state: &State) {
     let _ = std::io::stderr().lock().write_all(&state.err);
 }
 
-fn evaluated(environment: &Environment, value: &OsStr, state: &mut State) -> Result<Vec<u8>> {
+fn evaluated(
+    environment: &Environment,
+    name: &OsStr,
+    value: &OsStr,
+    state: &mut State,
+) -> Result<Vec<u8>> {
     if environment.no_eval {
         return Ok(value.as_bytes().to_vec());
     }
     shell::expand(value.as_bytes(), state)
-        .map_err(|error| anyhow!("{}: {}", value.display(), error.what))
+        .map_err(|error| anyhow!("the value for {}: {}", name.display(), error.what))
 }
 
 fn apply(environment: &Environment, state: &mut State) -> Result<()> {
     for (name, value) in &environment.overrides {
-        let value = evaluated(environment, value, state)?;
+        let value = evaluated(environment, name, value, state)?;
         state.export(name.as_bytes(), &value);
     }
-    let libs = state.get(b"LD_LIBRARY_PATH").filter(|l| !l.is_empty());
-    let mut libs = libs.unwrap_or(LIBS.as_bytes()).to_vec();
+    let mut libs = match state.get(b"LD_LIBRARY_PATH") {
+        // Whoever wants none gets none.
+        Some([]) => return Ok(()),
+        libs => libs.unwrap_or(LIBS.as_bytes()).to_vec(),
+    };
+    if libs == LIBS.as_bytes()
+        && let Some(own) = own_libraries(environment)
+    {
+        libs = own;
+        state.export(b"LD_LIBRARY_PATH", &libs);
+    }
     if let Some(more) = &environment.prepend_libs {
-        libs = [evaluated(environment, more, state)?, libs].join(&b':');
+        let more = evaluated(
+            environment,
+            OsStr::new("PREPEND_LD_LIBRARY_PATH"),
+            more,
+            state,
+        )?;
+        libs = [more, libs].join(&b':');
         state.export(b"LD_LIBRARY_PATH", &libs);
     }
     if let Some(more) = &environment.append_libs {
-        libs = [libs, evaluated(environment, more, state)?].join(&b':');
+        let more = evaluated(
+            environment,
+            OsStr::new("APPEND_LD_LIBRARY_PATH"),
+            more,
+            state,
+        )?;
+        libs = [libs, more].join(&b':');
         state.export(b"LD_LIBRARY_PATH", &libs);
     }
     Ok(())
 }
 
+/// The search path where there are libraries of the host or of the caller: those of the image's own loader come before
+/// them, or they would take the place of the image's.
+fn own_libraries(environment: &Environment) -> Option<Vec<u8>> {
+    let asked = environment.prepend_libs.is_some() || environment.append_libs.is_some();
+    let bound = || std::fs::read_dir(LIBS).is_ok_and(|mut entries| entries.next().is_some());
+    if !asked && !bound() {
+        return None;
+    }
+    let own = super::libraries::directories(Path::new("/"));
+    let all = own.into_iter().chain([PathBuf::from(LIBS)]);
+    let all: Vec<Vec<u8>> = all.map(|dir| dir.into_os_string().into_vec()).collect();
+    Some(all.join(&b':'))
+}
+
 fn set_path(environment: &Environment, state: &mut State) -> Result<()> {
     let mut path = state.get(b"PATH").unwrap_or_default().to_vec();
     if let Some(more) = &environment.prepend_path {
-        path = [evaluated(environment, more, state)?, path].join(&b':');
+        let more = evaluated(environment, OsStr::new("PREPEND_PATH"), more, state)?;
+        path = [more, path].join(&b':');
     }
     if let Some(more) = &environment.append_path {
-        path = [path, evaluated(environment, more, state)?].join(&b':');
+        let more = evaluated(environment, OsStr::new("APPEND_PATH"), more, state)?;
+        path = [path, more].join(&b':');
     }
     if let Some(all) = &environment.path {
-        path = evaluated(environment, all, state)?;
+        path = evaluated(environment, OsStr::new("PATH"), all, state)?;
     }
     state.export(b"PATH", &path);
     Ok(())
@@ -253,7 +330,8 @@ fn for_shell(environment: &Environment, scripts: &[PathBuf]) -> Vec<u8> {
         if is(script, "90-") {
             text.extend(format!("[ -n \"$PATH\" ] || export PATH={DEFAULT_PATH}\n").bytes());
         }
-        text.extend(b". ");
+        // With `command`, an error in it does not end the shell.
+        text.extend(b"command . ");
         text.extend(quoted(script.as_os_str().as_bytes()));
         text.push(b'\n');
         if is(script, "10-docker") {
@@ -276,7 +354,8 @@ fn for_shell(environment: &Environment, scripts: &[PathBuf]) -> Vec<u8> {
     ] {
         set_for_shell(environment, "PATH", value.as_ref(), around, &mut text);
     }
-    for (name, value) in &environment.host {
+    let is_name = |name: &OsString| shell::is_name(name.as_bytes());
+    for (name, value) in environment.host.iter().filter(|(name, _)| is_name(name)) {
         let name = name.to_string_lossy();
         text.extend(format!("if [ -z \"${{{name}+x}}\" ]; then export {name}=").bytes());
         text.extend(quoted(value.as_bytes()));
@@ -284,7 +363,19 @@ fn for_shell(environment: &Environment, scripts: &[PathBuf]) -> Vec<u8> {
     }
     text.extend(format!("export PATH LD_LIBRARY_PATH=\"${{LD_LIBRARY_PATH-{LIBS}}}\" PS1=\"${{PS1:-{PROMPT}}}\" PROMPT_COMMAND=").bytes());
     text.extend(quoted(PROMPT_COMMAND.as_bytes()));
-    text.extend(b"\ncommand -v \"$1\" >/dev/null 2>&1 || { echo \"FATAL:   \\\"$1\\\": executable file not found in \\$PATH\" >&2; exit 255; }\nexec \"$@\"\n");
+    text.extend(b"\ncommand -v \"$1\" >/dev/null 2>&1 || { echo \"FATAL:   \\\"$1\\\": executable file not found in \\$PATH\" >&2; exit 255; }\n");
+    let functions = environment.host.iter().filter(|(name, _)| !is_name(name));
+    let functions: Vec<&(OsString, OsString)> = functions.collect();
+    if !functions.is_empty() {
+        // Functions of bash: shells that do not know them hand them on to nobody.
+        text.extend(b"command -v env >/dev/null 2>&1 && exec env");
+        for (name, value) in functions {
+            text.push(b' ');
+            text.extend(quoted(&[name.as_bytes(), b"=", value.as_bytes()].concat()));
+        }
+        text.extend(b" \"$@\"\n");
+    }
+    text.extend(b"exec \"$@\"\n");
     text
 }
 
@@ -296,12 +387,21 @@ fn overrides_for_shell(environment: &Environment, text: &mut Vec<u8>) {
         text.extend(value_for_shell(environment, value));
         text.push(b'\n');
     }
-    let libs = format!("\"${{LD_LIBRARY_PATH:-{LIBS}}}\"");
+    if let Some(own) = own_libraries(environment) {
+        let test = format!("[ \"${{LD_LIBRARY_PATH-{LIBS}}}\" != {LIBS} ] || LD_LIBRARY_PATH=");
+        text.extend(test.bytes());
+        text.extend(quoted(&own));
+        text.push(b'\n');
+    }
+    let libs = format!("\"${{LD_LIBRARY_PATH-{LIBS}}}\"");
     for (value, [before, behind]) in [
         (&environment.prepend_libs, ["", &format!(":{libs}")]),
         (&environment.append_libs, [&format!("{libs}:"), ""]),
     ] {
         let around = [before, behind];
+        if value.is_some() {
+            text.extend(b"[ -z \"${LD_LIBRARY_PATH-x}\" ] || ");
+        }
         set_for_shell(environment, "LD_LIBRARY_PATH", value.as_ref(), around, text);
     }
 }
@@ -467,7 +567,14 @@ mod tests {
     }
 
     fn here(environment: &Environment, scripts: &[PathBuf]) -> Vars {
-        match natively(environment, scripts, &mut started(environment)).unwrap() {
+        match natively(
+            environment,
+            scripts,
+            &mut started(environment),
+            Unknown::Given,
+        )
+        .unwrap()
+        {
             Finished::Ready(vars) => comparable(vars),
             other => panic!("{other:?}"),
         }
@@ -559,7 +666,7 @@ mod tests {
             overrides: vec![("A".into(), "say \"$(echo \"x  y\")\" `echo \"z\"`".into())],
             ..Environment::default()
         };
-        assert!(natively(&environment, &[], &mut State::default()).is_err());
+        assert!(natively(&environment, &[], &mut State::default(), Unknown::Given).is_err());
         let vars = there("/bin/sh", &environment, &[]);
         assert_eq!(vars.get(OsStr::new("A")), Some(&"say \"x  y\" z".into()));
     }
@@ -567,7 +674,13 @@ mod tests {
     #[test]
     fn script_that_ends_the_run_gives_its_status() {
         let (environment, _dir, scripts) = example(&[("95-apps.sh", "exit 7\n")]);
-        let end = natively(&environment, &scripts, &mut started(&environment)).unwrap();
+        let end = natively(
+            &environment,
+            &scripts,
+            &mut started(&environment),
+            Unknown::Given,
+        )
+        .unwrap();
         assert!(matches!(end, Finished::Ended(7)), "{end:?}");
     }
 

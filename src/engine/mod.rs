@@ -16,6 +16,7 @@ pub mod emulate;
 pub mod environment;
 pub mod init;
 pub mod join;
+pub mod libraries;
 mod marks;
 pub mod network;
 pub mod overlay;

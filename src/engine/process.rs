@@ -153,12 +153,16 @@ pub fn resolve(process: &Process, environment: &Environment, cwd: &Path) -> Resu
             program(argv, env).map(Next::Run)
         }
         Finished::Ended(status) => Ok(Next::End(status)),
-        Finished::Shell { script, vars } => {
-            let mut words: Vec<OsString> =
-                vec!["/bin/sh".into(), "-c".into(), script, "capsid".into()];
+        Finished::Shell {
+            shell,
+            script,
+            vars,
+        } => {
+            let mut words: Vec<OsString> = shell.iter().map(Into::into).collect();
+            words.extend(["-c".into(), script, "capsid".into()]);
             words.extend(argv);
             Ok(Next::Run(Program {
-                path: "/bin/sh".into(),
+                path: shell[0].into(),
                 argv: words,
                 env: vars,
             }))

@@ -114,7 +114,7 @@ pub fn plan(request: &Request) -> Result<(Environment, Vec<String>, Vec<String>)
     environment.host = request
         .host
         .iter()
-        .filter(|(name, _)| is_forwarded(request, name))
+        .filter(|(name, value)| is_forwarded(request, name, value))
         .cloned()
         .collect();
     for (name, value) in overrides(request, &mut warnings, &mut infos)? {
@@ -124,8 +124,10 @@ pub fn plan(request: &Request) -> Result<(Environment, Vec<String>, Vec<String>)
             Some("APPEND_PATH") => environment.append_path = Some(value),
             Some("LD_LIBRARY_PATH") => {
                 let mut value = value;
-                value.push(":");
-                value.push(LIBS);
+                if !value.is_empty() {
+                    value.push(":");
+                    value.push(LIBS);
+                }
                 environment.overrides.push((name, value));
             }
             Some("PREPEND_LD_LIBRARY_PATH") => environment.prepend_libs = Some(value),
@@ -197,7 +199,14 @@ fn own(request: &Request) -> Vec<Variable> {
     vars
 }
 
-fn is_forwarded(request: &Request, name: &OsStr) -> bool {
+/// A function that bash has exported; a name without one is nothing.
+fn is_function(name: &[u8], value: &OsStr) -> bool {
+    name.starts_with(b"BASH_FUNC_")
+        && (name.ends_with(b"%%") || name.ends_with(b"()"))
+        && value.as_bytes().starts_with(b"() {")
+}
+
+fn is_forwarded(request: &Request, name: &OsStr, value: &OsStr) -> bool {
     let bytes = name.as_bytes();
     let ours = [
         "APPTAINER_",
@@ -205,11 +214,14 @@ fn is_forwarded(request: &Request, name: &OsStr) -> bool {
         "APPTAINERENV_",
         "SINGULARITYENV_",
     ];
-    if ["HOME", "PATH", "LD_LIBRARY_PATH", "PWD"].iter().any(|n| name == *n)
-        || ours.iter().any(|prefix| bytes.starts_with(prefix.as_bytes()))
+    if ["HOME", "PATH", "LD_LIBRARY_PATH", "PWD"]
+        .iter()
+        .any(|n| name == *n)
+        || ours
+            .iter()
+            .any(|prefix| bytes.starts_with(prefix.as_bytes()))
         || request.no_env.iter().any(|n| name == n.as_str())
-        // Exported functions of bash and the like.
-        || !shell::is_name(bytes)
+        || !(shell::is_name(bytes) || is_function(bytes, value))
     {
         return false;
     }
@@ -290,10 +302,9 @@ fn from_file(request: &Request, path: &Path, text: &[u8]) -> Result<Vec<Variable
     shell::run(text, &mut state, &shell::NoFiles).map_err(|error| {
         anyhow!("cannot evaluate the environment file {} (--env-file): {error}; use assignments, one a line", path.display())
     })?;
-    let set = state
-        .vars
-        .into_iter()
-        .filter(|(name, var)| var.assigned && !NOT_FROM_FILES.iter().any(|n| n.as_bytes() == name));
+    let set = state.vars.into_iter().filter(|(name, var)| {
+        var.assigned && var.more.is_none() && !NOT_FROM_FILES.iter().any(|n| n.as_bytes() == name)
+    });
     Ok(set
         .filter_map(|(name, var)| Some((OsString::from_vec(name), OsString::from_vec(var.value?))))
         .collect())
@@ -351,10 +362,13 @@ mod tests {
             var("PATH", "/x"),
             var("LD_LIBRARY_PATH", "/y"),
             var("APPTAINER_BIND", "/z"),
-            var("BASH_FUNC_x%%", "() {"),
+            var("BASH_FUNC_x%%", "() {  echo x\n}"),
+            var("BASH_FUNC_y%%", "no function"),
+            var("a.b", "() {"),
         ];
         let (environment, ..) = planned(&host, |_| {}).unwrap();
-        assert_eq!(environment.host, [var("A", "1")]);
+        let function = var("BASH_FUNC_x%%", "() {  echo x\n}");
+        assert_eq!(environment.host, [var("A", "1"), function]);
         assert!(environment.vars.contains(&var("PATH", DEFAULT_PATH)));
         assert!(
             environment

@@ -1,7 +1,7 @@
 //! Commands to effects on the state.
 
 use super::expand::{fits, has_braces, unsupported};
-use super::parse::{self, AndOr, Command, Join, List, Output, Simple, Stage};
+use super::parse::{self, AndOr, Assignment, Command, Join, List, Output, Simple, Stage, Value};
 use super::{End, Files, State, Unsupported, Var, is_name};
 
 /// Commands that a script may run; real ones need a few hundred.
@@ -65,6 +65,10 @@ impl<'a> Machine<'a> {
 
     fn stage(&mut self, stage: &Stage) -> Run<Flow> {
         let flow = self.command(&stage.command)?;
+        if stage.negated && !matches!(flow, Flow::Next) {
+            // Some turn the status of a return or an exit around, some do not.
+            return Err(unsupported(0, "the end of a script turned around"));
+        }
         if stage.negated {
             self.state.status = u8::from(self.state.status == 0);
         }
@@ -75,6 +79,10 @@ impl<'a> Machine<'a> {
         match command {
             Command::Simple(simple) => self.simple(simple),
             Command::Group(list) => self.list(list),
+            Command::Test { cond, line } => {
+                self.state.status = u8::from(!self.holds(cond, *line)?);
+                Ok(Flow::Next)
+            }
             Command::If { arms, otherwise } => {
                 for (condition, body) in arms {
                     match self.list(condition)? {
@@ -148,12 +156,64 @@ impl<'a> Machine<'a> {
             return Err(unsupported(line, "a change of IFS"));
         }
         let var = self.state.vars.entry(name.to_vec()).or_default();
-        *var = Var {
-            value: Some(value),
-            exported: var.exported,
-            assigned: true,
-        };
+        if var.unset {
+            return Err(unsupported(line, "setting what was exported and unset"));
+        }
+        (var.value, var.assigned) = (Some(value), true);
         Ok(())
+    }
+
+    /// An assignment of any form.
+    fn set(&mut self, assignment: &Assignment, line: u32) -> Run<()> {
+        let name = assignment.name.as_slice();
+        let before = self.state.get(name).map(<[u8]>::to_vec);
+        match (&assignment.value, assignment.index) {
+            (Value::One(word), None) => {
+                let mut value = match assignment.append {
+                    true => before.unwrap_or_default(),
+                    false => Vec::new(),
+                };
+                value.extend(self.joined(word, line)?);
+                self.assign(name, value, line)
+            }
+            (Value::One(word), Some(index)) => {
+                let value = self.joined(word, line)?;
+                // Number 0 is also the variable itself.
+                self.assign(name, before.clone().unwrap_or_default(), line)?;
+                let var = self.state.vars.entry(name.to_vec()).or_default();
+                var.value = before;
+                let more = var.more.get_or_insert_default();
+                let element = match index {
+                    0 => var.value.get_or_insert_default(),
+                    n => more.entry(n).or_default(),
+                };
+                if !assignment.append {
+                    element.clear();
+                }
+                element.extend(value);
+                Ok(())
+            }
+            (Value::List(words), _) => {
+                let values = self.fields(words, line)?;
+                self.assign(name, before.clone().unwrap_or_default(), line)?;
+                let var = self.state.vars.entry(name.to_vec()).or_default();
+                let mut more = var.more.take().unwrap_or_default();
+                if !assignment.append {
+                    more.clear();
+                }
+                (var.value, var.more) = (before.filter(|_| assignment.append), Some(more));
+                for value in values {
+                    match (&var.value, &mut var.more) {
+                        (Some(_), Some(more)) => {
+                            let last = more.last_key_value().map_or(0, |(n, _)| *n);
+                            more.insert(last + 1, value);
+                        }
+                        _ => var.value = Some(value),
+                    }
+                }
+                Ok(())
+            }
+        }
     }
 
     fn simple(&mut self, simple: &Simple) -> Run<Flow> {
@@ -179,9 +239,8 @@ impl<'a> Machine<'a> {
         }
         let words = self.fields(&simple.words, line)?;
         let Some(name) = words.first() else {
-            for (name, value) in &simple.assignments {
-                let value = self.joined(value, line)?;
-                self.assign(name, value, line)?;
+            for assignment in &simple.assignments {
+                self.set(assignment, line)?;
             }
             self.state.status = 0;
             return Ok(Flow::Next);
@@ -244,10 +303,11 @@ impl<'a> Machine<'a> {
             if !is_name(name) {
                 return Err(unsupported(line, "export of something that is no name"));
             }
+            let var = self.state.vars.entry(name.to_vec()).or_default();
+            (var.exported, var.unset) = (true, false);
             if let Some(value) = value {
                 self.assign(name, value, line)?;
             }
-            self.state.vars.entry(name.to_vec()).or_default().exported = true;
         }
         self.state.status = 0;
         Ok(Flow::Next)
@@ -262,7 +322,18 @@ impl<'a> Machine<'a> {
             if !is_name(name) {
                 return Err(unsupported(line, "unset of something that is no name"));
             }
-            self.state.vars.remove(name);
+            if self
+                .state
+                .vars
+                .remove(name)
+                .is_some_and(|v| v.exported || v.unset)
+            {
+                let gone = Var {
+                    unset: true,
+                    ..Var::default()
+                };
+                self.state.vars.insert(name.clone(), gone);
+            }
         }
         Ok(0)
     }
@@ -303,7 +374,7 @@ impl<'a> Machine<'a> {
             .ok_or_else(|| what("it cannot be read"))?;
         let list = parse::script(&text).map_err(|error| what(&error.to_string()))?;
         self.depth += 1;
-        let flow = self.list(&list).map_err(|error| what(&error.to_string()))?;
+        let flow = self.body(&list).map_err(|error| what(&error.to_string()))?;
         self.depth -= 1;
         Ok(match flow {
             Flow::Return => Flow::Next,
@@ -326,7 +397,7 @@ impl<'a> Machine<'a> {
         Ok(u8::from(!truth))
     }
 
-    fn unary(&self, op: &[u8], word: &[u8], line: u32) -> Run<bool> {
+    pub(super) fn unary(&self, op: &[u8], word: &[u8], line: u32) -> Run<bool> {
         match op {
             b"-n" => Ok(!word.is_empty()),
             b"-z" => Ok(word.is_empty()),
@@ -349,7 +420,7 @@ fn is_binary(op: &[u8]) -> bool {
     )
 }
 
-fn binary(left: &[u8], op: &[u8], right: &[u8], line: u32) -> Run<bool> {
+pub(super) fn binary(left: &[u8], op: &[u8], right: &[u8], line: u32) -> Run<bool> {
     let number = |text: &[u8]| {
         let text = std::str::from_utf8(text).map(str::trim);
         text.ok()

@@ -1,7 +1,7 @@
 //! Words to fields.
 
 use super::eval::Machine;
-use super::parse::{Op, Parameter, Part, Word};
+use super::parse::{Op, Parameter, Part, Place, Word};
 use super::{MAX_NAMES, Unsupported};
 
 /// Bytes of one value; more is no environment.
@@ -10,6 +10,8 @@ const MAX_VALUE_BYTES: usize = 1 << 20;
 const MAX_MADE_BYTES: usize = 64 << 20;
 /// Bytes of a value that patterns are cut from: that takes the square of it.
 const MAX_CUT_BYTES: usize = 16 << 10;
+/// Bytes of a value in which something is replaced: that takes the cube of it.
+const MAX_REPLACED_BYTES: usize = 512;
 /// Variables that shells make themselves, each its own way.
 const OF_SHELLS: [&[u8]; 9] = [
     b"EUID", b"GID", b"IFS", b"LINENO", b"OPTIND", b"PPID", b"RANDOM", b"SECONDS", b"UID",
@@ -141,6 +143,11 @@ impl Machine<'_> {
                     found.push(path);
                     continue;
                 }
+                // Some shells find the directory itself and the one above it, some do not.
+                let dotted = part.first() == Some(&Glob::Byte(b'.'));
+                if dotted && (fits(part, b".", line)? || fits(part, b"..", line)?) {
+                    return Err(unknown());
+                }
                 self.step(line)?;
                 let directory: &[u8] = if path.is_empty() { b"." } else { &path };
                 let mut names = self.files.names(directory).ok_or_else(unknown)?;
@@ -186,11 +193,12 @@ impl Machine<'_> {
                     breaks: false,
                 }),
                 Part::Parameter {
-                    name: Parameter::Each,
+                    name: name @ (Parameter::Each | Parameter::Elements { each: true, .. }),
                     op: Op::Plain,
                     quoted,
                 } => {
-                    let params = self.state.params.iter().enumerate();
+                    let params = self.each(name);
+                    let params = params.iter().enumerate();
                     pieces.extend(params.map(|(i, p)| Piece {
                         bytes: p.clone(),
                         quoted: *quoted,
@@ -220,9 +228,26 @@ impl Machine<'_> {
         line: u32,
         pieces: &mut Vec<Piece>,
     ) -> Result<(), Unsupported> {
+        let many = matches!(name, Parameter::Elements { .. });
+        if many && !matches!(op, Op::Plain | Op::Length) {
+            return Err(unsupported(line, "an expansion of an array"));
+        }
         let value = self.value(name, line)?;
         let bytes = match op {
             Op::Plain => value.unwrap_or_default(),
+            Op::Length if many => self.each(name).len().to_string().into_bytes(),
+            Op::Sub { from, len } => part_of(&value.unwrap_or_default(), *from, *len, line)?,
+            Op::Case { upper, all } => in_capitals(value.unwrap_or_default(), *upper, *all, line)?,
+            Op::Replace {
+                place,
+                pattern,
+                with,
+            } => {
+                let pattern = self.pattern(pattern, line)?;
+                let with = self.joined(with, line)?;
+                let value = value.unwrap_or_default();
+                replaced(&value, *place, &pattern, &with, line)?
+            }
             Op::Length => {
                 let value = value.unwrap_or_default();
                 // Some shells count bytes, some characters.
@@ -285,6 +310,17 @@ impl Machine<'_> {
         Ok(())
     }
 
+    /// The single values of `$@` or `${NAME[@]}`.
+    fn each(&self, name: &Parameter) -> Vec<Vec<u8>> {
+        match name {
+            Parameter::Elements { name, .. } => {
+                let var = self.state.vars.get(name);
+                var.map_or_else(Vec::new, |var| var.elements().cloned().collect())
+            }
+            _ => self.state.params.clone(),
+        }
+    }
+
     fn value(&self, name: &Parameter, line: u32) -> Result<Option<Vec<u8>>, Unsupported> {
         Ok(match name {
             Parameter::Variable(name) => {
@@ -294,6 +330,14 @@ impl Machine<'_> {
                 }
                 value.map(<[u8]>::to_vec)
             }
+            Parameter::Element(name, index) => {
+                let var = self.state.vars.get(name);
+                match index {
+                    0 => var.and_then(|v| v.value.clone()),
+                    n => var.and_then(|v| v.more.as_ref()?.get(n).cloned()),
+                }
+            }
+            Parameter::Elements { .. } => Some(self.each(name).join(&b' ')),
             Parameter::Positional(number) => self.state.params.get(number - 1).cloned(),
             Parameter::Each | Parameter::Joined => Some(self.state.params.join(&b' ')),
             Parameter::Count => Some(self.state.params.len().to_string().into_bytes()),
@@ -391,6 +435,81 @@ fn matches(pattern: &[Glob], text: &[u8]) -> bool {
         t += 1;
     }
     pattern[p..].iter().all(|g| *g == Glob::Any)
+}
+
+/// `${x:FROM:LEN}`, in characters.
+fn part_of(
+    value: &[u8],
+    from: usize,
+    len: Option<usize>,
+    line: u32,
+) -> Result<Vec<u8>, Unsupported> {
+    if !value.is_ascii() {
+        return Err(unsupported(line, "a part of a text that is not ASCII"));
+    }
+    let rest = value.get(from..).unwrap_or_default();
+    Ok(rest[..len.unwrap_or(rest.len()).min(rest.len())].to_vec())
+}
+
+/// `${x^^}` and the like.
+fn in_capitals(
+    mut value: Vec<u8>,
+    upper: bool,
+    all: bool,
+    line: u32,
+) -> Result<Vec<u8>, Unsupported> {
+    if !value.is_ascii() {
+        return Err(unsupported(line, "capitals of a text that is not ASCII"));
+    }
+    let len = if all { value.len() } else { value.len().min(1) };
+    match upper {
+        true => value[..len].make_ascii_uppercase(),
+        false => value[..len].make_ascii_lowercase(),
+    }
+    Ok(value)
+}
+
+/// `${x/PATTERN/WITH}`: the longest match from the first place on.
+fn replaced(
+    value: &[u8],
+    place: Place,
+    pattern: &[Glob],
+    with: &[u8],
+    line: u32,
+) -> Result<Vec<u8>, Unsupported> {
+    // Newer shells put the match in the place of these.
+    if pattern.is_empty() || with.contains(&b'&') || with.contains(&b'\\') {
+        return Err(unsupported(line, "such a replacement"));
+    }
+    if value.len() > MAX_REPLACED_BYTES {
+        return Err(unsupported(line, "a replacement in a long text"));
+    }
+    let mut made = Vec::new();
+    let (mut at, mut done) = (0, false);
+    while at < value.len() {
+        let rest = &value[at..];
+        let tried = !done && (place != Place::Start || at == 0);
+        let mut found = None;
+        for len in (1..=rest.len()).rev().filter(|_| tried) {
+            let ends = place != Place::End || len == rest.len();
+            if ends && fits(pattern, &rest[..len], line)? {
+                found = Some(len);
+                break;
+            }
+        }
+        match found {
+            Some(len) => {
+                made.extend(with);
+                at += len;
+                done = place != Place::All;
+            }
+            None => {
+                made.push(rest[0]);
+                at += 1;
+            }
+        }
+    }
+    Ok(made)
 }
 
 /// Without the shortest or longest start or end that matches.

@@ -7,10 +7,12 @@
 //!
 //! Known: assignments, quoting, parameter expansion with `:- - := = :+ +`, `# ## % %%` and `${#x}`, lists with `&&` and
 //! `||`, `if`, `case`, `for`, `!`, `{ }`, `*` and `?` in file names, output to `/dev/null` and to the standard error, and
-//! the builtins `: . [ echo exit export false return source test true unset`. Not known: everything else.
+//! the builtins `: . [ echo exit export false return source test true unset`. Of bash, where other shells find an error:
+//! arrays with numbers, `+=`, `[[ ]]`, `${x/y/z}`, `${x:1:2}`, `${x^^}` and `${x,,}`. Not known: everything else.
 //!
-//! Reference: POSIX.1-2024, Shell Command Language.
+//! Reference: POSIX.1-2024, Shell Command Language; bash(1).
 
+mod cond;
 mod eval;
 mod expand;
 mod parse;
@@ -60,6 +62,19 @@ pub struct Var {
     pub exported: bool,
     /// A script has set it.
     pub assigned: bool,
+    /// It is an array, which is not handed to programs: its elements from number 1 on.
+    pub more: Option<BTreeMap<u32, Vec<u8>>>,
+    /// It was exported before it was unset: to some shells it still is.
+    pub unset: bool,
+}
+
+impl Var {
+    /// All elements of an array, or the one value.
+    fn elements(&self) -> impl Iterator<Item = &Vec<u8>> {
+        self.value
+            .iter()
+            .chain(self.more.iter().flat_map(BTreeMap::values))
+    }
 }
 
 /// What a script works on.
@@ -88,9 +103,16 @@ impl State {
         let var = Var {
             value: Some(value.to_vec()),
             exported: true,
-            assigned: false,
+            ..Var::default()
         };
         self.vars.insert(name.to_vec(), var);
+    }
+
+    /// What programs get.
+    pub fn handed_on(self) -> impl Iterator<Item = (Vec<u8>, Vec<u8>)> {
+        let vars = self.vars.into_iter();
+        let vars = vars.filter(|(_, var)| var.exported && var.more.is_none());
+        vars.filter_map(|(name, var)| Some((name, var.value?)))
     }
 }
 

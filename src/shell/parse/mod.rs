@@ -2,12 +2,20 @@
 
 mod words;
 
-pub(super) use words::{Op, Parameter, Part, Word, text};
+mod conds;
+
+pub(super) use conds::Cond;
+pub(super) use words::{Op, Parameter, Part, Place, Word, text};
+
+use std::borrow::Cow;
 
 use super::{MAX_SCRIPT_BYTES, Unsupported, is_name};
 
 /// Nesting of commands and expansions; more is no environment script.
 const MAX_DEPTH: u32 = 64;
+
+/// Numbers of elements are below this.
+const MAX_INDEX: u32 = 1 << 20;
 
 pub(super) type List = Vec<AndOr>;
 
@@ -47,11 +55,29 @@ pub(super) enum Command {
         arms: Vec<(Vec<Word>, List)>,
         line: u32,
     },
+    /// `[[ … ]]`
+    Test {
+        cond: Cond,
+        line: u32,
+    },
+}
+
+/// `NAME=…`, or as bash has it `NAME[N]=…`, `NAME+=…` and `NAME=(…)`.
+pub(super) struct Assignment {
+    pub name: Vec<u8>,
+    pub index: Option<u32>,
+    pub append: bool,
+    pub value: Value,
+}
+
+pub(super) enum Value {
+    One(Word),
+    List(Vec<Word>),
 }
 
 pub(super) struct Simple {
     pub line: u32,
-    pub assignments: Vec<(Vec<u8>, Word)>,
+    pub assignments: Vec<Assignment>,
     pub words: Vec<Word>,
     pub output: Output,
     /// There was a redirection.
@@ -75,8 +101,9 @@ pub(super) fn script(text: &[u8]) -> Result<List, Unsupported> {
             what: "not a script of sensible size".into(),
         });
     }
+    let whole = joined_lines(text);
     let mut parser = Parser {
-        text,
+        text: &whole,
         at: 0,
         line: 1,
         depth: 0,
@@ -86,6 +113,47 @@ pub(super) fn script(text: &[u8]) -> Result<List, Unsupported> {
         None => Ok(list),
         Some(byte) => Err(parser.unsupported(&format!("{:?} is out of place", char::from(byte)))),
     }
+}
+
+/// The text with its continued lines joined: a backslash at the end of a line and the end itself go, wherever they stand
+/// but in single quotes and comments.
+fn joined_lines(text: &[u8]) -> Cow<'_, [u8]> {
+    if !text.windows(2).any(|w| w == b"\\\n") {
+        return Cow::Borrowed(text);
+    }
+    let mut joined = Vec::with_capacity(text.len());
+    let (mut single, mut double, mut comment) = (false, false, false);
+    let mut rest = text;
+    while let Some((byte, behind)) = rest.split_first() {
+        let last = joined.last().copied().unwrap_or(b'\n');
+        rest = behind;
+        match byte {
+            b'\n' if comment => comment = false,
+            _ if comment => {}
+            b'\'' if !double => single = !single,
+            _ if single => {}
+            b'\\' if behind.first() == Some(&b'\n') => {
+                rest = &behind[1..];
+                continue;
+            }
+            b'\\' => {
+                joined.push(*byte);
+                let Some((escaped, behind)) = behind.split_first() else {
+                    continue;
+                };
+                joined.push(*escaped);
+                rest = behind;
+                continue;
+            }
+            b'"' => double = !double,
+            b'#' if !double && matches!(last, b' ' | b'\t' | b'\n' | b';' | b'&' | b'|' | b'(') => {
+                comment = true;
+            }
+            _ => {}
+        }
+        joined.push(*byte);
+    }
+    Cow::Owned(joined)
 }
 
 struct Parser<'a> {
@@ -265,7 +333,9 @@ impl Parser<'_> {
                 self.expect("}")?;
                 Ok(Command::Group(body))
             }
-            b"while" | b"until" | b"function" | b"[[" | b"select" | b"time" => {
+            b"[[" => self.conditions(),
+            b"while" | b"until" | b"function" | b"select" | b"time" | b"coproc" | b"then"
+            | b"else" | b"elif" | b"fi" | b"do" | b"done" | b"esac" | b"}" | b"]]" => {
                 let what = String::from_utf8_lossy(self.reserved()).into_owned();
                 Err(self.unsupported(&what))
             }
@@ -379,10 +449,9 @@ impl Parser<'_> {
                 continue;
             }
             if simple.words.is_empty()
-                && let Some(name) = self.assigned_name()
+                && let Some(assignment) = self.assignment()?
             {
-                let value = self.word_after_name()?;
-                simple.assignments.push((name, value));
+                simple.assignments.push(assignment);
                 continue;
             }
             match self.word()? {
@@ -399,24 +468,65 @@ impl Parser<'_> {
         Ok(simple)
     }
 
-    /// `NAME=` at this place: the name, with the sign taken.
-    fn assigned_name(&mut self) -> Option<Vec<u8>> {
+    /// An assignment at this place.
+    fn assignment(&mut self) -> Parsed<Option<Assignment>> {
         let rest = &self.text[self.at..];
-        let sign = rest
-            .iter()
-            .position(|b| !(b.is_ascii_alphanumeric() || *b == b'_'))?;
-        if rest[sign] != b'=' || !is_name(&rest[..sign]) {
-            return None;
+        let is_part = |b: &u8| b.is_ascii_alphanumeric() || *b == b'_';
+        let end = rest.iter().take_while(|b| is_part(b)).count();
+        let (name, mut behind) = rest.split_at(end);
+        if !is_name(name) {
+            return Ok(None);
         }
-        self.at += sign + 1;
-        Some(rest[..sign].to_vec())
+        let mut index = None;
+        if let Some(inner) = behind.strip_prefix(b"[")
+            && let Some(close) = inner.iter().position(|b| *b == b']')
+        {
+            index = Some(&inner[..close]);
+            behind = &inner[close + 1..];
+        }
+        let append = behind.starts_with(b"+=");
+        if !append && !behind.starts_with(b"=") {
+            return Ok(None);
+        }
+        let index = match index.map(|digits| (std::str::from_utf8(digits), digits)) {
+            None => None,
+            Some((Ok(text), digits)) if digits.iter().all(u8::is_ascii_digit) => {
+                let number = text.parse().ok().filter(|n| *n < MAX_INDEX);
+                Some(number.ok_or_else(|| self.unsupported("an index"))?)
+            }
+            Some(_) => return Err(self.unsupported("an index")),
+        };
+        let name = name.to_vec();
+        self.at = self.text.len() - behind.len() + 1 + usize::from(append);
+        let value = match self.peek() {
+            Some(b'(') if index.is_none() => Value::List(self.elements()?),
+            Some(b'(') => return Err(self.unsupported("an array")),
+            _ => Value::One(self.rest_of_word()?.unwrap_or_default()),
+        };
+        Ok(Some(Assignment {
+            name,
+            index,
+            append,
+            value,
+        }))
     }
 
-    fn word_after_name(&mut self) -> Parsed<Word> {
-        if self.peek() == Some(b'(') {
-            return Err(self.unsupported("an array"));
+    /// `(…)` of an array.
+    fn elements(&mut self) -> Parsed<Vec<Word>> {
+        self.at += 1;
+        let mut words = Vec::new();
+        loop {
+            self.lines();
+            if self.take(b")") {
+                return Ok(words);
+            }
+            let word = self.word()?;
+            let word = word.ok_or_else(|| self.unsupported("an array without its end"))?;
+            if matches!(word.first(), Some(Part::Text(text)) if text.starts_with(b"[")) {
+                return Err(self.unsupported("an array with numbers"));
+            }
+            words.push(word);
         }
-        Ok(self.rest_of_word()?.unwrap_or_default())
     }
 
     /// Output to the null device or a standard descriptor; nothing else is known.

@@ -20,6 +20,13 @@ pub(in crate::shell) enum Part {
 #[derive(PartialEq, Eq)]
 pub(in crate::shell) enum Parameter {
     Variable(Vec<u8>),
+    /// `${NAME[N]}`
+    Element(Vec<u8>, u32),
+    /// `${NAME[@]}`, each one a field of its own, or `${NAME[*]}`
+    Elements {
+        name: Vec<u8>,
+        each: bool,
+    },
     Positional(usize),
     /// `$@`
     Each,
@@ -44,6 +51,31 @@ pub(in crate::shell) enum Op {
         longest: bool,
         pattern: Word,
     },
+    /// `${x:1:2}`
+    Sub {
+        from: usize,
+        len: Option<usize>,
+    },
+    /// `^`, `^^`, `,`, `,,`
+    Case {
+        upper: bool,
+        all: bool,
+    },
+    /// `${x/y/z}`
+    Replace {
+        place: Place,
+        pattern: Word,
+        with: Word,
+    },
+}
+
+/// Where something is replaced.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(in crate::shell) enum Place {
+    First,
+    All,
+    Start,
+    End,
 }
 
 /// Parses the inside of a double-quoted string in which a double quote is an ordinary byte.
@@ -179,6 +211,9 @@ impl Parser<'_> {
         if self.take(b"`") || self.ahead(b"$(") {
             return Err(self.unsupported("a command substitution"));
         }
+        if self.ahead(b"$[") {
+            return Err(self.unsupported("an old form of arithmetic"));
+        }
         self.at += 1;
         let mut op = Op::Plain;
         let name = match self.peek() {
@@ -250,7 +285,34 @@ impl Parser<'_> {
             }
         };
         self.at += len;
-        Ok(Some(name))
+        match name {
+            Parameter::Variable(name) if braces && self.take(b"[") => self.element(name).map(Some),
+            name => Ok(Some(name)),
+        }
+    }
+
+    /// Behind the `[` of `${NAME[…]}`.
+    fn element(&mut self, name: Vec<u8>) -> Parsed<Parameter> {
+        if self.take(b"@]") {
+            return Ok(Parameter::Elements { name, each: true });
+        }
+        if self.take(b"*]") {
+            return Ok(Parameter::Elements { name, each: false });
+        }
+        let index = self.number().and_then(|n| u32::try_from(n).ok());
+        match (index, self.take(b"]")) {
+            (Some(index), true) => Ok(Parameter::Element(name, index)),
+            _ => Err(self.unsupported("an index")),
+        }
+    }
+
+    /// Digits, at this place.
+    fn number(&mut self) -> Option<usize> {
+        let rest = &self.text[self.at..];
+        let digits = rest.iter().take_while(|b| b.is_ascii_digit()).count();
+        let number = std::str::from_utf8(&rest[..digits]).ok()?.parse().ok()?;
+        self.at += digits;
+        Some(number)
     }
 
     fn operation(&mut self, quoted: bool) -> Parsed<Op> {
@@ -274,12 +336,67 @@ impl Parser<'_> {
                     pattern: self.braces(false)?,
                 })
             }
+            Some(b'/') if !colon => self.replacement(),
+            Some(sign @ (b'^' | b',')) if !colon => {
+                self.at += 1;
+                let all = self.take(&[sign]);
+                match self.peek() {
+                    Some(b'}') => Ok(Op::Case {
+                        upper: sign == b'^',
+                        all,
+                    }),
+                    _ => Err(self.unsupported("capitals of a pattern")),
+                }
+            }
+            Some(b'0'..=b'9') if colon => {
+                let from = self.number();
+                let len = self.take(b":").then(|| self.number());
+                match (from, len) {
+                    (Some(from), None) => Ok(Op::Sub { from, len: None }),
+                    (Some(from), Some(Some(len))) => Ok(Op::Sub {
+                        from,
+                        len: Some(len),
+                    }),
+                    _ => Err(self.unsupported("a part of a text")),
+                }
+            }
             _ => Err(self.unsupported("an expansion")),
         }
     }
 
+    /// `/PATTERN/WITH`
+    fn replacement(&mut self) -> Parsed<Op> {
+        self.at += 1;
+        let place = match self.peek() {
+            Some(b'/') => Place::All,
+            Some(b'#') => Place::Start,
+            Some(b'%') => Place::End,
+            _ => Place::First,
+        };
+        self.at += usize::from(place != Place::First);
+        let pattern = self.braces_to(false, b"/")?;
+        let with = match self.take(b"/") {
+            true => self.braces(false)?,
+            false => Word::new(),
+        };
+        // What quotes mean here depends on the shell's age.
+        if with.iter().any(|part| matches!(part, Part::Quoted(_))) {
+            return Err(self.unsupported("a replacement with quotes"));
+        }
+        Ok(Op::Replace {
+            place,
+            pattern,
+            with,
+        })
+    }
+
     /// The word of an expansion up to its `}`, which is left.
     fn braces(&mut self, quoted: bool) -> Parsed<Word> {
+        self.braces_to(quoted, b"")
+    }
+
+    /// The same, or up to another byte.
+    fn braces_to(&mut self, quoted: bool, ends: &[u8]) -> Parsed<Word> {
         let mut word = Word::new();
         let mut text = Vec::new();
         let part = |text: &mut Vec<u8>| {
@@ -294,6 +411,7 @@ impl Parser<'_> {
             match self.peek() {
                 None => return Err(self.unsupported("an expansion without its end")),
                 Some(b'}') => break,
+                Some(byte) if ends.contains(&byte) => break,
                 Some(b'~') if word.is_empty() && text.is_empty() && !quoted => {
                     return Err(self.unsupported("a tilde"));
                 }
