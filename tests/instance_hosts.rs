@@ -118,6 +118,40 @@ fn instance_is_found_and_stopped_whatever_proc_hides() {
 }
 
 #[test]
+fn covered_proc_is_named_with_the_way_out() {
+    let host = Host::new();
+    let (uid, gid) = (nix::unistd::getuid(), nix::unistd::getgid());
+    for (words, status) in [
+        ("instance start IMAGE i", 255),
+        ("exec --pid IMAGE true", 255),
+        ("exec --containall IMAGE true", 255),
+        ("exec IMAGE true", 0),
+    ] {
+        let words = words.replace("IMAGE", host.image.to_str().unwrap());
+        let outer = format!(
+            "mount --bind /dev/null /proc/version && exec unshare -U --map-user={uid} --map-group={gid} {CAPSID} {words}"
+        );
+        let outer = [
+            "-U",
+            "-r",
+            "-m",
+            "-p",
+            "-f",
+            "--mount-proc",
+            "sh",
+            "-c",
+            &outer,
+        ];
+        let mut command = host.env.command_as(Path::new("unshare"), outer);
+        let out = output(command.env("APPTAINER_CONFIGDIR", host.env.path("config")));
+        match status {
+            0 => drop(out.ok()),
+            _ => out.fatal(&["/proc", "mounted over", "systempaths=unconfined"]),
+        }
+    }
+}
+
+#[test]
 fn instance_is_found_by_every_login() {
     let host = Host::new();
     let other = host.env.path("other");
@@ -156,6 +190,30 @@ fn instance_is_found_when_its_login_has_ended() {
             fs::set_permissions(host.env.path("run"), private).unwrap();
         }
         assert_found_and_stopped(&host, &[]);
+    }
+}
+
+#[test]
+fn instance_of_an_older_version_is_found_in_any_runtime_directory() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let host = Host::new();
+    for directory in ["run", "other"] {
+        host.run(&["instance", "start", "IMAGE", "new"]).ok();
+        // Those left a record in a file, and let nobody ask.
+        let out = host.run(&["instance", "inspect", "--json", "new"]);
+        let file = host.env.path(directory).join("capsid/instance.old");
+        common::write(&file, &out.ok().replace("\"new\"", "\"old\""));
+        for (path, mode) in [(file.as_path(), 0o600), (file.parent().unwrap(), 0o700)] {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let home = host.env.path(directory);
+        let run = |words: &[&str]| host.run_with(words, &[("XDG_RUNTIME_DIR", Some(&home))]);
+        let list = run(&["instance", "list"]);
+        assert!(list.ok().lines().any(|l| l.starts_with("old ")), "{list}");
+        run(&["instance", "start", "IMAGE", "old"]).fatal(&["instance old already exists"]);
+        run(&["instance", "stop", "old"]).ok();
+        assert_eq!(run(&["instance", "list"]).ok().lines().count(), 1);
+        assert!(!file.exists());
     }
 }
 

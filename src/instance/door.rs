@@ -63,11 +63,14 @@ fn node() -> String {
 
 /// What shares its names outside of jobs: each configuration directory.
 pub fn scope_of_login(host: &Host) -> String {
-    let usual = resolved(&host.user.home.join(".apptainer"));
-    match super::logs::configured(host).map(|directory| resolved(&directory)) {
-        Some(other) if other != usual => digits(other.as_os_str().as_encoded_bytes(), 16),
-        _ => "usual".into(),
+    let Some(named) = super::logs::configured(host) else {
+        return "usual".into();
+    };
+    let named = resolved(&named);
+    if named == resolved(&host.user.home.join(".apptainer")) {
+        return "usual".into();
     }
+    digits(named.as_os_str().as_encoded_bytes(), 16)
 }
 
 /// The path without links, as far as it exists.
@@ -268,10 +271,10 @@ impl Line {
     }
 
     /// Those whose socket has a name of this instance.
-    pub fn to_instance(uid: u32, scope: &str, name: &str) -> impl Iterator<Item = Line> {
-        let names = (0..TRIES).map(move |nth| address(uid, scope, name, nth));
-        let names: Vec<String> = names.collect();
-        names.into_iter().filter_map(|name| Line::to(&name).ok())
+    pub fn to_instance(uid: u32, scope: &str, name: &str) -> impl Iterator<Item = Line> + use<> {
+        let first = address(uid, scope, name, 0);
+        let stem = first.trim_end_matches('0').to_owned();
+        (0..TRIES).filter_map(move |nth| Line::to(&format!("{stem}{nth}")).ok())
     }
 
     /// Those of all instances of a user whose scope is wanted.

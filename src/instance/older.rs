@@ -13,12 +13,15 @@ use crate::engine::runtime::{self, Directory};
 use crate::host::{Host, JOBS};
 use crate::proc::{self, Id};
 
-/// Where such records can be.
-pub struct Older(Vec<Directory>);
+/// Where such records can be: directories that are opened when they are needed.
+pub struct Older {
+    uid: u32,
+    homes: Vec<PathBuf>,
+}
 
 impl Older {
-    /// Opens the directories that there are.
-    pub fn open(host: &Host) -> Older {
+    /// The directories that the environment names, and those of jobs.
+    pub fn of(host: &Host) -> Older {
         let own = host.runtime_home().map(PathBuf::from);
         let variable = host.var("XDG_RUNTIME_DIR").map(PathBuf::from);
         let jobs = std::fs::read_dir(JOBS).into_iter().flatten().flatten();
@@ -26,12 +29,16 @@ impl Older {
             .filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"job-"))
             .map(|entry| entry.path());
         let homes = own.into_iter().chain(variable).chain(jobs);
-        Older(runtime::present(host.uid, homes))
+        Older {
+            uid: host.uid,
+            homes: homes.collect(),
+        }
     }
 
     /// Those that run. Files of others go.
     pub fn list(&self) -> Vec<Instance> {
-        self.0.iter().flat_map(in_directory).collect()
+        let directories = runtime::present(self.uid, self.homes.clone());
+        directories.iter().flat_map(in_directory).collect()
     }
 }
 

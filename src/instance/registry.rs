@@ -100,7 +100,7 @@ impl Registry {
             directory,
             uid: host.uid,
             login: door::scope_of_login(host),
-            older: Older::open(host),
+            older: Older::of(host),
             job: host.job(),
         })
     }

@@ -30,6 +30,9 @@ pub fn run(
         bail!("no instance found with name {name}");
     };
     let record = instance.record.clone();
+    let target = record.init.with_context(|| {
+        format!("cannot see process 1 of instance {name}, which an older version started: stop it, and start it again")
+    })?;
     check_options(args, &record, persona)?;
     let verb = action::verb(verb);
     if verb == crate::plan::Verb::Shell && !args.rest.is_empty() {
@@ -57,7 +60,7 @@ pub fn run(
     })?;
     action::announce(&warnings, &infos);
     let join = Join {
-        target: record.init.context("the instance has just ended")?,
+        target,
         namespaces: container.namespaces,
         ids: container.ids,
         environment,
@@ -91,9 +94,7 @@ pub fn run(
             say::debug(format_args!("plan: {line}"));
         }
     }
-    let way = instance.way().with_context(|| {
-        format!("cannot see process 1 of instance {name}, which an older version started: stop it, and start it again")
-    })?;
+    let way = instance.way().context("the instance has just ended")?;
     engine::join::run(&join, way)
 }
 

@@ -107,17 +107,7 @@ pub fn new_filesystem(kind: &str, options: &[(&str, Option<&CStr>)]) -> Result<O
         }
         .with_context(|| format!("cannot mount {kind}: option {key}"))?;
     }
-    fsconfig_create(context.as_fd())
-        .map_err(|error| match (kind, error) {
-            // A full view is given to those only who have one (`mount_namespaces(7)`).
-            ("proc", rustix::io::Errno::PERM) => anyhow!(
-                "something is mounted over parts of this machine's /proc, and the kernel then gives nobody another one: start the \
-                 container around us with its whole /proc (docker run --security-opt systempaths=unconfined, podman run \
-                 --security-opt unmask=ALL), or do without process ids of the container's own (--pid, --containall, instances)"
-            ),
-            _ => error.into(),
-        })
-        .with_context(what)?;
+    fsconfig_create(context.as_fd()).with_context(what)?;
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV;
     let attributes = if kind == "devpts" {
         MountAttrFlags::MOUNT_ATTR_NOSUID
@@ -128,6 +118,12 @@ pub fn new_filesystem(kind: &str, options: &[(&str, Option<&CStr>)]) -> Result<O
     fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)
         .map_err(|error| match error {
             rustix::io::Errno::NOSPC => crate::engine::userns::no_mounts(error.into()),
+            // A whole view is given to those only who have one (`mount_namespaces(7)`, restrictions).
+            rustix::io::Errno::PERM if kind == "proc" => anyhow!(
+                "something is mounted over parts of this machine's /proc, and the kernel then gives nobody another one: start the \
+                 container around us with its whole /proc (docker run --security-opt systempaths=unconfined, podman run \
+                 --security-opt unmask=ALL), or do without process ids of the container's own (--pid, --containall, instances)"
+            ),
             _ => error.into(),
         })
         .with_context(what)
