@@ -748,6 +748,7 @@ fn images_of_the_docker_engine_come_through_docker_save() {
             "images_of_the_docker_engine_come_through_docker_save",
             "--nocapture",
         ]);
+        command.env("DOCKER_HOST", "unix:///nonexistent");
         output(command.env(CHILD, env.work()).env("PATH", &bin))
             .ok()
             .to_owned()

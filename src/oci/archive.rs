@@ -60,12 +60,21 @@ pub fn open_docker(
     docker(members, reference, platform).with_context(what)
 }
 
-/// Opens an image of the Docker engine on this machine, by `docker save`.
+/// Opens an image of the Docker engine on this machine: by its socket, else by `docker save`.
 ///
 /// # Errors
-/// When there is no `docker`, it fails, or the image cannot be used.
+/// When neither answers, or the image cannot be used.
 pub fn open_docker_daemon(name: &str, platform: &Platform, scratch: &Path) -> Result<Image> {
+    let what = || format!("cannot use the image {name} of Docker");
     let file = unnamed(scratch)?;
+    if !super::engine::save(name, &file).with_context(what)? {
+        by_program(name, &file)?;
+    }
+    let members = Members::of(file).with_context(what)?;
+    docker(members, None, platform).with_context(what)
+}
+
+fn by_program(name: &str, file: &File) -> Result<()> {
     let output = Command::new("docker")
         .args(["save", "--", name])
         .stdin(Stdio::null())
@@ -74,18 +83,19 @@ pub fn open_docker_daemon(name: &str, platform: &Platform, scratch: &Path) -> Re
         .output();
     let output = match output {
         Err(error) if error.kind() == io::ErrorKind::NotFound => bail!(
-            "docker-daemon:{name}: there is no docker program on PATH: write the image into a file where Docker runs \
-             (docker save -o image.tar {name}), and use docker-archive:image.tar"
+            "docker-daemon:{name}: no Docker engine answers at its socket (DOCKER_HOST), and there is no docker program on PATH: \
+             write the image into a file where Docker runs (docker save -o image.tar {name}), and use docker-archive:image.tar"
         ),
         output => output.context("cannot run docker")?,
     };
-    let what = || format!("cannot use the image {name} of Docker");
     if !output.status.success() {
         let text = String::from_utf8_lossy(&output.stderr);
-        bail!("{}: docker save says {:?}", what(), text.trim());
+        bail!(
+            "cannot use the image {name} of Docker: docker save says {:?}",
+            text.trim()
+        );
     }
-    let members = Members::of(file).with_context(what)?;
-    docker(members, None, platform).with_context(what)
+    Ok(())
 }
 
 /// A file without a name, for what is decompressed.

@@ -7,6 +7,7 @@ pub mod archive;
 pub mod blob;
 pub mod config;
 pub mod decompress;
+mod engine;
 pub mod layers;
 pub mod layout;
 mod pax;
