@@ -636,15 +636,17 @@ fn full_cache_is_done_without() {
     let small = t.path("small");
     fs::create_dir(&small).unwrap();
     let script = format!(
-        "mount -t tmpfs -o size=600k none {0} && export APPTAINER_CACHEDIR={0} && {CAPSID} exec {1} cat /opt/hello.txt && exec {CAPSID} pull x.sif {1}",
+        "mount -t tmpfs -o size=600k none {0} && export APPTAINER_CACHEDIR={0} && {CAPSID} exec {1} cat /opt/hello.txt && {CAPSID} build y.sif {1} && exec {CAPSID} pull x.sif {1}",
         small.display(),
         address(&server)
     );
     let mut command = t.command_as(Path::new("unshare"), ["-Urm", "sh", "-c", &script]);
     let out = output(command.env("HOME", t.path("home")));
     assert_eq!(out.ok(), "hello");
-    assert_eq!(out.stderr.matches("Cache disabled").count(), 2, "{out}");
-    assert_eq!(run(&t, &["run", "x.sif"]).ok(), "hello");
+    assert_eq!(out.stderr.matches("Cache disabled").count(), 3, "{out}");
+    for file in ["x.sif", "y.sif"] {
+        assert_eq!(run(&t, &["run", file]).ok(), "hello");
+    }
 }
 
 /// A layout of an image, and archives of it, in the working directory.
@@ -725,6 +727,40 @@ fn local_images_of_other_programs_are_run_pulled_and_converted_once() {
     run(&t, &["exec", "oci-archive:none.tar", "true"]).fatal(&["none.tar"]);
     run(&t, &["exec", "oci:layout:v2", "true"]).fatal(&["no image \"v2\"", "v1"]);
     run(&t, &["exec", "docker-archive:f.tar:y:2", "true"]).fatal(&["no image \"y:2\""]);
+}
+
+#[test]
+fn image_of_the_docker_engine_comes_from_its_socket() {
+    use std::io::{BufRead as _, Write as _};
+    let t = Env::new();
+    local_images(&t);
+    let archive = fs::read(t.work().join("d.tar")).unwrap();
+    let socket = t.path("docker.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let reader = std::io::BufReader::new(stream.try_clone().unwrap());
+            let lines = reader.lines().map_while(Result::ok);
+            let head: Vec<String> = lines.take_while(|l| !l.is_empty()).collect();
+            let answer = match head[0].as_str() {
+                "GET /images/x:2/get HTTP/1.0" => {
+                    [&b"HTTP/1.1 200 OK\r\n\r\n"[..], &archive].concat()
+                }
+                _ => b"HTTP/1.1 404 x\r\n\r\n{\"message\":\"No such image\"}".to_vec(),
+            };
+            // A client may have heard enough.
+            let _ = stream.write_all(&answer);
+        }
+    });
+    let go = |words: &[&str]| {
+        let mut command = command(&t, words);
+        output(command.env("DOCKER_HOST", format!("unix://{}", socket.display())))
+    };
+    assert_eq!(go(&["run", "docker-daemon:x:2"]).ok(), "hello");
+    go(&["pull", "docker-daemon://x:2"]).ok();
+    assert_eq!(run(&t, &["run", "x_2.sif"]).ok(), "hello");
+    go(&["build", "b.sif", "docker-daemon:x:2"]).ok();
+    go(&["run", "docker-daemon:y:2"]).fatal(&["No such image"]);
 }
 
 #[test]

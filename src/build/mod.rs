@@ -125,6 +125,27 @@ pub struct Net {
     pub options: net::Options,
     /// What was fetched.
     pub cache: Cache,
+    /// Where a cache for this build only goes, when the disk of the other is full.
+    pub spare: PathBuf,
+}
+
+impl Net {
+    /// Fetches something into the cache.
+    ///
+    /// # Errors
+    /// When it cannot be had.
+    fn fetch<T>(&self, work: impl Fn(&net::Options, &Cache) -> Result<T>) -> Result<T> {
+        // It is made when it is needed first, maybe by another process of this build.
+        if self.cache.root() == self.spare || !self.spare.is_dir() {
+            match work(&self.options, &self.cache) {
+                Err(error) if crate::cache::is_full(&error) && self.cache.root() != self.spare => {
+                    say::warn(format_args!("Cache disabled: {error:#}"));
+                }
+                done => return done,
+            }
+        }
+        work(&self.options, &Cache::open(&self.spare)?)
+    }
 }
 
 impl Settings {
@@ -184,6 +205,7 @@ fn pipeline(def: &Def, settings: &Settings, room: &Room) -> Result<()> {
         && settings.form == Form::Sif
         && stage.is_bare()
         && !settings.fix_perms
+        && bootstrap::has_layers(stage)
     {
         let base = bootstrap::prepare(stage, &room.temporary, settings).context(what)?;
         if let bootstrap::Kind::Layers(image, origin) = base.kind {

@@ -306,6 +306,19 @@ impl Cache {
     }
 }
 
+/// Whether a disk cannot take more.
+pub fn is_full(error: &anyhow::Error) -> bool {
+    use rustix::io::Errno;
+    let full = [Errno::NOSPC, Errno::DQUOT, Errno::ROFS].map(Errno::raw_os_error);
+    error.chain().any(|cause| {
+        let code = match cause.downcast_ref::<io::Error>() {
+            Some(error) => error.raw_os_error(),
+            None => cause.downcast_ref::<Errno>().map(|e| e.raw_os_error()),
+        };
+        code.is_some_and(|code| full.contains(&code))
+    })
+}
+
 /// Makes a directory and those above it, for their owner alone.
 fn make_directories(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)

@@ -546,7 +546,7 @@ impl Store {
         let store = Store::open(host, disabled)?;
         match work(&store.cache) {
             Ok(done) => Ok((done, store)),
-            Err(error) if store.temporary.is_none() && is_full(&error) => {
+            Err(error) if store.temporary.is_none() && cache::is_full(&error) => {
                 say::warn(format_args!("Cache disabled: {error:#}"));
                 let store = Store::temporary(host)?;
                 let done = work(&store.cache)?;
@@ -565,19 +565,6 @@ impl Store {
             temporary: Some(directory),
         })
     }
-}
-
-/// Whether a disk cannot take more.
-fn is_full(error: &anyhow::Error) -> bool {
-    use rustix::io::Errno;
-    let full = [Errno::NOSPC, Errno::DQUOT, Errno::ROFS].map(Errno::raw_os_error);
-    error.chain().any(|cause| {
-        let code = match cause.downcast_ref::<std::io::Error>() {
-            Some(error) => error.raw_os_error(),
-            None => cause.downcast_ref::<Errno>().map(|e| e.raw_os_error()),
-        };
-        code.is_some_and(|code| full.contains(&code))
-    })
 }
 
 #[cfg(test)]

@@ -31,8 +31,10 @@ pub fn prepare(stage: &Stage, settings: &Settings) -> Result<Base> {
     let address = format!("{}/busybox-{arch}", url.trim_end_matches('/'));
     let what = || format!("cannot fetch {address}");
     let reference: net::Reference = address.parse().with_context(what)?;
-    let net = settings.net()?;
-    let path = net::plain_file(&reference, &net.options, &net.cache).with_context(what)?;
+    let path = settings
+        .net()?
+        .fetch(|options, cache| net::plain_file(&reference, options, cache))
+        .with_context(what)?;
     let bytes = std::fs::read(&path).with_context(what)?;
     if !bytes.starts_with(b"\x7fELF") {
         bail!("{address} is no program");

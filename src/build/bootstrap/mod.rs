@@ -107,6 +107,12 @@ pub fn fetch(stage: &Stage, settings: &Settings) -> Result<()> {
     }
 }
 
+/// Whether a stage's base is an image of layers, which need not be unpacked to make an image of it.
+pub fn has_layers(stage: &Stage) -> bool {
+    let agent = agent(stage);
+    agent == "docker" || crate::oci::Place::of(&agent).is_some()
+}
+
 fn agent(stage: &Stage) -> String {
     stage
         .key("bootstrap")

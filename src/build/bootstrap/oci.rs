@@ -69,7 +69,8 @@ fn registry(from: &str, stage: &Stage, settings: &Settings) -> Result<Image> {
     let what = || format!("cannot fetch {address}");
     let reference: net::Reference = address.parse().with_context(what)?;
     let net = settings.net()?;
-    net::layers(&reference, &net.options, &net.cache).with_context(what)
+    net.fetch(|options, cache| net::layers(&reference, options, cache))
+        .with_context(what)
 }
 
 /// Unpacks the layers, with what the image's configuration says.

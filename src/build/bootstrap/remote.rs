@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use super::{Base, localimage};
 use crate::build::Settings;
 use crate::build::deffile::Stage;
+use crate::cache::Cache;
 use crate::net;
 
 /// The file, which is in the cache by now.
@@ -32,10 +33,12 @@ pub fn fetch(agent: &str, from: &str, stage: &Stage, settings: &Settings) -> Res
     };
     let what = || format!("cannot fetch {address}");
     let reference: net::Reference = address.parse().with_context(what)?;
-    let net = settings.net()?;
-    let mut options = net.options.clone();
-    if let Some(library) = stage.key("library") {
-        options.library.url = Some(library.to_owned());
-    }
-    net::file(&reference, &options, &net.cache).with_context(what)
+    let get = |options: &net::Options, cache: &Cache| {
+        let mut options = options.clone();
+        if let Some(library) = stage.key("library") {
+            options.library.url = Some(library.to_owned());
+        }
+        net::file(&reference, &options, cache)
+    };
+    settings.net()?.fetch(get).with_context(what)
 }

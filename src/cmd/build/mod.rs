@@ -264,7 +264,11 @@ fn net(args: &BuildArgs, def: &Def, settings: &Settings, room: &Room) -> Result<
         Some(cache) => cache,
         None => Cache::open(&own)?,
     };
-    Ok(Some(Net { options, cache }))
+    Ok(Some(Net {
+        options,
+        cache,
+        spare: own,
+    }))
 }
 
 fn parts(args: &BuildArgs) -> Result<Vec<Part>> {
