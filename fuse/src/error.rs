@@ -64,8 +64,6 @@ pub enum Error {
     },
     /// A view entry that cannot be a path of this server.
     BadPath(String),
-    /// A mount point below something that is no directory.
-    NoDirectoryAt(String),
     /// No further view can be added.
     TooManyViews,
     /// The ext2/3/4 reader refused; its own words.
@@ -102,7 +100,7 @@ impl Error {
     /// `ENOENT` is not in the table: it means only "no such name", which is not an error here.
     pub fn errno(&self) -> i32 {
         match self {
-            Error::NotDirectory | Error::NoDirectoryAt(_) => libc::ENOTDIR,
+            Error::NotDirectory => libc::ENOTDIR,
             Error::IsDirectory => libc::EISDIR,
             Error::WrongKind | Error::BadPath(_) => libc::EINVAL,
             Error::Loop => libc::ELOOP,
@@ -162,12 +160,6 @@ impl fmt::Display for Error {
                 write!(f, "the file has {size} bytes, at most {max} are read")
             }
             Error::BadPath(path) => write!(f, "{path:?} is not an absolute path without \"..\""),
-            Error::NoDirectoryAt(path) => {
-                write!(
-                    f,
-                    "cannot make {path:?} in the image: something on its way is not a directory"
-                )
-            }
             Error::TooManyViews => f.write_str("too many different sets of mount points"),
             Error::Ext(text) => write!(f, "cannot read the ext image: {text}"),
             Error::Panicked => f.write_str("internal error while reading the image"),

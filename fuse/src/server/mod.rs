@@ -89,7 +89,7 @@ impl Server {
     }
 
     /// Serves the ext2/3/4 file system that lies `offset` bytes into `file` and is at most `len` bytes long: its
-    /// directory `subdir`, or if it has none, its root.
+    /// directory `subdir`, or if it has none, its root; that too for no name.
     ///
     /// # Errors
     /// When there is no such file system, or it has features that cannot be read.
@@ -120,8 +120,8 @@ impl Server {
     /// the directory of its number in the root; otherwise the first one is the root.
     ///
     /// # Errors
-    /// When a path is not absolute or leads through a file, when there are too many views or mount points, or the
-    /// image is damaged there.
+    /// When a path is not absolute, when there are too many views or mount points, or the image is damaged there. A path that
+    /// leads through a file, or round in links, is left out.
     pub fn add_view(&self, entries: &[ViewEntry]) -> Result<ViewId> {
         self.views.add(&self.tree, entries)
     }

@@ -94,7 +94,8 @@ impl View {
             self.add(here, name, kind).map(Step::To)
         });
         match made {
-            Err(Error::NotDirectory) => Err(Error::NoDirectoryAt(path())),
+            // Whoever mounts there finds that out, and knows whether it matters.
+            Err(Error::NotDirectory | Error::Loop) => Ok(()),
             made => made.map(drop),
         }
     }
