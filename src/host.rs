@@ -21,8 +21,10 @@ pub struct Host {
     pub gid: u32,
     /// The caller's line of the user database.
     pub user: User,
-    /// The working directory, as the kernel names it or as `$PWD` does when that is the same place.
+    /// The working directory, as the kernel names it or as `$PWD` does when that is the same place; `/` when it is gone.
     pub cwd: PathBuf,
+    /// The working directory is still there.
+    pub has_cwd: bool,
     /// The environment, in order.
     pub env: Vec<(OsString, OsString)>,
     /// Permission bits that new files lack (`umask(2)`).
@@ -48,7 +50,7 @@ impl Host {
     /// Reads it all.
     ///
     /// # Errors
-    /// When the working directory is gone.
+    /// When the working directory cannot be told.
     pub fn read() -> Result<Host> {
         let uid = rustix::process::getuid().as_raw();
         let gid = rustix::process::getgid().as_raw();
@@ -60,7 +62,8 @@ impl Host {
             uid,
             gid,
             user: user(uid, &env),
-            cwd,
+            has_cwd: cwd.is_some(),
+            cwd: cwd.unwrap_or_else(|| "/".into()),
             umask: umask.bits(),
             env,
             arch: go_arch(std::env::consts::ARCH),
@@ -202,8 +205,8 @@ fn digits(text: &str) -> Option<String> {
 }
 
 /// `$PWD` when it leads to the working directory (it keeps the symbolic links that the person typed),
-/// else what the kernel says.
-fn working_directory(env: &[(OsString, OsString)]) -> Result<PathBuf> {
+/// else what the kernel says; `None` when it was removed.
+fn working_directory(env: &[(OsString, OsString)]) -> Result<Option<PathBuf>> {
     let pwd = env
         .iter()
         .find(|(k, _)| k == "PWD")
@@ -216,9 +219,12 @@ fn working_directory(env: &[(OsString, OsString)]) -> Result<PathBuf> {
             .components()
             .any(|c| matches!(c, std::path::Component::ParentDir))
     {
-        return Ok(pwd);
+        return Ok(Some(pwd));
     }
-    std::env::current_dir().context("cannot tell the working directory (was it removed?)")
+    match std::env::current_dir() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        other => other.map(Some).context("cannot tell the working directory"),
+    }
 }
 
 /// The caller's line, from the files; from `getent` when the site keeps its users elsewhere (a static

@@ -185,3 +185,33 @@ fn results_are_printed_in_one_place() {
         }
     });
 }
+
+/// The parts of the engine that make a container's file tree.
+const CONTAINER: [&str; 6] = ["dev", "overlay", "points", "rootfs", "session", "targets"];
+
+#[test]
+fn host_is_opened_before_anything_lies_over_it() {
+    each(&mut |_, path, code| {
+        if CONTAINER
+            .iter()
+            .any(|part| path.ends_with(&format!("engine/{part}.rs")))
+        {
+            for word in [
+                "CWD",
+                "open_path(",
+                "File::open(",
+                "fs::stat(",
+                "fs::metadata(",
+                "fs::read(",
+                "fs::read_dir(",
+                "fs::create_dir",
+                "canonicalize(",
+            ] {
+                assert!(
+                    !code.contains(word),
+                    "{path} uses {word}: paths of the host belong to sources.rs"
+                );
+            }
+        }
+    });
+}

@@ -1,6 +1,7 @@
 //! `exec`, `run`, `shell`, `test` and `run-help`.
 
 use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -13,7 +14,7 @@ use super::{Explain, Persona, Usage, explain, unsquash};
 use crate::engine::network::Network;
 use crate::engine::server::Places;
 use crate::host::{Host, normalise};
-use crate::image::{self, Root};
+use crate::image::{self, Part, Root};
 use crate::net::Reference;
 use crate::plan::limits::{self, Limits};
 use crate::plan::{
@@ -441,6 +442,11 @@ fn run_help(image: &dyn image::Image, app: Option<&str>) -> Result<u8> {
 /// Naming the option that is wrong.
 pub(super) fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Request> {
     let verb = verb(name);
+    if !host.has_cwd {
+        say::warn(format_args!(
+            "the working directory does not exist any more: paths are taken from /, and the container starts at home"
+        ));
+    }
     if verb == Verb::Shell && !args.rest.is_empty() {
         say::warn(format_args!("Parameters to shell command are ignored"));
     }
@@ -474,10 +480,10 @@ pub(super) fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Requ
         app: args.app.clone().filter(|a| !a.is_empty()),
         shell: args.shell.clone(),
         binds: binds(args, host)?,
-        home: home(args)?,
+        home: home(args, host)?,
         no_home: args.no_home,
         no_mount: no_mount(&args.no_mount),
-        workdir: args.workdir.as_ref().map(|w| normalise(&host.cwd.join(w))),
+        workdir: args.workdir.as_ref().map(|w| host.cwd.join(w)),
         scratch: scratch(args)?,
         layers: layers(args, host)?,
         writable: args.writable,
@@ -502,7 +508,7 @@ pub(super) fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Requ
         dns: if args.dns.is_empty() && is_connected(args) {
             vec![engine::network::NAME_SERVER.into()]
         } else {
-            args.dns.clone()
+            dns(&args.dns)?
         },
         cwd: args.cwd.clone(),
         no_umask: args.no_umask || args.compat,
@@ -550,14 +556,39 @@ fn binds(args: &ActionArgs, host: &Host) -> Result<Vec<Bind>> {
         .filter(|b| b.image_src.is_some() || b.id.is_some())
     {
         let path = host.cwd.join(&bind.source);
-        let file = image::open(&path)
-            .with_context(|| format!("cannot bind the image {}", path.display()))?;
         let part = bind.image_src.clone().unwrap_or_else(|| "/".into());
-        let part = image::part(file.data(bind.id)?, part)
-            .with_context(|| format!("cannot bind the image {}", path.display()))?;
-        bind.image = Some(part);
+        bind.image = Some(
+            part_of(&path, bind.id, part)
+                .with_context(|| format!("cannot bind the image {}", path.display()))?,
+        );
+        if !bind.read_only
+            && matches!(
+                bind.image,
+                Some(Part {
+                    root: Root::Ext { .. },
+                    ..
+                })
+            )
+        {
+            say::warn(format_args!(
+                "the image {} is bound read-only: this version does not write ext3",
+                path.display()
+            ));
+        }
     }
     Ok(binds)
+}
+
+/// A part of a file system image. Nothing is looked for when all of it is wanted.
+fn part_of(path: &Path, id: Option<u32>, part: PathBuf) -> Result<Part> {
+    let root = image::data(path, id)?;
+    let is_directory =
+        part == Path::new("/") || engine::aside(|| image::is_directory(&root, &part))?;
+    Ok(Part {
+        root,
+        path: part,
+        directory: is_directory,
+    })
 }
 
 fn scratch(args: &ActionArgs) -> Result<Vec<PathBuf>> {
@@ -568,17 +599,37 @@ fn scratch(args: &ActionArgs) -> Result<Vec<PathBuf>> {
     }
 }
 
-fn home(args: &ActionArgs) -> Result<Option<(PathBuf, PathBuf)>> {
+/// `--home`: a source alone is its own place; one before a place is taken from the working directory.
+fn home(args: &ActionArgs, host: &Host) -> Result<Option<(PathBuf, PathBuf)>> {
     let Some(text) = &args.home else {
         return Ok(None);
     };
-    let (source, target) = text.split_once(':').unwrap_or((text, text));
-    for path in [source, target] {
-        if !path.starts_with('/') {
-            bail!("--home {text:?}: path {path:?} is not an absolute path");
-        }
+    let mut parts = text.as_bytes().splitn(2, |b| *b == b':');
+    let source = Path::new(OsStr::from_bytes(parts.next().unwrap_or_default()));
+    let target = parts.next().map(|t| Path::new(OsStr::from_bytes(t)));
+    let target = target.unwrap_or(source);
+    if source.as_os_str().is_empty() || !target.is_absolute() {
+        bail!("--home {text:?}: path {target:?} is not an absolute path");
     }
-    Ok(Some((source.into(), normalise(Path::new(target)))))
+    let source = host.cwd.join(source);
+    if std::fs::metadata(&source).is_ok_and(|meta| !meta.is_dir()) {
+        bail!("--home {text:?}: {} is not a directory", source.display());
+    }
+    Ok(Some((source, normalise(target))))
+}
+
+/// `--dns`: addresses, as resolv.conf(5) takes them.
+fn dns(servers: &[String]) -> Result<Vec<String>> {
+    let servers = servers.iter().map(|server| {
+        let server = server.trim();
+        // A link-local address may name an interface.
+        let address = server.split('%').next().unwrap_or_default();
+        if address.parse::<std::net::IpAddr>().is_err() {
+            bail!("--dns {server:?} is not the address of a name server");
+        }
+        Ok(server.to_owned())
+    });
+    servers.collect()
 }
 
 fn no_mount(names: &[String]) -> Vec<String> {
@@ -609,11 +660,12 @@ fn layers(args: &ActionArgs, host: &Host) -> Result<Vec<Layer>> {
     let mut layers = Vec::new();
     let mut seen: Vec<PathBuf> = Vec::new();
     for text in &args.overlay {
-        let (text, read_only) = match text.strip_suffix(":ro") {
+        let text = text.as_bytes();
+        let (text, read_only) = match text.strip_suffix(b":ro") {
             Some(text) => (text, true),
-            None => (text.strip_suffix(":rw").unwrap_or(text), false),
+            None => (text.strip_suffix(b":rw").unwrap_or(text), false),
         };
-        let path = normalise(&host.cwd.join(text));
+        let path = host.cwd.join(OsStr::from_bytes(text));
         if !path.exists() {
             bail!(
                 "while loading overlay images: failed to open overlay image {}: no such file or directory",
@@ -638,7 +690,7 @@ fn layers(args: &ActionArgs, host: &Host) -> Result<Vec<Layer>> {
             .with_context(|| format!("while loading overlay image {}", path.display()))?;
         let facts = file.facts();
         let roots = if facts.overlays.is_empty() {
-            vec![file.root()]
+            vec![file.root().into_layer()]
         } else {
             facts.overlays
         };
@@ -676,18 +728,21 @@ fn layers(args: &ActionArgs, host: &Host) -> Result<Vec<Layer>> {
 ///
 /// # Errors
 /// When one has no sign.
-pub(super) fn env(options: &[String]) -> Result<Vec<(String, OsString)>> {
+pub(super) fn env(options: &[OsString]) -> Result<Vec<(String, OsString)>> {
     let mut env = Vec::new();
     for option in options {
-        let fields = match option.matches('=').count() {
-            1 => vec![unquoted(option).to_owned()],
-            _ => bind::csv_fields(option)?,
+        let bytes = option.as_bytes();
+        let fields = match bytes.iter().filter(|b| **b == b'=').count() {
+            1 => vec![unquoted(bytes).to_owned()],
+            _ => bind::csv_fields(bytes)?,
         };
         for field in fields {
-            let Some((key, value)) = field.split_once('=') else {
+            let Some(sign) = field.iter().position(|b| *b == b'=') else {
                 // Only the part that is wrong: the others may hold secrets.
+                let field = OsStr::from_bytes(&field);
                 let text = format!(
-                    "invalid argument {field:?} for \"--env\" flag: {field} must be formatted as key=value"
+                    "invalid argument {field:?} for \"--env\" flag: {} must be formatted as key=value",
+                    field.display()
                 );
                 return Err(Usage {
                     command: "exec".into(),
@@ -695,16 +750,17 @@ pub(super) fn env(options: &[String]) -> Result<Vec<(String, OsString)>> {
                 }
                 .into());
             };
-            env.push((key.to_owned(), value.into()));
+            let key = String::from_utf8_lossy(&field[..sign]).into_owned();
+            env.push((key, OsString::from_vec(field[sign + 1..].to_vec())));
         }
     }
     Ok(env)
 }
 
 /// Without the quotes around the whole.
-fn unquoted(text: &str) -> &str {
-    text.strip_prefix('"')
-        .and_then(|t| t.strip_suffix('"'))
+fn unquoted(text: &[u8]) -> &[u8] {
+    text.strip_prefix(b"\"")
+        .and_then(|t| t.strip_suffix(b"\""))
         .unwrap_or(text)
 }
 

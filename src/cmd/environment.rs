@@ -62,8 +62,16 @@ const KEYS: &[(&str, &[&str])] = &[
 /// Options whose values of both sources are joined.
 const JOINED: [&str; 2] = ["bind", "mount"];
 
-/// The words to put before the typed ones, so that the environment's options are parsed like them.
-/// `typed` says whether an option was given on the command line.
+/// Words of the environment's options, so that they are parsed like the typed ones.
+#[derive(Debug, Default)]
+pub struct Words {
+    /// To put before the typed ones.
+    pub before: Vec<OsString>,
+    /// To put behind them: of joined values, the typed ones come first.
+    pub behind: Vec<OsString>,
+}
+
+/// The environment's options. `typed` says whether an option was given on the command line.
 ///
 /// # Errors
 /// A boolean that is none.
@@ -71,10 +79,10 @@ pub fn words(
     command: &clap::Command,
     env: &[(OsString, OsString)],
     typed: &dyn Fn(&str) -> bool,
-) -> Result<Vec<OsString>> {
-    let mut words = Vec::new();
+) -> Result<Words> {
+    let mut all = Words::default();
     if !env.iter().any(|(k, _)| has_prefix(k)) {
-        return Ok(words);
+        return Ok(all);
     }
     for arg in command.get_arguments() {
         let Some(long) = arg.get_long() else { continue };
@@ -88,6 +96,10 @@ pub fn words(
             .iter()
             .find(|(name, _)| *name == id)
             .map_or(own.as_slice(), |(_, keys)| *keys);
+        let words = match JOINED.contains(&id) {
+            true => &mut all.behind,
+            false => &mut all.before,
+        };
         for key in keys {
             let Some(value) = lookup(env, key) else {
                 continue;
@@ -115,7 +127,7 @@ pub fn words(
             }
         }
     }
-    Ok(words)
+    Ok(all)
 }
 
 /// The value of `APPTAINER_<key>`, else of `SINGULARITY_<key>`, saying what the peers say of the old name.
@@ -180,7 +192,8 @@ mod tests {
     fn words_of(env: &[(&str, &str)]) -> Result<Vec<OsString>> {
         let command = ActionArgs::augment_args(clap::Command::new("exec"));
         let env: Vec<_> = env.iter().map(|(k, v)| (k.into(), v.into())).collect();
-        words(&command, &env, &|_| false)
+        let words = words(&command, &env, &|_| false)?;
+        Ok([words.before, words.behind].concat())
     }
 
     #[test]

@@ -220,6 +220,7 @@ fn root(root: &Root) -> String {
             file,
             offset_bytes,
             len_bytes,
+            ..
         } => format!(
             "ext3 {} at {offset_bytes}, {len_bytes} bytes",
             file.display()

@@ -15,13 +15,13 @@ use super::Explain;
 pub struct ActionArgs {
     /// Bind a host path: src[:dst[:opt[,opt]]], opts ro, rw, image-src=PATH, id=N
     #[arg(short = 'B', long, value_name = "SPEC", help_heading = "Mounts")]
-    pub bind: Vec<String>,
+    pub bind: Vec<OsString>,
     /// Mount in the form type=bind,source=SRC,destination=DST[,ro][,image-src=PATH][,id=N]
     #[arg(long, value_name = "SPEC", help_heading = "Mounts")]
-    pub mount: Vec<String>,
+    pub mount: Vec<OsString>,
     /// Home directory: SRC or SRC:DST
     #[arg(short = 'H', long, value_name = "SPEC", help_heading = "Mounts")]
-    pub home: Option<String>,
+    pub home: Option<OsString>,
     /// Do not mount the home directory
     #[arg(long, help_heading = "Mounts")]
     pub no_home: bool,
@@ -53,7 +53,7 @@ pub struct ActionArgs {
         value_delimiter = ',',
         help_heading = "Mounts"
     )]
-    pub overlay: Vec<String>,
+    pub overlay: Vec<OsString>,
     /// Write to the image itself: a directory
     #[arg(short = 'w', long, help_heading = "Mounts")]
     pub writable: bool,
@@ -127,7 +127,7 @@ pub struct ActionArgs {
     pub cleanenv: bool,
     /// Set a variable: NAME=VALUE[,NAME=VALUE]
     #[arg(long, value_name = "LIST", help_heading = "Environment")]
-    pub env: Vec<String>,
+    pub env: Vec<OsString>,
     /// Set variables from a file in shell syntax
     #[arg(
         long,

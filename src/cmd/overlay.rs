@@ -56,7 +56,7 @@ pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
             // `APPTAINER_SPARSE` and `APPTAINER_FAKEROOT` stand before what was typed, which wins.
             let environment: Vec<_> = std::env::vars_os().collect();
             let command = super::command::<CreateArgs>("overlay create");
-            let mut all = super::environment::words(&command, &environment, &|_| false)?;
+            let mut all = super::environment::words(&command, &environment, &|_| false)?.before;
             all.extend_from_slice(words.get(1..).unwrap_or_default());
             create(&super::parse("overlay create", &all)?)
         }

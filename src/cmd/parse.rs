@@ -130,11 +130,11 @@ fn with_environment<A: Args + FromArgMatches>(
     let found = matches(command, options)?;
     let is_given = |m: &ArgMatches, id: &str| m.value_source(id) == Some(ValueSource::CommandLine);
     let is_settled = |id: &str| denied.iter().any(|d| d == id) || is_given(&found, id);
-    let mut all = environment::words(command, &host.env, &is_settled)?;
-    let whole = match all.is_empty() {
+    let set = environment::words(command, &host.env, &is_settled)?;
+    let whole = match set.before.is_empty() && set.behind.is_empty() {
         true => None,
         false => {
-            all.extend_from_slice(options);
+            let all = [&set.before, options, &set.behind].concat();
             Some(matches(command, &all)?)
         }
     };

@@ -11,7 +11,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use serde::{Deserialize, Serialize};
 
 use super::sys::{self, Fork};
-use super::{init, rootfs, server, wire};
+use super::{init, rootfs, server, sources, wire};
 use crate::plan::{Plan, Service};
 use crate::proc::Held;
 
@@ -75,7 +75,7 @@ pub fn start(
     streams: Streams,
     places: &server::Places,
 ) -> Result<Background> {
-    rootfs::check_sources(plan)?;
+    sources::check(plan)?;
     let (control, theirs) = socketpair(
         AddressFamily::Unix,
         SockType::SeqPacket,

@@ -3,11 +3,13 @@
 //! The order is not taste:
 //! 1. Everything that can be found out without a namespace is checked first, so that a bad request starts nothing.
 //! 2. A file image's user namespace is joined, never made here: all containers of one image share it.
-//! 3. The mount namespace is a copy of the *caller's* mounts, so a job's private /tmp is what the container sees.
+//! 3. The mount namespace is a copy of the *caller's* mounts, so a job's private /tmp is what the container sees. All that is
+//!    taken from there is opened before anything lies over `/` ([`sources`]).
 //! 4. A pid namespace comes with the child's birth (`clone(2)`): whoever unshared it could start no thread any more.
 //! 5. procfs is mounted while the host's /proc is still visible: the kernel demands that.
 //! 6. `no_new_privs` and the filter come last before `execve`; nothing after them needs help.
 
+mod aside;
 pub mod background;
 pub mod cgroup;
 pub mod command;
@@ -28,7 +30,9 @@ pub mod rootfs;
 pub mod runtime;
 pub mod server;
 pub mod session;
+mod sources;
 pub mod sys;
+mod targets;
 pub mod userns;
 pub mod wait;
 pub mod wire;
@@ -43,6 +47,7 @@ use nix::sys::signal::{SigSet, Signal};
 use crate::image::Root;
 use crate::plan::{Init, Namespaces, Ownership, Plan};
 use crate::{exit, proc, say};
+pub use aside::aside;
 use emulate::Owners;
 use network::{Connector, Network};
 use process::Next;
@@ -148,7 +153,7 @@ fn run_owned(
     owners: Owners,
     tell: impl FnOnce(&Owners) -> Result<()>,
 ) -> Result<u8> {
-    rootfs::check_sources(plan)?;
+    sources::check(plan)?;
     let connector = network.map(Connector::start).transpose()?;
     let points = rootfs::points(plan);
     let client = server::Client::own(places, plan.program());
@@ -302,9 +307,10 @@ fn inside(
     images: rootfs::Images,
 ) -> Result<Next> {
     let mut tree = rootfs::Tree::stack(plan, stage, points, images)?;
-    for mount in &plan.mounts {
-        tree.apply(mount)?;
+    for place in 0..plan.mounts.len() {
+        tree.apply(place)?;
     }
+    tree.finish()?;
     rootfs::pivot(&tree.root, 1)?; // the session lies over the host's root
     drop(tree);
     let cwd = process::enter_directory(&plan.process)?;

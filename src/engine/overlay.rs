@@ -28,11 +28,10 @@ pub(super) fn throw_away(size_bytes: Option<u64>) -> Result<OwnedFd> {
     Ok(fd)
 }
 
-/// `upper` and `work` in the caller's directory, created when missing.
-pub(super) fn upper_and_work(dir: &Path) -> Result<[OwnedFd; 2]> {
-    let fd = sys::open_path(dir)?;
+/// `upper` and `work` in the caller's directory, which is open, created when missing.
+pub(super) fn upper_and_work(fd: &OwnedFd, dir: &Path) -> Result<[OwnedFd; 2]> {
     let part = |name: &str| {
-        match rustix::fs::mkdirat(&fd, name, Mode::from_raw_mode(0o755)) {
+        match rustix::fs::mkdirat(fd, name, Mode::from_raw_mode(0o755)) {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(error) => {
                 return Err(error).with_context(|| {

@@ -6,8 +6,9 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Component, Path, PathBuf};
 
-use anyhow::{Context as _, Result, bail};
-use rustix::fs::{Mode, OFlags};
+use anyhow::{Result, bail};
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+use rustix::io::Errno;
 
 use super::sys;
 
@@ -27,45 +28,39 @@ pub(super) fn create_at(parent: &OwnedFd, name: &OsStr, directory: bool) -> io::
     Ok(rustix::fs::openat(parent, name, flags, Mode::from_raw_mode(0o644)).map(drop)?)
 }
 
-/// Creates a directory of the host with its parents (`--workdir`), and sets its mode when it is new.
-pub(super) fn create_all(path: &Path, mode: u32) -> Result<()> {
-    if path.is_dir() {
-        return Ok(());
-    }
-    std::fs::create_dir_all(path)
-        .with_context(|| format!("cannot create {} (--workdir)", path.display()))?;
-    rustix::fs::chmod(path, Mode::from_raw_mode(mode))
-        .with_context(|| format!("cannot set the mode of {}", path.display()))
-}
-
-/// Creates a mount point and the directories above it in an empty tree of ours.
-pub(super) fn make_point(tree: &OwnedFd, path: &Path, directory: bool) -> Result<()> {
-    let what = || format!("cannot create the mount point {}", path.display());
-    let mut at = rustix::io::dup(tree)?;
-    let mut names = path.components().filter_map(|c| match c {
-        Component::Normal(name) => Some(name),
-        _ => None,
-    });
-    let mut next = names.next();
-    while let Some(name) = next {
-        next = names.next();
-        match create_at(&at, name, directory || next.is_some()) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                return Err(error).with_context(what);
+/// Opens a place below an open directory, through no link, and creates what is missing of it.
+///
+/// # Errors
+/// As `openat2(2)` and those of [`create_at`]; `ELOOP` for a link.
+pub(super) fn create_beneath(top: &OwnedFd, rest: &Path, directory: bool) -> io::Result<OwnedFd> {
+    let open = |at: &OwnedFd, name: &OsStr| {
+        let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::BENEATH;
+        let flags = OFlags::PATH | OFlags::CLOEXEC;
+        rustix::fs::openat2(at, name, flags, Mode::empty(), resolve)
+    };
+    let mut at = rustix::io::dup(top)?;
+    let mut names = rest
+        .components()
+        .filter_map(|part| match part {
+            Component::Normal(name) => Some(name),
+            _ => None,
+        })
+        .peekable();
+    while let Some(name) = names.next() {
+        let directory = directory || names.peek().is_some();
+        at = match open(&at, name) {
+            Err(Errno::NOENT) => {
+                match create_at(&at, name, directory) {
+                    // Somebody else was faster.
+                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                    other => other?,
+                }
+                open(&at, name)?
             }
-            _ => {}
-        }
-        if next.is_some() {
-            at = rustix::fs::openat(
-                &at,
-                name,
-                OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
-                Mode::empty(),
-            )
-            .with_context(what)?;
-        }
+            other => other?,
+        };
     }
-    Ok(())
+    Ok(at)
 }
 
 /// Where `path` leads inside `root`, with links followed as `chroot(2)` would, the last parts of which need not exist.

@@ -1,22 +1,24 @@
 //! The container's file tree: the root, layers over it, mount points, mounts, and `pivot_root(2)`.
 //!
-//! Everything is done by descriptor: sources are opened in the caller's view, targets are resolved as if the new root
-//! were `/` (`openat2(2)`, `RESOLVE_IN_ROOT`), so no symbolic link of an image leads a mount outside.
+//! Everything is done by descriptor: sources are opened in the caller's view ([`super::sources`]), targets are resolved as if
+//! the new root were `/` (`openat2(2)`, `RESOLVE_IN_ROOT`; [`super::targets`]), so no symbolic link of an image leads a mount
+//! outside.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, bail};
-use rustix::fs::{CWD, OFlags};
-use rustix::io::Errno;
+use anyhow::{Context, Result, bail};
+use rustix::fs::OFlags;
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
 
 use super::marks::Marked;
 use super::overlay::Writable;
-use super::points::{create_all, create_at, make_point, resolve_in};
+use super::points::{create_beneath, resolve_in};
 use super::session::Session;
+use super::sources::{Sources, is_directory, is_sure};
 use super::sys::{self, attr};
+use super::targets::{File, Made};
 use super::wire::Point;
 use super::{dev, overlay, server};
 use crate::image::{Part, Root};
@@ -24,16 +26,21 @@ use crate::plan::{Layer, Missing, Mount, Plan, Source, identity};
 use crate::say;
 
 /// The tree under construction.
-pub struct Tree {
+pub struct Tree<'p> {
+    pub(super) plan: &'p Plan,
     /// What becomes `/`.
     pub root: OwnedFd,
-    session: Session,
+    pub(super) session: Session,
     /// Mount points that did not exist in the image.
-    made: Vec<PathBuf>,
+    pub(super) absent: Vec<PathBuf>,
     /// Further images, for layers and binds: one for each use.
     images: Images,
-    /// Copies of the host's whole tree, for binds of it: one for each use.
-    hosts: Vec<(PathBuf, OwnedFd)>,
+    /// What is taken from the host.
+    sources: Sources,
+    /// The mounts so far.
+    pub(super) made: Vec<Made>,
+    /// Directories of ours that stand for one of the root.
+    pub(super) covers: Vec<OwnedFd>,
 }
 
 /// Further images.
@@ -54,15 +61,24 @@ pub fn images(plan: &Plan, client: &server::Client, lives: &mut Lives) -> Result
     });
     let binds = plan.mounts.iter().filter_map(|mount| match &mount.source {
         Source::Image(part) => {
-            let targets = plan.mounts.iter().map(|m| &m.target);
-            let below = targets.filter_map(|target| target.strip_prefix(&mount.target).ok());
-            Some((&part.root, below.map(|rest| part.path.join(rest)).collect()))
+            // What is mounted in a part of it finds its places there too.
+            let below = plan.mounts.iter().filter(|m| m.target != mount.target);
+            let point = |m: &Mount| {
+                let rest = m.target.strip_prefix(&mount.target).ok()?;
+                Some(Point {
+                    path: part.path.join(rest),
+                    directory: is_directory(&m.source),
+                })
+            };
+            let points = below.filter(|_| part.directory).filter_map(point);
+            Some((&part.root, points.collect()))
         }
         _ => None,
     });
-    let mounted = |(root, below): (&Root, Vec<PathBuf>)| {
-        let mut stage = server::enter(root, plan.ids, server::Namespace::Current, &[], client)?;
-        stage.look(below.iter().map(PathBuf::as_path));
+    let mounted = |(root, below): (&Root, Vec<Point>)| {
+        let namespace = server::Namespace::Current;
+        let mut stage = server::enter(root, plan.ids, namespace, &below, client)?;
+        stage.look(below.iter().map(|point| point.path.as_path()));
         lives.push(stage.life);
         Ok((root.clone(), stage.view))
     };
@@ -76,11 +92,9 @@ pub fn points(plan: &Plan) -> Vec<Point> {
         return points;
     }
     for (i, mount) in plan.mounts.iter().enumerate() {
-        let covered = plan.mounts[..i].iter().any(|m| {
-            m.target != mount.target
-                && mount.target.starts_with(&m.target)
-                && is_directory(&m.source)
-        });
+        let covered = plan.mounts[..i]
+            .iter()
+            .any(|m| m.target != mount.target && mount.target.starts_with(&m.target) && is_sure(m));
         // Account files are only changed where the image has them.
         if covered
             || matches!(mount.source, Source::Passwd(_) | Source::Group(_))
@@ -96,76 +110,25 @@ pub fn points(plan: &Plan) -> Vec<Point> {
     points
 }
 
-fn is_directory(source: &Source) -> bool {
-    match source {
-        Source::Bind(path) => !rustix::fs::stat(path)
-            .is_ok_and(|s| !rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir()),
-        Source::Text(_) | Source::Passwd(_) | Source::Group(_) => false,
-        Source::Image(part) => part.directory,
-        _ => true,
-    }
-}
-
-/// What the caller asked for and the host does not have: found before anything is started.
-///
-/// # Errors
-/// Naming the mount.
-pub fn check_sources(plan: &Plan) -> Result<()> {
-    for mount in plan.mounts.iter().filter(|m| m.missing == Missing::Fail) {
-        if let Source::Bind(path) = &mount.source
-            && let Err(error) = rustix::fs::stat(path)
-        {
-            let cause = if error == Errno::NOENT {
-                "doesn't exist".into()
-            } else {
-                error.to_string()
-            };
-            bail!(
-                "cannot bind {} on {} ({}): mount source {} {cause}",
-                path.display(),
-                mount.target.display(),
-                mount.why,
-                path.display()
-            );
-        }
-    }
-    for layer in &plan.layers {
-        let (Layer::ReadOnlyDirectory(path) | Layer::Directory(path)) = layer else {
-            continue;
-        };
-        rustix::fs::stat(path).with_context(|| {
-            format!(
-                "while loading overlay images: failed to open overlay image {}",
-                path.display()
-            )
-        })?;
-    }
-    Ok(())
-}
-
-impl Tree {
+impl<'p> Tree<'p> {
     /// Stacks root and layers. `root` is the detached image, when a server gave one.
     ///
     /// # Errors
     /// As the mounts.
     pub fn stack(
-        plan: &Plan,
+        plan: &'p Plan,
         stage: Option<server::Stage>,
         points: &[Point],
         images: Images,
-    ) -> Result<Tree> {
+    ) -> Result<Tree<'p>> {
         mount_change(
             "/",
             MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
         )
         .context("cannot make the mounts private")?;
-        let copy = match &plan.root {
-            Root::Directory(path) => Some(sys::clone_tree(CWD, path)?),
-            _ => None,
-        };
-        let hosts = hosts(&plan.mounts)?;
-        let mut session = Session::new()?;
-        let (root, made) = match (stage, copy) {
+        let mut sources = Sources::open(plan)?;
+        let mut session = Session::over_host(&sources)?;
+        let (root, absent) = match (stage, sources.root.take()) {
             (Some(stage), _) => {
                 let made = points.iter().zip(&stage.made);
                 let made = made.filter(|(_, made)| **made).map(|(p, _)| p.path.clone());
@@ -175,11 +138,14 @@ impl Tree {
             (None, None) => bail!("an image file needs an image server"),
         };
         let mut tree = Tree {
+            plan,
             root,
             session,
-            made,
+            absent,
             images,
-            hosts,
+            sources,
+            made: Vec::new(),
+            covers: Vec::new(),
         };
         let sandbox = matches!(plan.root, Root::Directory(_));
         if sandbox {
@@ -192,7 +158,7 @@ impl Tree {
             Vec::new()
         };
         if !plan.layers.is_empty() || !absent.is_empty() {
-            tree.overlay(plan, &absent)?;
+            tree.overlay(&absent)?;
         }
         // Last, so that nothing is mounted over it: `/home/..` would lead there.
         sys::attach_over_root(tree.root.as_fd())?;
@@ -210,7 +176,7 @@ impl Tree {
                         path: resolve_in(&self.root, &point.path)?,
                         directory: point.directory,
                     });
-                    self.made.push(point.path.clone());
+                    self.absent.push(point.path.clone());
                 }
                 Err(_) => {} // told when the mount is made
             }
@@ -219,7 +185,7 @@ impl Tree {
     }
 
     /// Lays an overlayfs over the root: the layers, and below all of them the mount points that are absent.
-    fn overlay(&mut self, plan: &Plan, absent: &[Point]) -> Result<()> {
+    fn overlay(&mut self, absent: &[Point]) -> Result<()> {
         let mut held: Vec<OwnedFd> = Vec::new();
         // Topmost first, as overlayfs wants them.
         let mut lower: Vec<String> = Vec::new();
@@ -229,7 +195,7 @@ impl Tree {
             path
         };
         let mut writable = None;
-        for layer in plan.layers.iter().rev() {
+        for (place, layer) in self.plan.layers.iter().enumerate().rev() {
             match layer {
                 Layer::Tmpfs(size) => {
                     let fd = overlay::throw_away(*size)?;
@@ -242,7 +208,7 @@ impl Tree {
                     });
                 }
                 Layer::Directory(dir) => {
-                    let [upper, work] = overlay::upper_and_work(dir)?;
+                    let [upper, work] = overlay::upper_and_work(&self.sources.layer(place)?, dir)?;
                     if let Some(marked) = Marked::find(upper.as_fd()) {
                         let what =
                             || format!("cannot use the overlay {} for writing", dir.display());
@@ -255,7 +221,7 @@ impl Tree {
                     });
                 }
                 Layer::ReadOnlyDirectory(dir) => {
-                    let fd = sys::open_path(dir)?;
+                    let fd = self.sources.layer(place)?;
                     let layer = overlay::upper_of(&fd, dir)?.unwrap_or(fd);
                     let shadow = Marked::find(layer.as_fd())
                         .map(|marked| marked.shadow(layer.as_fd(), &mut self.session))
@@ -281,7 +247,9 @@ impl Tree {
         if !absent.is_empty() {
             let (fd, _) = self.session.directory(0o755)?;
             for point in absent {
-                make_point(&fd, &point.path, point.directory)?;
+                create_beneath(&fd, &point.path, point.directory).with_context(|| {
+                    format!("cannot create the mount point {}", point.path.display())
+                })?;
             }
             lower.push(hold(&mut held, fd));
         }
@@ -289,160 +257,101 @@ impl Tree {
         Ok(())
     }
 
-    /// Makes one mount. `Ok(false)` when it was left out.
+    /// Makes one mount of the plan, or leaves it out.
     ///
     /// # Errors
     /// When the mount must be there and cannot be made.
-    pub fn apply(&mut self, mount: &Mount) -> Result<()> {
-        match self.try_apply(mount) {
-            Ok(()) => Ok(()),
-            Err(error) => {
-                let what = format!(
-                    "cannot mount {} on {} ({})",
-                    describe(&mount.source),
-                    mount.target.display(),
-                    mount.why
-                );
-                match mount.missing {
-                    Missing::Fail => Err(error.context(what)),
-                    Missing::Warn => {
-                        say::warn(format_args!(
-                            "Skipping mount {} [{}]: {error:#}",
-                            mount.target.display(),
-                            mount.why
-                        ));
-                        Ok(())
-                    }
-                    Missing::Skip | Missing::Keep => {
-                        say::verbose(format_args!("{what}: {error:#}"));
-                        Ok(())
-                    }
-                }
-            }
-        }
+    pub fn apply(&mut self, index: usize) -> Result<()> {
+        let mount = &self.plan.mounts[index];
+        let done = self.try_apply(index, mount);
+        self.settle(mount, done)
     }
 
-    fn try_apply(&mut self, mount: &Mount) -> Result<()> {
-        if mount.missing == Missing::Keep
-            && !self.made.contains(&mount.target)
-            && self.target(mount, false).is_ok()
-        {
-            return Ok(()); // the image's own directory stands
-        }
-        let Some(tree) = self.source(mount)? else {
-            return Ok(());
-        };
-        let directory = rustix::fs::fstat(&tree)
-            .is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir());
-        let target = self.target(mount, directory)?;
-        // The kernel only says EINVAL.
-        let onto = rustix::fs::fstat(&target)
-            .is_ok_and(|s| rustix::fs::FileType::from_raw_mode(s.st_mode).is_dir());
-        match (directory, onto) {
-            (true, false) => bail!("not a directory: the image has a file there"),
-            (false, true) => {
-                bail!("not a directory: the image has a directory there, and the source is a file")
-            }
-            _ => sys::attach(tree.as_fd(), target.as_fd())?,
-        }
-        if let Source::Dev { mqueue } = mount.source {
-            dev::populate(self, mqueue)?;
+    /// What a mount that cannot be made means.
+    pub(super) fn settle(&self, mount: &Mount, done: Result<()>) -> Result<()> {
+        let Err(error) = done else { return Ok(()) };
+        let what = format!(
+            "cannot mount {} on {} ({})",
+            describe(&mount.source),
+            mount.target.display(),
+            mount.why
+        );
+        match mount.missing {
+            Missing::Fail => return Err(error.context(what)),
+            Missing::Warn => say::warn(format_args!(
+                "Skipping mount {} [{}]: {error:#}",
+                mount.target.display(),
+                mount.why
+            )),
+            Missing::Skip | Missing::Keep => say::verbose(format_args!("{what}: {error:#}")),
         }
         Ok(())
     }
 
-    /// Opens the place of a mount, creating it where that is ours to do.
-    fn target(&mut self, mount: &Mount, directory: bool) -> Result<OwnedFd> {
-        match sys::open_in_root(self.root.as_fd(), &mount.target, OFlags::PATH) {
-            Ok(fd) => Ok(fd),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                self.create_in_session(&mount.target, directory)?;
-                sys::open_in_root(self.root.as_fd(), &mount.target, OFlags::PATH)
-                    .map_err(Into::into)
-            }
-            Err(error) => Err(error.into()),
+    fn try_apply(&mut self, index: usize, mount: &Mount) -> Result<()> {
+        let Some(tree) = self.source(index, mount)? else {
+            return Ok(());
+        };
+        let what = File::of(&tree)?;
+        let target = self.target(mount, what.is_directory)?;
+        let onto = File::of(&target.fd)?;
+        if self.is_left_out(mount, &what, &target, &onto) {
+            return Ok(());
         }
+        // The kernel only says EINVAL.
+        match (what.is_directory, onto.is_directory) {
+            (true, false) => bail!("not a directory: the image has a file there"),
+            (false, true) => {
+                bail!("not a directory: the image has a directory there, and the source is a file")
+            }
+            _ => sys::attach(tree.as_fd(), target.fd.as_fd())?,
+        }
+        self.note(index, target, tree, &what)?;
+        if let Source::Dev { mqueue, pts } = mount.source {
+            let files = self.sources.devices();
+            dev::populate(self, files, dev::Kinds { mqueue, pts })?;
+        }
+        Ok(())
     }
 
-    /// Creates a mount point below a directory that is private to this container.
-    fn create_in_session(&self, path: &Path, directory: bool) -> Result<()> {
-        let missing = || anyhow!("{} doesn't exist in container", path.display());
-        let parent = path.parent().ok_or_else(missing)?;
-        let name = path.file_name().ok_or_else(missing)?;
-        let fd =
-            match sys::open_in_root(self.root.as_fd(), parent, OFlags::PATH | OFlags::DIRECTORY) {
-                Ok(fd) => fd,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    self.create_in_session(parent, true)?;
-                    sys::open_in_root(self.root.as_fd(), parent, OFlags::PATH | OFlags::DIRECTORY)?
-                }
-                Err(error) => return Err(error.into()),
-            };
-        if !self.session.holds(&fd)? {
-            return Err(missing());
-        }
-        create_at(&fd, name, directory).with_context(|| format!("cannot create {}", path.display()))
+    /// What is done when all mounts are there.
+    ///
+    /// # Errors
+    /// As `mount_setattr(2)`.
+    pub fn finish(&mut self) -> Result<()> {
+        let mut covers = self.covers.iter();
+        covers.try_for_each(|cover| sys::make_top_read_only(cover.as_fd()))
     }
 
     /// The detached mount that goes onto the target; `None` when there is nothing to mount.
-    fn source(&mut self, mount: &Mount) -> Result<Option<OwnedFd>> {
-        let below_dev = |path: &Path| path.starts_with("/dev");
+    fn source(&mut self, index: usize, mount: &Mount) -> Result<Option<OwnedFd>> {
         let (tree, attributes) = match &mount.source {
             Source::Bind(path) => (
-                self.host_tree(path)?,
-                if below_dev(path) {
+                self.sources.mount(index)?,
+                if path.starts_with("/dev") {
                     attr::NOSUID
                 } else {
                     attr::NOSUID | attr::NODEV
                 },
             ),
-            Source::Directory(path, mode) => {
-                create_all(path, *mode)?;
-                (self.host_tree(path)?, attr::NOSUID | attr::NODEV)
-            }
+            Source::Directory(..) => (self.sources.mount(index)?, attr::NOSUID | attr::NODEV),
             Source::Private(mode) => (self.session.directory(*mode)?.1, 0),
             Source::Dev { .. } => (self.session.directory(0o755)?.1, 0),
             Source::Proc => (sys::new_filesystem("proc", &[])?, 0),
             Source::Text(text) => (self.session.file(text.as_bytes())?, 0),
-            Source::Passwd(account) => match self.image_text("/etc/passwd")? {
-                Some(text) => (
-                    self.session
-                        .file(identity::passwd_text(&text, account).as_bytes())?,
-                    0,
-                ),
-                None => {
-                    say::warn(format_args!(
-                        "passwd file doesn't exist in container, not updating"
-                    ));
-                    return Ok(None);
-                }
-            },
-            Source::Group(account) => match self.image_text("/etc/group")? {
-                Some(text) => (
-                    self.session
-                        .file(identity::group_text(&text, account).as_bytes())?,
-                    0,
-                ),
-                None => {
-                    say::warn(format_args!(
-                        "group file doesn't exist in container, not updating"
-                    ));
-                    return Ok(None);
-                }
-            },
-            Source::Image(Part { root, path, .. }) => {
-                let tree = self.image(root)?;
-                if path == Path::new("/") {
-                    (tree, 0)
-                } else {
-                    self.session.park(&tree)?;
-                    let part =
-                        sys::open_in_root(tree.as_fd(), path, OFlags::PATH).with_context(|| {
-                            format!("image-src {} is not in the image", path.display())
-                        })?;
-                    (sys::clone_tree(part.as_fd(), Path::new(""))?, 0)
-                }
+            Source::Passwd(account) => {
+                let text =
+                    self.account_file("passwd", |text| identity::passwd_text(text, account))?;
+                let Some(tree) = text else { return Ok(None) };
+                (tree, 0)
             }
+            Source::Group(account) => {
+                let text =
+                    self.account_file("group", |text| identity::group_text(text, account))?;
+                let Some(tree) = text else { return Ok(None) };
+                (tree, 0)
+            }
+            Source::Image(part) => (self.part(part)?, 0),
         };
         let attributes = attributes | if mount.writable { 0 } else { attr::RDONLY };
         if attributes != 0 {
@@ -451,12 +360,33 @@ impl Tree {
         Ok(Some(tree))
     }
 
-    /// A copy of the host's files at `path`.
-    fn host_tree(&mut self, path: &Path) -> Result<OwnedFd> {
-        match self.hosts.iter().position(|(p, _)| p == path) {
-            Some(place) => Ok(self.hosts.swap_remove(place).1),
-            None => sys::clone_tree(CWD, path),
+    /// A file of the image's `/etc` with the caller's lines; `None`, with a warning, when the image has none.
+    fn account_file(
+        &mut self,
+        name: &str,
+        change: impl FnOnce(&str) -> String,
+    ) -> Result<Option<OwnedFd>> {
+        match self.image_text(&format!("/etc/{name}"))? {
+            Some(text) => self.session.file(change(&text).as_bytes()).map(Some),
+            None => {
+                say::warn(format_args!(
+                    "{name} file doesn't exist in container, not updating"
+                ));
+                Ok(None)
+            }
         }
+    }
+
+    /// A part of a further image.
+    fn part(&mut self, Part { root, path, .. }: &Part) -> Result<OwnedFd> {
+        let tree = self.image(root)?;
+        if path == Path::new("/") {
+            return Ok(tree);
+        }
+        self.session.park(&tree)?;
+        let part = sys::open_in_root(tree.as_fd(), path, OFlags::PATH)
+            .with_context(|| format!("image-src {} is not in the image", path.display()))?;
+        sys::clone_tree(part.as_fd(), Path::new(""))
     }
 
     fn image(&mut self, root: &Root) -> Result<OwnedFd> {
@@ -491,22 +421,6 @@ impl Tree {
         .with_context(|| format!("cannot read {path} of the image"))?;
         Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
     }
-}
-
-/// Copies of the host's tree for the sources that lead to its `/`: taken before anything is mounted over it, or the
-/// copies would hold that too.
-fn hosts(mounts: &[Mount]) -> Result<Vec<(PathBuf, OwnedFd)>> {
-    let place = |path: &Path| rustix::fs::stat(path).map(|s| (s.st_dev, s.st_ino)).ok();
-    let root = place(Path::new("/"));
-    let mut hosts = Vec::new();
-    for mount in mounts {
-        if let Source::Bind(path) | Source::Directory(path, _) = &mount.source
-            && place(path) == root
-        {
-            hosts.push((path.clone(), sys::clone_tree(CWD, path)?));
-        }
-    }
-    Ok(hosts)
 }
 
 /// Makes `root`, which is mounted over `/`, the root of this process, and drops the host's tree, over which `covers`

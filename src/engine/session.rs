@@ -6,36 +6,26 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use rustix::fs::{Mode, OFlags};
 
+use super::sources::Sources;
 use super::{server, sys};
 
 /// A file system in memory, over the host's `/`. It lies under the container's root, and goes with the host's tree; what was
 /// copied from it stays.
 pub struct Session {
     top: OwnedFd,
-    /// Its device number: only there we may create mount points.
-    dev: u64,
     /// How many files there are.
     count: usize,
 }
 
 impl Session {
-    /// Mounts one over `/`.
+    /// Mounts one over `/`. From then on a path of the host may lead into it: what is needed of the host has been opened.
     ///
     /// # Errors
     /// As the mounts.
-    pub fn new() -> Result<Session> {
+    pub(super) fn over_host(_opened: &Sources) -> Result<Session> {
         let top = sys::new_filesystem("tmpfs", &[("mode", Some(c"0755"))])?;
         sys::attach_over_root(top.as_fd())?;
-        let dev = sys::identity(top.as_fd())?.0;
-        Ok(Session { top, dev, count: 0 })
-    }
-
-    /// Whether a file lies in it.
-    ///
-    /// # Errors
-    /// As `fstat(2)`.
-    pub fn holds(&self, fd: &OwnedFd) -> Result<bool> {
-        Ok(sys::identity(fd.as_fd())?.0 == self.dev)
+        Ok(Session { top, count: 0 })
     }
 
     /// A new directory: opened, and as a detached mount.

@@ -19,6 +19,7 @@ use crate::plan::{IdMap, SubIds};
 /// # Errors
 /// Where the machine forbids it, with the setting that does.
 pub fn create(ids: &IdMap, more: CloneFlags) -> Result<()> {
+    debug_assert!(sys::has_one_thread(), "threads come later");
     let mapper = match ids {
         IdMap::Ranges { .. } | IdMap::All => Some(Mapper::start(*ids)?),
         IdMap::Own { .. } | IdMap::Root { .. } => None,
@@ -76,6 +77,7 @@ fn map_all(pid: i32) -> Result<()> {
 /// # Errors
 /// As `setns(2)`.
 pub fn join(userns: &OwnedFd) -> Result<()> {
+    debug_assert!(sys::has_one_thread(), "threads come later");
     match setns(userns, CloneFlags::CLONE_NEWUSER) {
         // Also what the kernel says of the namespace that one is in.
         Err(nix::Error::EINVAL)

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Result, bail};
 use capsid_fuse::Superblock;
 
-use super::{Facts, Image, Root, name, names_in_squashfs, read_squashfs};
+use super::{Facts, Given, Image, Root, Top, names_in_squashfs, read_squashfs};
 
 /// What Singularity 2 put before a squashfs, so that it could be executed.
 const LAUNCH: &[u8] = b"#!/usr/bin/env run-singularity\n";
@@ -16,11 +16,16 @@ const LAUNCH: &[u8] = b"#!/usr/bin/env run-singularity\n";
 /// See the module.
 struct FileImage {
     root: Root,
-    path: PathBuf,
+    given: Given,
 }
 
 /// Tells by its first bytes what a file is.
-pub fn detect(path: PathBuf, file: &File, head: &[u8]) -> Result<Box<dyn Image>> {
+pub(super) fn detect(
+    path: PathBuf,
+    given: Given,
+    file: &File,
+    head: &[u8],
+) -> Result<Box<dyn Image>> {
     let len = file.metadata()?.len();
     let magic = |at: usize, magic: &[u8]| head.get(at..at + magic.len()) == Some(magic);
     let offset = if magic(0, b"hsqs") {
@@ -43,15 +48,16 @@ pub fn detect(path: PathBuf, file: &File, head: &[u8]) -> Result<Box<dyn Image>>
         }
         // The superblock of ext2, ext3 and ext4 lies at byte 1024, its magic number 56 bytes into it.
         None if magic(1080, &[0x53, 0xef]) => Root::Ext {
-            file: path.clone(),
+            file: path,
             offset_bytes: 0,
             len_bytes: len,
+            top: Top::Root,
         },
         None => bail!(
             "image format not recognized: neither a SIF, nor a squashfs, nor an ext3 file system, nor a directory"
         ),
     };
-    Ok(Box::new(FileImage { root, path }))
+    Ok(Box::new(FileImage { root, given }))
 }
 
 /// Checks that a squashfs that this program can read is there in full: a bad one is refused before anything is started.
@@ -77,12 +83,7 @@ impl Image for FileImage {
     }
 
     fn facts(&self) -> Facts {
-        Facts {
-            arch: None,
-            name: name(&self.path),
-            path: self.path.clone(),
-            overlays: Vec::new(),
-        }
+        self.given.facts(None, Vec::new())
     }
 
     fn read(&self, path: &Path) -> Result<Option<Vec<u8>>> {
@@ -106,16 +107,6 @@ impl Image for FileImage {
             _ => {
                 bail!("listing directories of an ext3 image is not supported: run it with exec")
             }
-        }
-    }
-
-    fn data(&self, id: Option<u32>) -> Result<Root> {
-        match id {
-            Some(id) => bail!(
-                "id={id} needs a SIF; {} is a bare file system",
-                self.path.display()
-            ),
-            None => Ok(self.root()),
         }
     }
 }

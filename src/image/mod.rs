@@ -38,10 +38,39 @@ pub enum Root {
         offset_bytes: u64,
         /// Its length.
         len_bytes: u64,
+        /// What of it is taken.
+        top: Top,
     },
 }
 
+/// What of an ext file system is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub enum Top {
+    /// All of it.
+    Root,
+    /// Its directory `upper`, if it has one: that is where layers have their files.
+    Upper,
+}
+
+impl Top {
+    /// The directory, for [`capsid_fuse::Server::ext`].
+    pub fn directory(self) -> &'static str {
+        match self {
+            Top::Root => "",
+            Top::Upper => "upper",
+        }
+    }
+}
+
 impl Root {
+    /// The same as a layer over a root.
+    pub fn into_layer(mut self) -> Root {
+        if let Root::Ext { top, .. } = &mut self {
+            *top = Top::Upper;
+        }
+        self
+    }
+
     /// The file or directory of the host.
     pub fn file(&self) -> &Path {
         let (Root::Squashfs { file, .. } | Root::Ext { file, .. } | Root::Directory(file)) = self;
@@ -60,11 +89,12 @@ pub struct Part {
     pub directory: bool,
 }
 
-/// Finds a file or directory in a file system image.
+/// Whether a file in a file system image is a directory. Call it in a process of its own: reading may start threads that
+/// end only some time after it has returned.
 ///
 /// # Errors
 /// When it is not there, or the image cannot be read.
-pub fn part(root: Root, path: PathBuf) -> Result<Part> {
+pub fn is_directory(root: &Root, path: &Path) -> Result<bool> {
     use std::os::unix::ffi::OsStrExt as _;
     let what = || {
         format!(
@@ -73,15 +103,10 @@ pub fn part(root: Root, path: PathBuf) -> Result<Part> {
             root.file().display()
         )
     };
-    let kind = kind(&root, path.as_os_str().as_bytes()).with_context(what)?;
-    let Some(kind) = kind else {
-        bail!("image-src {} is not in the image", path.display());
-    };
-    Ok(Part {
-        directory: kind == capsid_fuse::Kind::Dir,
-        root,
-        path,
-    })
+    match kind(root, path.as_os_str().as_bytes()).with_context(what)? {
+        Some(kind) => Ok(kind == capsid_fuse::Kind::Dir),
+        None => bail!("image-src {} is not in the image", path.display()),
+    }
 }
 
 fn kind(root: &Root, path: &[u8]) -> Result<Option<capsid_fuse::Kind>> {
@@ -102,9 +127,11 @@ fn kind(root: &Root, path: &[u8]) -> Result<Option<capsid_fuse::Kind>> {
             file,
             offset_bytes,
             len_bytes,
+            top,
         } => {
             let file = File::open(file)?;
-            capsid_fuse::Server::ext(file, *offset_bytes, Some(*len_bytes), "upper", options)?
+            let top = top.directory();
+            capsid_fuse::Server::ext(file, *offset_bytes, Some(*len_bytes), top, options)?
         }
     };
     Ok(server.kind(path)?)
@@ -115,7 +142,7 @@ fn kind(root: &Root, path: &[u8]) -> Result<Option<capsid_fuse::Kind>> {
 pub struct Facts {
     /// Go's name of the processor architecture; `None` when the image does not say.
     pub arch: Option<String>,
-    /// Absolute path.
+    /// Absolute path, under the name that was given: a link keeps its own.
     pub path: PathBuf,
     /// Last part of the path.
     pub name: String,
@@ -143,12 +170,6 @@ pub trait Image {
     /// # Errors
     /// When it cannot be read.
     fn names(&self, path: &Path) -> Result<Vec<OsString>>;
-
-    /// The file system that a bind takes from the image: object `id`, or the first one meant for data.
-    ///
-    /// # Errors
-    /// When there is none.
-    fn data(&self, id: Option<u32>) -> Result<Root>;
 }
 
 /// Bytes that [`Image::read`] gives at most.
@@ -164,41 +185,123 @@ pub const MAX_NAMES: usize = 65_536;
 /// Naming the image and what is wrong with it.
 pub fn open(path: &Path) -> Result<Box<dyn Image>> {
     let what = || format!("could not open image {}", path.display());
+    let real = real_path(path).with_context(what)?;
+    let given = Given::new(path, &real);
+    open_at(real, given).with_context(what)
+}
+
+/// The file system that a bind takes from an image file: object `id` of a SIF, or the first one meant for data, else its
+/// root.
+///
+/// # Errors
+/// When there is none.
+pub fn data(path: &Path, id: Option<u32>) -> Result<Root> {
+    let real = real_path(path)?;
+    if real.is_dir() {
+        bail!(
+            "{} is a directory: bind it without image-src or id",
+            path.display()
+        );
+    }
+    let (file, head) = start_of(&real)?;
+    if is_sif(&head) {
+        return sif::data(real, &file, id);
+    }
+    if let Some(id) = id {
+        bail!(
+            "id={id} needs a SIF; {} is a bare file system",
+            path.display()
+        );
+    }
+    let given = Given::new(path, &real);
+    Ok(file::detect(real, given, &file, &head)?.root())
+}
+
+fn real_path(path: &Path) -> Result<PathBuf> {
     let real = std::fs::canonicalize(path).or_else(|error| match error.raw_os_error() {
         // Deeper than a path can say: it is found from here all the same.
         Some(libc::ENAMETOOLONG) if path.is_relative() => Ok(path.to_owned()),
         _ => Err(error),
     });
-    let real = real
-        .map_err(|e| anyhow!(crate::say::word(&e)))
-        .with_context(what)?;
-    open_at(real).with_context(what)
+    real.map_err(|e| anyhow!(crate::say::word(&e)))
 }
 
-fn open_at(path: PathBuf) -> Result<Box<dyn Image>> {
-    let kind = std::fs::metadata(&path)?.file_type();
-    if kind.is_dir() {
-        return Ok(Box::new(sandbox::Sandbox::new(path)));
+/// How an image was named.
+#[derive(Debug, Clone)]
+struct Given {
+    /// Absolute.
+    path: PathBuf,
+    name: String,
+}
+
+impl Given {
+    fn new(path: &Path, real: &Path) -> Given {
+        // The name may be a link; the directory that it is in is the one that it leads to.
+        let named = || {
+            let name = path.file_name()?;
+            let directory = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+            let directory = std::fs::canonicalize(directory.unwrap_or(Path::new("."))).ok()?;
+            Some(directory.join(name))
+        };
+        let is_plain = path.is_absolute()
+            && path
+                .components()
+                .all(|part| part != std::path::Component::ParentDir);
+        let path = match is_plain {
+            true => path.components().collect(),
+            false => named().unwrap_or_else(|| real.to_owned()),
+        };
+        let name = path.file_name().unwrap_or_default();
+        Given {
+            name: name.to_string_lossy().into_owned(),
+            path,
+        }
     }
+
+    fn facts(&self, arch: Option<&str>, overlays: Vec<Root>) -> Facts {
+        Facts {
+            arch: arch.map(str::to_owned),
+            path: self.path.clone(),
+            name: self.name.clone(),
+            overlays,
+        }
+    }
+}
+
+fn open_at(path: PathBuf, given: Given) -> Result<Box<dyn Image>> {
+    if std::fs::metadata(&path)?.is_dir() {
+        return Ok(Box::new(sandbox::Sandbox::new(path, given)));
+    }
+    let (file, head) = start_of(&path)?;
+    if is_sif(&head) {
+        return Ok(Box::new(sif::SifImage::open(path, given, file)?));
+    }
+    file::detect(path, given, &file, &head)
+}
+
+fn is_sif(head: &[u8]) -> bool {
+    crate::sif::Sif::is_sif(head) || head.starts_with(b"#!/usr/bin/env run-singularity\n\0SIF")
+}
+
+/// Opens a file, and reads its first bytes.
+fn start_of(path: &Path) -> Result<(File, Vec<u8>)> {
+    let kind = std::fs::metadata(path)?.file_type();
     if kind.is_fifo() || kind.is_socket() || kind.is_char_device() {
         bail!("neither a regular file nor a directory");
     }
-    let file = File::open(&path).map_err(|e| match e.kind() {
+    let file = File::open(path).map_err(|e| match e.kind() {
         std::io::ErrorKind::PermissionDenied => {
             anyhow!("not readable by the current user, check permissions")
         }
         _ => anyhow!(crate::say::word(&e)),
     })?;
-    let mut head = [0; 2048];
+    let mut head = vec![0; 2048];
     let len = read_start(&file, &mut head)?;
-    let head = &head[..len];
+    head.truncate(len);
     if head.is_empty() {
         bail!("the file is empty");
     }
-    if crate::sif::Sif::is_sif(head) || head.starts_with(b"#!/usr/bin/env run-singularity\n\0SIF") {
-        return Ok(Box::new(sif::SifImage::open(path, file)?));
-    }
-    file::detect(path, &file, head)
+    Ok((file, head))
 }
 
 /// Whether a file is a whole image of any kind, also of one that cannot be run here: encrypted, of another machine.
@@ -210,17 +313,12 @@ pub fn check(path: &Path) -> Result<()> {
     if !kind.is_file() {
         bail!("it is no regular file");
     }
-    let file = File::open(path)?;
-    let mut head = [0; 2048];
-    let len = read_start(&file, &mut head)?;
-    let head = &head[..len];
-    if head.is_empty() {
-        bail!("the file is empty");
-    }
-    if crate::sif::Sif::is_sif(head) {
+    let (file, head) = start_of(path)?;
+    if crate::sif::Sif::is_sif(&head) {
         return sif::check(&file);
     }
-    file::detect(path.to_owned(), &file, head).map(drop)
+    let given = Given::new(path, path);
+    file::detect(path.to_owned(), given, &file, &head).map(drop)
 }
 
 /// Says whether an image can run on this machine.
@@ -302,12 +400,6 @@ fn names_in_squashfs(
     Ok(names)
 }
 
-fn name(path: &Path) -> String {
-    path.file_name()
-        .map(|n| n.to_string_lossy().into_owned())
-        .unwrap_or_default()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -346,7 +438,8 @@ mod tests {
         // What a file of /proc looks like: bytes are there, and the length is 0.
         let file = tempfile::tempfile().unwrap();
         let head = b"#!/usr/bin/env run-singularity\nhsqs";
-        let error = file::detect("/proc/1/cmdline".into(), &file, head).err();
+        let path = Path::new("/proc/1/cmdline");
+        let error = file::detect(path.into(), Given::new(path, path), &file, head).err();
         assert!(error.unwrap().to_string().contains("truncated"));
     }
 

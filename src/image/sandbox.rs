@@ -9,17 +9,18 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use rustix::fs::{Mode, OFlags, ResolveFlags};
 
-use super::{Facts, Image, MAX_READ, Root, name};
+use super::{Facts, Given, Image, MAX_READ, Root};
 
 /// See the module.
 pub struct Sandbox {
     path: PathBuf,
+    given: Given,
 }
 
 impl Sandbox {
     /// A directory that exists.
-    pub fn new(path: PathBuf) -> Sandbox {
-        Sandbox { path }
+    pub(super) fn new(path: PathBuf, given: Given) -> Sandbox {
+        Sandbox { path, given }
     }
 }
 
@@ -29,12 +30,7 @@ impl Image for Sandbox {
     }
 
     fn facts(&self) -> Facts {
-        Facts {
-            arch: None,
-            name: name(&self.path),
-            path: self.path.clone(),
-            overlays: Vec::new(),
-        }
+        self.given.facts(None, Vec::new())
     }
 
     fn read(&self, path: &Path) -> Result<Option<Vec<u8>>> {
@@ -79,12 +75,5 @@ impl Image for Sandbox {
             .filter(|n| n != "." && n != "..")
             .take(super::MAX_NAMES)
             .collect())
-    }
-
-    fn data(&self, _id: Option<u32>) -> Result<Root> {
-        bail!(
-            "{} is a directory: bind it without image-src or id",
-            self.path.display()
-        )
     }
 }

@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, anyhow, bail};
 
-use super::{Facts, Image, Root, file, name, names_in_squashfs, read_squashfs};
+use super::{Facts, Given, Image, Root, Top, file, names_in_squashfs, read_squashfs};
 use crate::sif::{DataType, Descriptor, FsType, PartType, Partition, Sif};
 
 /// See the module.
 pub struct SifImage {
     path: PathBuf,
+    given: Given,
     sif: Sif,
     /// Offset and length of the primary partition.
     primary: (u64, u64),
@@ -34,17 +35,8 @@ pub fn check(file: &File) -> Result<()> {
 
 impl SifImage {
     /// Reads the descriptors and checks the primary partition's superblock.
-    pub fn open(path: PathBuf, file: File) -> Result<SifImage> {
-        let sif = Sif::read(&file)?;
-        if sif
-            .objects
-            .iter()
-            .any(|o| o.data_type == DataType::OciRootIndex)
-        {
-            bail!(
-                "an OCI-SIF (of SingularityCE's --oci mode) is not supported: build or pull it without --oci"
-            );
-        }
+    pub(super) fn open(path: PathBuf, given: Given, file: File) -> Result<SifImage> {
+        let sif = read(&file)?;
         let Some((object, partition)) = sif.primary() else {
             bail!("the SIF has no primary partition, so there is nothing to run");
         };
@@ -60,30 +52,67 @@ impl SifImage {
         let primary = (object.offset_bytes, object.len_bytes);
         Ok(SifImage {
             path,
+            given,
             primary,
             arch: partition.arch,
             sif,
         })
     }
+}
 
-    fn file_system(&self, object: &Descriptor, partition: Partition) -> Result<Root> {
-        let (file, offset_bytes, len_bytes) =
-            (self.path.clone(), object.offset_bytes, object.len_bytes);
-        match partition.fs {
-            FsType::Squashfs => Ok(Root::Squashfs {
-                file,
-                offset_bytes,
-                len_bytes,
-            }),
-            FsType::Ext3 => Ok(Root::Ext {
-                file,
-                offset_bytes,
-                len_bytes,
-            }),
-            FsType::Encrypted => bail!("object {} is encrypted, which is not supported", object.id),
-            FsType::Other(kind) => {
-                bail!("object {} holds an unknown file system ({kind})", object.id)
-            }
+fn read(file: &File) -> Result<Sif> {
+    let sif = Sif::read(file)?;
+    let is_oci = |object: &Descriptor| object.data_type == DataType::OciRootIndex;
+    if sif.objects.iter().any(is_oci) {
+        bail!(
+            "an OCI-SIF (of SingularityCE's --oci mode) is not supported: build or pull it without --oci"
+        );
+    }
+    Ok(sif)
+}
+
+/// The file system that a bind takes: object `id`, or the first one meant for data, else the root.
+pub(super) fn data(path: PathBuf, file: &File, id: Option<u32>) -> Result<Root> {
+    let sif = read(file)?;
+    let wanted = match id {
+        Some(id) => {
+            let object = sif.objects.iter().find(|o| o.id == id);
+            let object = object.ok_or_else(|| anyhow!("there is no object {id} in the SIF"))?;
+            let partition = object.partition;
+            partition
+                .map(|p| (object, p))
+                .ok_or_else(|| anyhow!("object {id} of the SIF is not a file system"))?
+        }
+        None => sif
+            .partitions(PartType::Data)
+            .next()
+            .or_else(|| sif.primary())
+            .ok_or_else(|| anyhow!("the SIF holds no file system"))?,
+    };
+    let root = file_system(&path, wanted.0, wanted.1)?;
+    if let Root::Squashfs { .. } = root {
+        file::check_squashfs(file, wanted.0.offset_bytes, wanted.0.len_bytes)?;
+    }
+    Ok(root)
+}
+
+fn file_system(path: &Path, object: &Descriptor, partition: Partition) -> Result<Root> {
+    let (file, offset_bytes, len_bytes) = (path.to_owned(), object.offset_bytes, object.len_bytes);
+    match partition.fs {
+        FsType::Squashfs => Ok(Root::Squashfs {
+            file,
+            offset_bytes,
+            len_bytes,
+        }),
+        FsType::Ext3 => Ok(Root::Ext {
+            file,
+            offset_bytes,
+            len_bytes,
+            top: Top::Root,
+        }),
+        FsType::Encrypted => bail!("object {} is encrypted, which is not supported", object.id),
+        FsType::Other(kind) => {
+            bail!("object {} holds an unknown file system ({kind})", object.id)
         }
     }
 }
@@ -102,14 +131,10 @@ impl Image for SifImage {
         let overlays = self
             .sif
             .partitions(PartType::Overlay)
-            .filter_map(|(o, p)| self.file_system(o, p).ok())
+            .filter_map(|(o, p)| file_system(&self.path, o, p).ok())
+            .map(Root::into_layer)
             .collect();
-        Facts {
-            arch: Some(self.arch.into()),
-            name: name(&self.path),
-            path: self.path.clone(),
-            overlays,
-        }
+        self.given.facts(Some(self.arch), overlays)
     }
 
     fn read(&self, path: &Path) -> Result<Option<Vec<u8>>> {
@@ -118,26 +143,5 @@ impl Image for SifImage {
 
     fn names(&self, path: &Path) -> Result<Vec<OsString>> {
         names_in_squashfs(&self.path, self.primary.0, self.primary.1, path)
-    }
-
-    fn data(&self, id: Option<u32>) -> Result<Root> {
-        let objects = &self.sif.objects;
-        let wanted = match id {
-            Some(id) => {
-                let object = objects
-                    .iter()
-                    .find(|o| o.id == id)
-                    .ok_or_else(|| anyhow!("there is no object {id} in the SIF"))?;
-                object
-                    .partition
-                    .map(|p| (object, p))
-                    .ok_or_else(|| anyhow!("object {id} of the SIF is not a file system"))?
-            }
-            None => match self.sif.partitions(PartType::Data).next() {
-                Some(data) => data,
-                None => return Ok(self.root()),
-            },
-        };
-        self.file_system(wanted.0, wanted.1)
     }
 }

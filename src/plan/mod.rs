@@ -136,7 +136,7 @@ pub struct Plan {
     pub layers: Vec<Layer>,
     /// The root itself may be written (a sandbox with `--writable`).
     pub writable_root: bool,
-    /// Applied in this order, exactly.
+    /// Applied in this order, exactly: one for each place, and what lies above before what lies below.
     pub mounts: Vec<Mount>,
     /// The environment before the image's scripts have their say.
     pub environment: env::Environment,
@@ -204,6 +204,14 @@ pub struct Mount {
     pub why: Why,
 }
 
+impl Mount {
+    /// Whether the user named it. No other mount takes its place, and its mount point is made in a directory of the host
+    /// that is bound there.
+    pub fn is_named(&self) -> bool {
+        matches!(self.why, Why::HomeOption | Why::Bind | Why::Scratch)
+    }
+}
+
 /// Where the content of a mount comes from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub enum Source {
@@ -219,6 +227,8 @@ pub enum Source {
     Dev {
         /// POSIX message queues (with a new IPC namespace).
         mqueue: bool,
+        /// Pseudo terminals of its own.
+        pts: bool,
     },
     /// A small file with this text.
     Text(String),
@@ -239,8 +249,8 @@ pub enum Missing {
     Warn,
     /// Nothing is said.
     Skip,
-    /// As `Skip`, and an existing directory of the image is left alone (the working directory never
-    /// hides what the image holds).
+    /// As `Skip`, and what is there already, or one of the system's directories in the image, is left alone (the working
+    /// directory).
     Keep,
 }
 
@@ -251,6 +261,8 @@ pub enum Why {
     Default,
     /// The home directory.
     Home,
+    /// `--home`.
+    HomeOption,
     /// The working directory.
     Cwd,
     /// `--bind` or `--mount`.
@@ -266,6 +278,7 @@ impl std::fmt::Display for Why {
         f.write_str(match self {
             Why::Default => "default",
             Why::Home => "home",
+            Why::HomeOption => "--home",
             Why::Cwd => "cwd",
             Why::Bind => "--bind",
             Why::Scratch => "--scratch",

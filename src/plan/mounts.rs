@@ -1,5 +1,8 @@
-//! Which mounts a container gets, in order: the defaults, home, scratch, the working directory, generated
-//! files, and last what the caller asked for.
+//! Which mounts a container gets, and in which order.
+//!
+//! Three rules. What the user names is there: no default is mounted on it, or on a part of it. Of two that are named for one
+//! place the first one counts, with a warning. And what lies above is mounted before what lies below, whichever was named
+//! first, so that nothing is hidden.
 
 use std::path::{Path, PathBuf};
 
@@ -96,27 +99,64 @@ pub fn layers(request: &Request, facts: &Facts, root: &Root) -> Result<(Vec<Laye
 
 /// All mounts, in the order in which they are applied.
 pub fn all(context: &Context, warnings: &mut Vec<String>) -> Vec<Mount> {
+    let named = named(context, warnings);
     let mut mounts = system(context);
     mounts.extend(host_files(context));
-    mounts.extend(home_mount(context));
+    mounts.extend(home_mount(context).filter(|m| !m.is_named()));
     mounts.extend(temporary(context));
-    mounts.extend(scratch(context));
-    mounts.extend(working_directory(context, &mounts));
     mounts.extend(generated_files(context));
     mounts.extend(gpu(context));
-    mounts.extend(user_binds(context, &mounts, warnings));
+    mounts.retain(|mount| !named.iter().any(|by| displaces(by, mount)));
+    // Nothing is made in what the user named for a file that is not there.
+    let within = |mount: &Mount| named.iter().any(|by| is_below(&mount.target, &by.target));
+    for mount in mounts.iter_mut().filter(|mount| within(mount)) {
+        mount.missing = Missing::Warn;
+    }
+    mounts.extend(named);
+    mounts.extend(working_directory(context, &mounts));
     if context.writable_root {
-        for mount in &mut mounts {
-            if mount.why != Why::Bind {
-                mount.missing = if mount.why == Why::Default {
-                    Missing::Warn
-                } else {
-                    Missing::Skip
-                };
-            }
+        for mount in mounts.iter_mut().filter(|mount| !mount.is_named()) {
+            mount.missing = match (mount.why, mount.missing) {
+                (Why::Default | Why::Home, Missing::Fail) => Missing::Warn,
+                (Why::Gpu, _) => Missing::Skip,
+                (_, missing) => missing,
+            };
         }
     }
+    // Stable: mounts of one depth stay in the order above.
+    mounts.sort_by_key(|mount| mount.target.components().count());
     mounts
+}
+
+/// What the user names, one for each place.
+fn named(context: &Context, warnings: &mut Vec<String>) -> Vec<Mount> {
+    let mut named: Vec<Mount> = Vec::new();
+    let home = home_mount(context).filter(Mount::is_named);
+    for mount in home
+        .into_iter()
+        .chain(binds(context))
+        .chain(scratch(context))
+    {
+        if named.iter().any(|m| m.target == mount.target) {
+            warnings.push(format!(
+                "destination {} is already in the mount point list: the first one counts",
+                mount.target.display()
+            ));
+        } else {
+            named.push(mount);
+        }
+    }
+    named
+}
+
+/// Whether a default is left out for what the user named: at the same place, or as a part of it. An empty directory has no
+/// parts.
+fn displaces(named: &Mount, default: &Mount) -> bool {
+    named.target == default.target
+        || is_below(&default.target, &named.target)
+            && !matches!(named.source, Source::Private(_))
+            // These were asked for too.
+            && !matches!(default.source, Source::Text(_))
 }
 
 impl Context<'_> {
@@ -165,6 +205,7 @@ fn system(context: &Context) -> Vec<Mount> {
         let source = if context.request.contain && !whole {
             Source::Dev {
                 mqueue: context.request.namespaces.ipc,
+                pts: context.has("devpts"),
             }
         } else {
             Source::Bind("/dev".into())
@@ -228,15 +269,19 @@ fn home_mount(context: &Context) -> Option<Mount> {
     if context.request.no_home || !context.has("home") || home.target == Path::new("/") {
         return None;
     }
+    let why = match context.request.home {
+        Some(_) => Why::HomeOption,
+        None => Why::Home,
+    };
     let (source, missing) = match &home.source {
-        Some(path) if context.request.home.is_some() => (Source::Bind(path.clone()), Missing::Fail),
+        Some(path) if why == Why::HomeOption => (Source::Bind(path.clone()), Missing::Fail),
         Some(path) if context.request.contain => {
             (Source::Directory(path.clone(), 0o700), Missing::Fail)
         }
         Some(path) => (Source::Bind(path.clone()), Missing::Warn),
         None => (Source::Private(0o700), Missing::Fail),
     };
-    Some(mount(source, &home.target, missing, Why::Home))
+    Some(mount(source, &home.target, missing, why))
 }
 
 fn temporary(context: &Context) -> Vec<Mount> {
@@ -281,6 +326,39 @@ const NEVER_CWD: [&str; 10] = [
     "/", "/etc", "/bin", "/mnt", "/usr", "/var", "/opt", "/sbin", "/lib", "/lib64",
 ];
 
+/// Directories that hold what an image runs with: those below them that an image has stay what they are.
+const OF_THE_SYSTEM: [&str; 21] = [
+    "/bin",
+    "/dev",
+    "/etc",
+    "/lib",
+    "/lib32",
+    "/lib64",
+    "/libx32",
+    "/proc",
+    "/sbin",
+    "/sys",
+    "/usr/bin",
+    "/usr/include",
+    "/usr/lib",
+    "/usr/lib32",
+    "/usr/lib64",
+    "/usr/libexec",
+    "/usr/sbin",
+    "/usr/share",
+    "/usr/local/bin",
+    "/usr/local/lib",
+    "/.singularity.d",
+];
+
+/// Whether a directory of the image, by its place with all links resolved, is one that the working directory must not hide.
+pub fn is_of_the_system(place: &Path) -> bool {
+    NEVER_CWD.iter().any(|never| place == Path::new(never))
+        || OF_THE_SYSTEM
+            .iter()
+            .any(|top| is_below(place, Path::new(top)))
+}
+
 fn working_directory(context: &Context, before: &[Mount]) -> Option<Mount> {
     let cwd = &context.host.cwd;
     let system = ["/sys", "/proc", "/dev"]
@@ -293,11 +371,12 @@ fn working_directory(context: &Context, before: &[Mount]) -> Option<Mount> {
     {
         return None;
     }
-    // Seen already through a mount of a directory above it at its own path.
-    let seen = |m: &Mount| {
-        matches!(&m.source, Source::Bind(from) if *from == m.target) && is_below(cwd, &m.target)
+    // Seen already through a mount of a directory above it at its own path, or of what the user wants there.
+    let settled = |m: &Mount| {
+        let at_its_path = matches!(&m.source, Source::Bind(from) if *from == m.target);
+        *cwd == m.target || (at_its_path || m.is_named()) && is_below(cwd, &m.target)
     };
-    if before.iter().any(seen) {
+    if before.iter().any(settled) {
         return None;
     }
     Some(mount(
@@ -401,30 +480,16 @@ fn gpu(context: &Context) -> Vec<Mount> {
         .collect()
 }
 
-fn user_binds(context: &Context, before: &[Mount], warnings: &mut Vec<String>) -> Vec<Mount> {
-    let mut mounts: Vec<Mount> = Vec::new();
-    for bind in &context.request.binds {
-        let source = context.host.cwd.join(&bind.source);
-        let explicit_twice = mounts.iter().any(|m| m.target == bind.target);
-        if explicit_twice
-            || before
-                .iter()
-                .any(|m| m.target == bind.target && m.why == Why::Scratch)
-        {
-            warnings.push(format!(
-                "destination {} is already in the mount point list",
-                bind.target.display()
-            ));
-        }
+fn binds<'a>(context: &'a Context) -> impl Iterator<Item = Mount> + 'a {
+    context.request.binds.iter().map(|bind| {
         let source = match &bind.image {
-            None => Source::Bind(source),
+            None => Source::Bind(context.host.cwd.join(&bind.source)),
             Some(part) => Source::Image(part.clone()),
         };
-        let made = mount(source, &bind.target, Missing::Fail, Why::Bind);
-        mounts.push(Mount {
-            writable: !bind.read_only,
-            ..made
-        });
-    }
-    mounts
+        Mount {
+            // Images are read, never written.
+            writable: !bind.read_only && bind.image.is_none(),
+            ..mount(source, &bind.target, Missing::Fail, Why::Bind)
+        }
+    })
 }

@@ -91,7 +91,7 @@ pub fn working_directory(
 ) -> PathBuf {
     match asked {
         Some(cwd) => Path::new("/").join(cwd),
-        None if contained => home.to_owned(),
+        None if contained || !host.has_cwd => home.to_owned(),
         // A home mounted elsewhere moves the working directory with it.
         None if host.cwd == host.user.home && home_moved => home.to_owned(),
         None => host.cwd.clone(),

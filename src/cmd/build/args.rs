@@ -1,5 +1,6 @@
 //! The options of `build`.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use crate::cmd::transfer::Access;
@@ -60,10 +61,10 @@ pub struct BuildArgs {
 
     /// Bind a host path for %post and %test: src[:dst[:opt[,opt]]]
     #[arg(short = 'B', long, value_name = "SPEC", help_heading = "Sections")]
-    pub bind: Vec<String>,
+    pub bind: Vec<OsString>,
     /// Mount in the form type=bind,source=SRC,destination=DST[,ro]
     #[arg(long, value_name = "SPEC", help_heading = "Sections")]
-    pub mount: Vec<String>,
+    pub mount: Vec<OsString>,
     /// NVIDIA's libraries and devices for %post and %test
     #[arg(long, help_heading = "Sections")]
     pub nv: bool,

@@ -36,7 +36,7 @@ use rustix::fs::{Mode, OFlags};
 use super::runtime;
 use super::sys::{self, Fork};
 use super::wire::{self, Point};
-use crate::image::Root;
+use crate::image::{Root, Top};
 use crate::plan::IdMap;
 use crate::proc::Held;
 use crate::say;
@@ -240,6 +240,7 @@ impl<'a> Image<'a> {
                 file,
                 offset_bytes,
                 len_bytes,
+                ..
             } => (file, *offset_bytes, *len_bytes),
             Root::Directory(path) => bail!(
                 "{} is a directory and needs no image server",
@@ -286,6 +287,13 @@ impl<'a> Image<'a> {
             userns,
             format!("{:?}", self.ids),
             cgroup_scope(),
+            matches!(
+                self.root,
+                Root::Ext {
+                    top: Top::Upper,
+                    ..
+                }
+            ),
         )
             .hash(&mut hash);
         Ok(format!("image-{:016x}", hash.finish()))

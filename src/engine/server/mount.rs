@@ -187,11 +187,11 @@ pub(super) fn open_tree(image: &Image, effort: Effort) -> Result<Server> {
         .context("cannot duplicate a descriptor")?;
     let what = || format!("cannot read image {}", image.path.display());
     match image.root {
-        Root::Ext { .. } => Server::ext(
+        Root::Ext { top, .. } => Server::ext(
             file,
             image.offset,
             Some(image.len),
-            "upper",
+            top.directory(),
             options(&image.ids, effort),
         )
         .with_context(what),

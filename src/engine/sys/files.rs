@@ -28,6 +28,15 @@ pub fn open_path(path: &Path) -> Result<OwnedFd> {
 /// # Errors
 /// As `openat2(2)`.
 pub fn open_in_root(root: BorrowedFd, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
+    resolve_in_root(root, path, flags, ResolveFlags::empty())
+}
+
+fn resolve_in_root(
+    root: BorrowedFd,
+    path: &Path,
+    flags: OFlags,
+    more: ResolveFlags,
+) -> io::Result<OwnedFd> {
     let path = path.strip_prefix("/").unwrap_or(path);
     let path = if path.as_os_str().is_empty() {
         Path::new(".")
@@ -40,13 +49,21 @@ pub fn open_in_root(root: BorrowedFd, path: &Path, flags: OFlags) -> io::Result<
             path,
             flags | OFlags::CLOEXEC,
             Mode::empty(),
-            ResolveFlags::IN_ROOT,
+            ResolveFlags::IN_ROOT | more,
         ) {
             // A rename elsewhere on the machine while `..` was resolved.
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => {}
             other => return Ok(other?),
         }
     }
+}
+
+/// The same for a path on whose way there is no link: one is refused (`ELOOP`).
+///
+/// # Errors
+/// As `openat2(2)`.
+pub fn open_in_root_directly(root: BorrowedFd, path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
+    resolve_in_root(root, path, flags, ResolveFlags::NO_SYMLINKS)
 }
 
 /// Opens the directory `name` of `dir` for reference only; a symbolic link is refused (`ELOOP`), wherever it leads.

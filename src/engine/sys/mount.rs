@@ -33,13 +33,25 @@ pub mod attr {
 /// # Errors
 /// As `mount_setattr(2)`; `ENOSYS` before Linux 5.12 is handled by a remount of the top mount.
 pub fn set_mount_attributes(tree: BorrowedFd, set: u64) -> Result<()> {
+    change_attributes(tree, set, libc::AT_RECURSIVE)
+}
+
+/// Makes a mount read-only, and none of those below it.
+///
+/// # Errors
+/// As [`set_mount_attributes`].
+pub fn make_top_read_only(tree: BorrowedFd) -> Result<()> {
+    change_attributes(tree, attr::RDONLY, 0)
+}
+
+fn change_attributes(tree: BorrowedFd, set: u64, more: i32) -> Result<()> {
     let attr = MountAttr {
         attr_set: set,
         attr_clr: 0,
         propagation: 0,
         userns_fd: 0,
     };
-    let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
+    let flags = libc::AT_EMPTY_PATH | more;
     // SAFETY: the path is a valid empty C string, and attr a live structure of the size that is passed.
     let done = unsafe {
         libc::syscall(

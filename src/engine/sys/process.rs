@@ -32,6 +32,12 @@ pub fn fork() -> Result<Fork> {
     }
 }
 
+/// Whether this process has one thread, as the calls for user namespaces ask (`setns(2)`); `true` where nobody can tell. A
+/// thread that has ended counts for a while. See [`crate::engine::aside`].
+pub fn has_one_thread() -> bool {
+    std::fs::read_dir("/proc/self/task").map_or(true, |threads| threads.count() == 1)
+}
+
 /// `fork(2)` of a process with threads, of which the child has only the calling one.
 ///
 /// # Errors
