@@ -329,11 +329,14 @@ fn run_ends_when_its_time_is_over() {
         took >= Duration::from_millis(500) && took < Duration::from_secs(500),
         "{took:?}"
     );
-    let quick = env.run([
+    let other = Env::new();
+    let image_of_other = other.image();
+    let quick = [
         "run",
         "--runscript-timeout=1h",
-        &*env.image().to_string_lossy(),
-    ]);
+        image_of_other.to_str().unwrap(),
+    ];
+    let quick = other.run(quick);
     assert_eq!(quick.status, 3, "{quick}");
     for words in [
         &["run", "--runscript-timeout", "soon", image][..],

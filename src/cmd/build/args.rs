@@ -163,7 +163,7 @@ impl BuildArgs {
             (
                 self.compat32,
                 "--compat32",
-                "32-bit identity is not needed here: leave it out",
+                "32-bit programs run as they are, with no personality set: leave it out",
             ),
             (
                 self.buildkit_host.is_some(),
