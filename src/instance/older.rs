@@ -6,12 +6,10 @@
 
 use std::path::PathBuf;
 
-use rustix::process::Pid;
-
 use super::{Instance, MAX_RECORD, Record};
 use crate::engine::runtime::{self, Directory};
 use crate::host::{Host, JOBS};
-use crate::proc::{self, Id};
+use crate::proc::{self, Held, Id};
 
 /// Where such records can be: directories that are opened when they are needed.
 pub struct Older {
@@ -84,11 +82,9 @@ fn running(record: &Record) -> Option<Instance> {
 
 /// Nothing of it is left for certain: a process that /proc hides is not taken for an ended one.
 fn is_over(record: &Record) -> bool {
-    let gone = |id: Id| match Id::of(id.pid) {
-        Some(now) => now.start != id.start,
-        None => Pid::from_raw(id.pid).is_none_or(|pid| {
-            rustix::process::test_kill_process(pid) == Err(rustix::io::Errno::SRCH)
-        }),
+    let gone = |id: Id| {
+        let ended = Held::child(id.pid).is_none_or(|held| !held.is_alive());
+        ended || Id::of(id.pid).is_some_and(|now| now.start != id.start)
     };
     record.boot != proc::boot_id() || gone(record.monitor) && record.init.is_none_or(gone)
 }
