@@ -424,11 +424,20 @@ fn server_keeps_neither_environment_nor_capabilities_of_its_starter() {
         assert!(environment.iter().all(|b| *b == 0));
         let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         for line in [
-            "CapEff:\t0000000000200000",
+            "CapEff:\t0000000000000000",
             "CapPrm:\t0000000000200000",
             "CapBnd:\t0000000000000000",
         ] {
             assert!(status.contains(line), "{line}: {status}");
+        }
+        // Threads that read the image have none at all.
+        for task in fs::read_dir(format!("/proc/{pid}/task")).unwrap().flatten() {
+            let status = fs::read_to_string(task.path().join("status")).unwrap_or_default();
+            let none = "CapPrm:\t0000000000000000";
+            assert!(
+                !status.contains("Name:\tserve") || status.contains(none),
+                "{status}"
+            );
         }
     }
     for mut user in users {

@@ -276,7 +276,7 @@ impl Desk<'_> {
             .add_view(&entries(points))
             .context("cannot make the mount points")?;
         self.known.note(raw)?;
-        let stage = sys::clone_tree(rustix::fs::CWD, Path::new(MOUNT_POINT))?;
+        let stage = sys::mounting(|| sys::clone_tree(rustix::fs::CWD, Path::new(MOUNT_POINT)))?;
         Ok((stage, view, made))
     }
 }

@@ -93,7 +93,8 @@ pub(super) fn work(image: &Image, home: &Home, place: Option<&Place>, had: Had, 
     }
     desk.run(place, &begun.serving);
     // The mount goes when the last container's copy goes, and the serving thread ends with it.
-    let _ = rustix::mount::unmount(MOUNT_POINT, rustix::mount::UnmountFlags::DETACH);
+    let detach = rustix::mount::UnmountFlags::DETACH;
+    let _ = sys::mounting(|| rustix::mount::unmount(MOUNT_POINT, detach));
     desk.server.shrink();
     desk.wait_for(&begun.rung);
     let _ = begun.serving.join();
@@ -132,7 +133,7 @@ fn begin(image: &Image, home: &Home, mounted: Option<Rc<Mounted>>) -> Result<Beg
                 let paths = USUAL.map(|usual| Path::new(usual).join(program));
                 server.expect(paths.map(|path| path.into_os_string().into_vec()).into());
             }
-            Rc::new(mount(image, effort)?)
+            Rc::new(sys::mounting(|| mount(image, effort))?)
         }
     };
     let devices = mounted.devices.iter().filter_map(|d| d.try_clone().ok());
@@ -141,6 +142,8 @@ fn begin(image: &Image, home: &Home, mounted: Option<Rc<Mounted>>) -> Result<Beg
     let serve = {
         let server = Arc::clone(&server);
         move || {
+            // It reads what strangers have written.
+            sys::drop_capabilities();
             let _bell = Bell(bell);
             if server.serve_on(devices).is_err() {
                 die();

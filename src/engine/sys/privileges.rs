@@ -69,16 +69,28 @@ pub fn drop_capabilities() {
     let _ = set_capabilities(None, sets);
 }
 
-/// Gives up every capability but the one that copying and detaching mounts takes (`capabilities(7)`). Best effort: what
-/// it guards against is a bug.
+/// Gives up every capability but the one that copying and detaching mounts takes (`capabilities(7)`), and that one has no
+/// effect outside of [`mounting`]. Best effort: what it guards against is a bug.
 pub fn keep_only_mounting() {
     drop_bounding_set();
-    let mounting = CapabilitySets {
-        effective: CapabilitySet::SYS_ADMIN,
+    keep_mounting(CapabilitySet::empty());
+}
+
+/// Does what takes the right to mount, in a thread that has kept it.
+pub fn mounting<T>(work: impl FnOnce() -> T) -> T {
+    keep_mounting(CapabilitySet::SYS_ADMIN);
+    let done = work();
+    keep_mounting(CapabilitySet::empty());
+    done
+}
+
+fn keep_mounting(effective: CapabilitySet) {
+    let sets = CapabilitySets {
+        effective,
         permitted: CapabilitySet::SYS_ADMIN,
         inheritable: CapabilitySet::empty(),
     };
-    let _ = set_capabilities(None, mounting);
+    let _ = set_capabilities(None, sets);
 }
 
 /// Until the next `execve(2)` no other process of the user may trace this one or open its descriptors
