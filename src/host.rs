@@ -25,6 +25,8 @@ pub struct Host {
     pub cwd: PathBuf,
     /// The working directory is still there.
     pub has_cwd: bool,
+    /// Where the working directory and home are without links, when `cwd` goes through one.
+    pub real: Option<(PathBuf, PathBuf)>,
     /// The environment, in order.
     pub env: Vec<(OsString, OsString)>,
     /// Permission bits that new files lack (`umask(2)`).
@@ -56,12 +58,18 @@ impl Host {
         let gid = rustix::process::getgid().as_raw();
         let env: Vec<_> = std::env::vars_os().collect();
         let cwd = working_directory(&env)?;
+        let user = user(uid, &env);
+        let real = cwd.as_ref().and_then(|cwd| {
+            let real = std::env::current_dir().ok().filter(|real| real != cwd)?;
+            Some((real, std::fs::canonicalize(&user.home).ok()?))
+        });
         let umask = rustix::process::umask(rustix::fs::Mode::empty());
         rustix::process::umask(umask);
         Ok(Host {
             uid,
             gid,
-            user: user(uid, &env),
+            user,
+            real,
             has_cwd: cwd.is_some(),
             cwd: cwd.unwrap_or_else(|| "/".into()),
             umask: umask.bits(),

@@ -1067,3 +1067,36 @@ fn image_is_named_as_it_was_given() {
     }
     let _ = image;
 }
+
+#[test]
+fn working_directory_is_found_through_links_out_of_home() {
+    let env = Env::new();
+    let image = env.image();
+    let tree = env.path("tree");
+    let place = env.path("place/w");
+    write(&place.join("mine"), "");
+    let link = common::home().join(format!("capsid-test-{}", uuid::Uuid::new_v4()));
+    symlink(env.path("place"), &link).unwrap();
+    let cwd = link.join("w");
+    let outputs: Vec<Output> = [&image, &tree]
+        .iter()
+        .flat_map(|root| [(root, "--no-mount=tmp"), (root, "--pid")])
+        .map(|(root, option)| {
+            let words = [
+                "exec",
+                option,
+                root.to_str().unwrap(),
+                "sh",
+                "-c",
+                "ls; touch made",
+            ];
+            output(env.command(words).current_dir(&cwd).env("PWD", &cwd))
+        })
+        .collect();
+    fs::remove_file(&link).unwrap();
+    for out in outputs {
+        assert!(out.ok().starts_with("made") || out.ok() == "mine", "{out}");
+        assert_eq!(out.stderr, "");
+    }
+    assert!(place.join("made").exists());
+}

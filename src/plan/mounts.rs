@@ -360,31 +360,56 @@ pub fn is_of_the_system(place: &Path) -> bool {
 }
 
 fn working_directory(context: &Context, before: &[Mount]) -> Option<Mount> {
-    let cwd = &context.host.cwd;
-    let system = ["/sys", "/proc", "/dev"]
-        .iter()
-        .any(|top| is_below(cwd, Path::new(top)));
-    if context.request.contain
-        || !context.has("cwd")
-        || system
-        || NEVER_CWD.iter().any(|p| cwd == Path::new(p))
-    {
+    if context.request.contain || !context.has("cwd") {
         return None;
     }
-    // Seen already through a mount of a directory above it at its own path, or of what the user wants there.
-    let settled = |m: &Mount| {
-        let at_its_path = matches!(&m.source, Source::Bind(from) if *from == m.target);
-        *cwd == m.target || (at_its_path || m.is_named()) && is_below(cwd, &m.target)
+    let host = context.host;
+    let cwd = match working_directory_at(&host.cwd, before) {
+        Seen::No => &host.cwd,
+        Seen::Never => return None,
+        // A link on the way may lead out of what shows it: then it leads to this place.
+        Seen::In(mount) => {
+            let (cwd, home) = host.real.as_ref()?;
+            let top = if mount.why == Why::Home {
+                home
+            } else {
+                &mount.target
+            };
+            let is_elsewhere = !mount.is_named() && !is_below(cwd, top);
+            let is_free = matches!(working_directory_at(cwd, before), Seen::No);
+            (is_elsewhere && is_free).then_some(cwd)?
+        }
     };
-    if before.iter().any(settled) {
-        return None;
-    }
     Some(mount(
         Source::Bind(cwd.clone()),
         cwd,
         Missing::Keep,
         Why::Cwd,
     ))
+}
+
+/// What a container shows of the working directory before it is mounted.
+enum Seen<'m> {
+    /// Nothing.
+    No,
+    /// It is not mounted in any case.
+    Never,
+    /// A mount of a directory above it at its own path, or what the user wants there.
+    In(&'m Mount),
+}
+
+fn working_directory_at<'m>(cwd: &Path, before: &'m [Mount]) -> Seen<'m> {
+    let system = ["/sys", "/proc", "/dev"]
+        .iter()
+        .any(|top| is_below(cwd, Path::new(top)));
+    if system || NEVER_CWD.iter().any(|p| cwd == Path::new(p)) {
+        return Seen::Never;
+    }
+    let settled = |m: &&Mount| {
+        let at_its_path = matches!(&m.source, Source::Bind(from) if *from == m.target);
+        *cwd == m.target || (at_its_path || m.is_named()) && is_below(cwd, &m.target)
+    };
+    before.iter().find(settled).map_or(Seen::No, Seen::In)
 }
 
 fn generated_files(context: &Context) -> Vec<Mount> {
