@@ -409,6 +409,7 @@ fn plan_for(root: &Path, words: &[&str]) -> Plan {
             uid: nix::unistd::getuid().as_raw(),
             gid: nix::unistd::getgid().as_raw(),
         },
+        share_users: false,
         ownership: Ownership::Emulated,
         hostname: None,
         root: Root::Directory(root.to_owned()),

@@ -513,3 +513,74 @@ fn an_image_is_warmed_by_hand() {
     assert!(out.stderr.contains("/nothing"), "{out}");
     assert_ne!(out.status, 0);
 }
+
+/// Ranks of one node read each other's memory (MPI's cross-memory attach), which takes one user namespace.
+#[test]
+fn ranks_read_each_others_memory() {
+    let env = Env::new();
+    let tree = env.tree("tree");
+    let source = env.path("rank.c");
+    common::write(
+        &source,
+        r#"#define _GNU_SOURCE
+        #include <stdio.h>
+        #include <stdlib.h>
+        #include <sys/uio.h>
+        #include <unistd.h>
+        char secret[16] = "nothing";
+        int main(int argc, char **argv) {
+            if (argc < 3) {
+                sprintf(secret, "%s", "a rank's memory");
+                printf("%d %p\n", getpid(), (void *) secret);
+                fflush(stdout);
+                return getchar() != EOF;
+            }
+            struct iovec here = {secret, 16}, there = {(void *) strtoul(argv[2], 0, 16), 16};
+            if (process_vm_readv(atoi(argv[1]), &here, 1, &there, 1, 0) != 16) perror("process_vm_readv");
+            puts(secret);
+        }"#,
+    );
+    let mut gcc = std::process::Command::new("gcc");
+    gcc.args(["-static", "-o"])
+        .arg(tree.join("bin/rank"))
+        .arg(&source);
+    common::output(&mut gcc).ok();
+    let image = env.sif(&tree, "image.sif");
+    let directory = [tree.to_str().unwrap(), "--sharens"];
+    let option = "--sharens";
+    for root in [image.to_str().unwrap(), directory[0]] {
+        let mut first = env.command(["exec", option, root, "rank"]);
+        let mut first = first
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        let mut said = std::io::BufReader::new(first.stdout.take().unwrap());
+        std::io::BufRead::read_line(&mut said, &mut line).unwrap();
+        let [pid, address] = line.split_whitespace().collect::<Vec<_>>()[..] else {
+            panic!("{line}")
+        };
+        let out = env.run(["exec", option, root, "rank", pid, address]);
+        assert_eq!(out.ok(), "a rank's memory", "{root}");
+        drop(first.stdin.take());
+        assert!(first.wait().unwrap().success());
+    }
+    // The directory's containers are otherwise as without the option, and leave as little.
+    write_and_list(&env, directory);
+    env.assert_nothing_left();
+}
+
+fn write_and_list(env: &Env, [root, option]: [&str; 2]) {
+    let script = "touch /made 2>/dev/null && echo made; ls /opt; id -u; stat -c %u /opt";
+    for more in [
+        &[][..],
+        &["--fakeroot"],
+        &["--writable-tmpfs"],
+        &["--pid", "--ipc"],
+    ] {
+        let with = env.run([&["exec"], more, &[option, root, "sh", "-c", script]].concat());
+        let without = env.run([&["exec"], more, &[root, "sh", "-c", script]].concat());
+        assert_eq!(with.ok(), without.ok(), "{more:?}");
+    }
+}

@@ -346,6 +346,7 @@ fn request(words: Vec<OsString>, write: Write, work: &Path, settings: &Settings)
             Ids::Emulated => Ownership::Emulated,
             _ => Ownership::Kernel,
         },
+        share_users: false,
         init: Init::Appinit,
         hostname: None,
         dns: Vec::new(),

@@ -489,6 +489,7 @@ pub(super) fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Requ
         writable: args.writable,
         contain: args.contain || all,
         close_descriptors: all,
+        share_users: args.sharens,
         namespaces: Namespaces {
             pid,
             ipc: args.ipc || all,

@@ -255,8 +255,11 @@ fn enter_user_namespace(
     points: &[wire::Point],
     client: &server::Client,
 ) -> Result<Option<server::Stage>> {
-    if matches!(plan.root, Root::Directory(_)) {
-        userns::create(&plan.ids, CloneFlags::empty())?;
+    if let Root::Directory(path) = &plan.root {
+        match plan.share_users {
+            true => userns::join(&server::shared_users(path, plan.ids, client)?)?,
+            false => userns::create(&plan.ids, CloneFlags::empty())?,
+        }
         return Ok(None);
     }
     say::debug(format_args!("image server for {:?}", plan.root));

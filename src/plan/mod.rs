@@ -71,6 +71,8 @@ pub struct Request {
     pub fakeroot: Option<Option<SubIds>>,
     /// Who keeps owners that the id map has not. `Emulated` comes with a pid namespace.
     pub ownership: Ownership,
+    /// `--sharens`.
+    pub share_users: bool,
     /// Who is process 1 of a new pid namespace.
     pub init: Init,
     /// `--add-caps`, `--drop-caps` and `--no-privs`.
@@ -126,6 +128,8 @@ pub struct Plan {
     pub namespaces: Namespaces,
     /// Users and groups inside.
     pub ids: IdMap,
+    /// A directory's containers share their user namespace, as those of an image file always do.
+    pub share_users: bool,
     /// Who keeps owners that the map has not.
     pub ownership: Ownership,
     /// Host name inside a new UTS namespace.
@@ -361,6 +365,7 @@ pub fn plan(
         namespaces: request.namespaces,
         process: process::decide(request, host, &home.target),
         ids,
+        share_users: request.share_users,
         ownership: request.ownership,
         hostname: request.hostname.clone(),
         root,

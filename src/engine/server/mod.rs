@@ -17,6 +17,7 @@
 
 mod budget;
 mod desk;
+mod empty;
 mod keeper;
 mod mount;
 mod place;
@@ -149,8 +150,35 @@ pub fn enter(
     points: &[Point],
     client: &Client,
 ) -> Result<Stage> {
-    let request = wire::encode_points(points)?;
     let image = Image::open(root, ids, namespace, client)?;
+    find_or_start(&image, points, client)
+}
+
+/// The user namespace that containers of a directory share: that of a server which shows nothing.
+///
+/// # Errors
+/// As [`enter`].
+pub fn shared_users(directory: &Path, ids: IdMap, client: &Client) -> Result<OwnedFd> {
+    let root = Root::Directory(directory.to_owned());
+    let image = Image {
+        file: empty::image()?,
+        path: directory,
+        root: &root,
+        offset: 0,
+        len: empty::LEN as u64,
+        ids,
+        namespace: Namespace::New,
+        profiles: None,
+        program: None,
+    };
+    let mut stage = find_or_start(&image, &[], client)?;
+    // Nobody looks into it; the next client need not wait.
+    stage.look([]);
+    Ok(stage.userns)
+}
+
+fn find_or_start(image: &Image, points: &[Point], client: &Client) -> Result<Stage> {
+    let request = wire::encode_points(points)?;
     let uid = rustix::process::getuid().as_raw();
     let directory = runtime::open(uid, client.places.runtime.as_deref());
     let alone = |why: &dyn Display| {
@@ -169,12 +197,12 @@ pub fn enter(
     while rounds < 10 {
         rounds += 1;
         let answer = match shared {
-            None => start(&image, None, &request, client)?,
+            None => start(image, None, &request, client)?,
             Some(directory) => match connect_to(directory, &name) {
                 Some(server) => ask(&server, &request, client).and_then(|()| hear(&server)),
                 None => match claim(directory, &name) {
                     Ok(None) => continue,
-                    Ok(place) => start(&image, place, &request, client)?,
+                    Ok(place) => start(image, place, &request, client)?,
                     Err(error) => {
                         alone(&format_args!("{error:#}"));
                         shared = None;
@@ -265,7 +293,15 @@ impl<'a> Image<'a> {
     /// Equal for the callers that share a server, and different for all others.
     fn socket_name(&self) -> Result<String> {
         use std::hash::{DefaultHasher, Hash, Hasher};
-        let stat = rustix::fs::fstat(&self.file).context("cannot read the image's attributes")?;
+        let mut stat = match self.root {
+            Root::Directory(path) => rustix::fs::stat(path),
+            _ => rustix::fs::fstat(&self.file),
+        }
+        .context("cannot read the image's attributes")?;
+        if matches!(self.root, Root::Directory(_)) {
+            // What changes with what it holds.
+            (stat.st_size, stat.st_mtime, stat.st_mtime_nsec) = (0, 0, 0);
+        }
         let userns = rustix::fs::stat("/proc/self/ns/user")
             .map(|s| s.st_ino)
             .unwrap_or_default();
