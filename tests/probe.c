@@ -149,6 +149,31 @@ static void capability(const char *path) {
     printf("set, read %zd\n", getxattr(path, "security.capability", &cap, sizeof cap));
 }
 
+static const unsigned short tags[6] = {1, 2, 4, 8, 16, 32};
+
+/* The list that `setfacl -m u:USER:rwx,g:root:rx` makes. */
+static void acl(const char *path, unsigned user) {
+    static const unsigned short permissions[6] = {7, 7, 5, 5, 7, 5};
+    struct { unsigned short tag, permissions; unsigned id; } entry;
+    char value[4 + 6 * 8] = {2};
+    for (int i = 0; i < 6; i++) {
+        entry.tag = tags[i], entry.permissions = permissions[i];
+        entry.id = tags[i] == 2 ? user : tags[i] == 8 ? 0 : -1u;
+        memcpy(value + 4 + 8 * i, &entry, 8);
+    }
+    errno = 0;
+    (void)!setxattr(path, "system.posix_acl_access", value, sizeof value, 0);
+    printf("set: %s\n", strerror(errno));
+}
+
+static void show_acl(const char *path) {
+    unsigned short s[2 + 6 * 4];
+    ssize_t len = getxattr(path, "system.posix_acl_access", NULL, 0);
+    if (len != getxattr(path, "system.posix_acl_access", s, sizeof s)) die("size");
+    if (len != sizeof s) puts("none");
+    else printf("user %d of 6: %d group %d of 6: %d mask %d\n", s[2 + 4 + 2], s[2 + 4 + 1], s[2 + 12 + 2], s[2 + 12 + 1], s[2 + 16 + 1]);
+}
+
 static void nothing(int signal) {
     (void)signal;
 }
@@ -216,6 +241,8 @@ int main(int argc, char **argv) {
         getresuid(&r, &e, &s);
         printf("exec %d %d %d\n", r, e, s);
     } else if (!strcmp(what, "capability")) capability(path);
+    else if (!strcmp(what, "acl")) acl(path, atoi(argv[3]));
+    else if (!strcmp(what, "acl?")) show_acl(path);
     else if (!strcmp(what, "signals")) signals(path);
     else if (!strcmp(what, "escape")) escape(path);
     else if (!strcmp(what, "race")) race(path, argv[3]);

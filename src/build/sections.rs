@@ -275,7 +275,7 @@ fn run(
     }
     planned.plan.mounts.extend(more.iter().cloned());
     let plan = planned.plan;
-    if plan.ownership == Ownership::Emulated {
+    if plan.ownership != Ownership::Kernel {
         return engine::run_emulated(&plan, &Places::default(), None, owners);
     }
     keeper::in_child(|| engine::run(&plan, &Places::default(), None))
@@ -344,6 +344,7 @@ fn request(words: Vec<OsString>, write: Write, work: &Path, settings: &Settings)
         fakeroot: None,
         ownership: match settings.ids {
             Ids::Emulated => Ownership::Emulated,
+            Ids::Mapped(_) | Ids::All if engine::emulate::check().is_ok() => Ownership::Devices,
             _ => Ownership::Kernel,
         },
         share_users: false,

@@ -115,7 +115,7 @@ pub fn lines(plan: &Plan) -> Vec<String> {
         if new.is_empty() { "" } else { ", " },
         new.join(", "),
         match plan.ownership {
-            Ownership::Kernel => ids(&plan.ids),
+            Ownership::Kernel | Ownership::Devices => ids(&plan.ids),
             Ownership::Emulated => format!("{}, others emulated", ids(&plan.ids)),
         }
     ));

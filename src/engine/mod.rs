@@ -176,7 +176,8 @@ fn run_owned(
         namespaces.net = false;
     }
     let link = match plan.ownership {
-        Ownership::Emulated => Some(emulate::Link::new()?),
+        Ownership::Emulated => Some(emulate::Link::new(emulate::Extent::Owners)?),
+        Ownership::Devices => Some(emulate::Link::new(emulate::Extent::Devices)?),
         Ownership::Kernel => None,
     };
     if !plan.namespaces.pid {

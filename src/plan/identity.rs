@@ -66,6 +66,9 @@ pub enum Ownership {
     Kernel,
     /// Our own supervisor, for a container in which only root exists (`engine::emulate`).
     Emulated,
+    /// The kernel, as far as ids are mapped; and our own supervisor lets root make devices, which are then left out of the
+    /// image: scripts that make some go on.
+    Devices,
 }
 
 /// Chooses who does. `possible`: the machine can emulate, and it is wanted.
@@ -111,6 +114,38 @@ pub fn sub_range(text: &str, name: &str, uid: u32) -> Option<(u32, u32)> {
         .max_by_key(|(_, count)| *count)
 }
 
+/// Ids that a user should get: as many as a system has, and `nobody`.
+pub const WANTED_IDS: u32 = 65536;
+
+/// A range of [`WANTED_IDS`] that nobody has: not in these texts of `/etc/subuid` and `/etc/subgid`, nor as somebody's own
+/// id in these of `/etc/passwd` and `/etc/group`. From `first` on; `None` when there is none.
+pub fn free_range(ranges: &[&str], accounts: &[&str], first: u32) -> Option<u32> {
+    let number = |field: Option<&str>| field?.trim().parse::<u64>().ok();
+    let mut taken: Vec<(u64, u64)> = Vec::new();
+    for line in ranges.iter().flat_map(|text| text.lines()) {
+        let mut fields = line.split(':').skip(1);
+        if let (Some(start), Some(count)) = (number(fields.next()), number(fields.next())) {
+            taken.push((start, start.saturating_add(count).min(1 << 33)));
+        }
+    }
+    for line in accounts.iter().flat_map(|text| text.lines()) {
+        taken.extend(
+            number(line.split(':').nth(2)).map(|id| (id, id.saturating_add(1).min(1 << 33))),
+        );
+    }
+    taken.sort_unstable();
+    let mut start = u64::from(first);
+    for (from, end) in taken {
+        if from >= start + u64::from(WANTED_IDS) {
+            break;
+        }
+        start = start.max(end);
+    }
+    // The last id is no id.
+    let end = start + u64::from(WANTED_IDS);
+    (end <= u64::from(u32::MAX)).then_some(u32::try_from(start).ok()?)
+}
+
 /// What the account files inside say of the caller.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Account {
@@ -131,7 +166,7 @@ pub struct Account {
 }
 
 /// The image's passwd with the caller in it: an existing line of the same id gets the caller's name, real
-/// name and home (root keeps its name); else a line is added.
+/// name and home; else a line is added.
 pub fn passwd_text(image: &str, account: &Account) -> String {
     let mut out = String::with_capacity(image.len() + 100);
     let mut found = false;
@@ -140,17 +175,6 @@ pub fn passwd_text(image: &str, account: &Account) -> String {
         let same = fields.len() >= 7 && fields[2].parse() == Ok(account.uid);
         if !same || found {
             out.push_str(line);
-        } else if account.uid == 0 {
-            found = true;
-            out.push_str(&format!(
-                "{}:{}:0:{}:{}:{}:{}",
-                fields[0],
-                fields[1],
-                fields[3],
-                fields[4],
-                account.home.display(),
-                fields[6]
-            ));
         } else {
             found = true;
             let (a, f) = (account, &fields);
@@ -182,19 +206,21 @@ pub fn passwd_text(image: &str, account: &Account) -> String {
     out
 }
 
-/// The image's group file with the caller's groups added.
+/// The image's group file with the caller's groups added: those of which it has no line of the same name and id. One that
+/// the image calls otherwise is known by both names.
 pub fn group_text(image: &str, account: &Account) -> String {
     let mut out = image.to_owned();
     if !out.is_empty() && !out.ends_with('\n') {
         out.push('\n');
     }
-    let has = |gid: u32| {
-        image
-            .lines()
-            .any(|l| l.split(':').nth(2).is_some_and(|g| g.parse() == Ok(gid)))
+    let has = |name: &str, gid: u32| {
+        image.lines().any(|line| {
+            let mut fields = line.split(':');
+            fields.next() == Some(name) && fields.nth(1).is_some_and(|g| g.parse() == Ok(gid))
+        })
     };
     for (name, gid) in &account.groups {
-        if !has(*gid) {
+        if !has(name, *gid) {
             out.push_str(&format!("{name}:x:{gid}:{}\n", account.name));
         }
     }
@@ -232,24 +258,41 @@ mod tests {
     }
 
     #[test]
-    fn root_keeps_its_name_and_gets_the_home() {
-        let account = Account {
-            uid: 0,
-            home: "/root".into(),
-            ..ada()
-        };
-        assert_eq!(
-            passwd_text("root:x:0:0:super:/:/bin/sh\n", &account),
-            "root:x:0:0:super:/root:/bin/sh\n"
-        );
+    fn groups_are_added_that_have_no_line_of_their_name_and_id() {
+        for (image, added) in [
+            ("users:x:100:\n", "lab:x:5000:ada\n"),
+            ("users:x:100:", "lab:x:5000:ada\n"),
+            ("staff:x:100:\nlab:x:5000:eve\n", "users:x:100:ada\n"),
+            ("users:x:7:\nlab:!:5000\n", "users:x:100:ada\n"),
+            ("users::100:\nlab\n:x:5000:\n", "lab:x:5000:ada\n"),
+            ("", "users:x:100:ada\nlab:x:5000:ada\n"),
+        ] {
+            let newline = if image.ends_with('\n') || image.is_empty() {
+                ""
+            } else {
+                "\n"
+            };
+            let expected = format!("{image}{newline}{added}");
+            assert_eq!(group_text(image, &ada()), expected);
+        }
     }
 
     #[test]
-    fn only_unknown_groups_are_added() {
-        assert_eq!(
-            group_text("root:x:0:\nusers:x:100:", &ada()),
-            "root:x:0:\nusers:x:100:\nlab:x:5000:ada\n"
-        );
+    fn free_range_overlaps_nobodys_in_either_file() {
+        let free = |ranges: &[&str], accounts: &[&str]| free_range(ranges, accounts, 100_000);
+        assert_eq!(free(&[], &[]), Some(100_000));
+        assert_eq!(free(&["eve:100000:65536\n"], &[]), Some(165_536));
+        let groups = "eve:165536:65536\n1007:100000:65536\n# x\nbad:1\n";
+        assert_eq!(free(&["eve:300000:10\n", groups], &[]), Some(231_072));
+        assert_eq!(free(&["eve:231071:1\n", groups], &[]), Some(231_072));
+        // A gap that is just large enough, and one that is one too small.
+        let gap = |size: u32| format!("a:100000:10\nb:{}:65536\n", 100_010 + size);
+        assert_eq!(free(&[&gap(65536)], &[]), Some(100_010));
+        assert_eq!(free(&[&gap(65535)], &[]), Some(100_010 + 65535 + 65536));
+        // A person of a directory service with a high id of its own.
+        assert_eq!(free(&[], &["ada:x:120000:100::/:/bin/sh\n"]), Some(120_001));
+        assert_eq!(free(&["eve:100000:4294867295\n"], &[]), None);
+        assert_eq!(free(&["eve:100000:18446744073709551615\n"], &[]), None);
     }
 
     #[test]

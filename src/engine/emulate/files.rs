@@ -16,6 +16,7 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 
 use super::super::sys::{self, Answer, Raw};
+use super::Extent;
 use super::credentials::{Credentials, KEEP};
 use super::filter::{At, Call};
 use super::owners::{self, Device, Owner};
@@ -61,6 +62,11 @@ impl View<'_> {
                 let target = self.tracee.read_path(target)?;
                 self.make(&at, &New::Link(target))
             }
+            Call::SetAttribute(at, name, value, size, flags) => {
+                self.set_acl(&at, name, value, size, flags)
+            }
+            Call::Attribute(at, name, buffer, size) => self.acl(&at, name, buffer, size),
+            Call::RemoveAttribute(at, name) => self.remove_acl(&at, name),
             _ => None,
         }
     }
@@ -74,7 +80,7 @@ impl View<'_> {
 
     /// What is recorded of an open file. The record is not held while its file system, which may be the container's own,
     /// is asked.
-    fn owner(&self, file: &OwnedFd) -> Option<Owner> {
+    pub(super) fn owner(&self, file: &OwnedFd) -> Option<Owner> {
         let seen = owners::Seen::look(file.as_fd()).ok()?;
         if !self.tracee.shared.owners().may_know(&seen) {
             return None;
@@ -232,6 +238,11 @@ impl View<'_> {
         };
         let bits = Mode::from_raw_mode(mode & 0o7777);
         match kind {
+            FileType::RegularFile | FileType::Fifo | FileType::Socket
+                if self.tracee.shared.extent == Extent::Devices =>
+            {
+                None
+            }
             FileType::RegularFile | FileType::Fifo | FileType::Socket => {
                 self.make(at, &New::Node(kind, bits))
             }
@@ -247,10 +258,53 @@ impl View<'_> {
                 if device == Device::default() {
                     return None; // a whiteout, which everybody may make
                 }
+                if self.tracee.shared.extent == Extent::Devices {
+                    return self.make_device(at, device, bits);
+                }
                 self.make(at, &New::Device(device, bits))
             }
             _ => None,
         }
+    }
+
+    /// Makes what stands for a device where the kernel knows the owners: for who could make it on a machine of its own.
+    fn make_device(&self, at: &At, device: Device, mode: Mode) -> Option<Answer> {
+        let rights = self.tracee.rights()?;
+        let confined = self.tracee.shared.is_confined.load(Ordering::Acquire);
+        if confined || !rights.has(rustix::thread::CapabilitySet::MKNOD) {
+            return None;
+        }
+        let wanted = self.named(at)?;
+        if wanted.wants_directory() {
+            return None;
+        }
+        let (parent, name) = self.open_parent(&wanted, &rights)?;
+        let _taken = rights.take()?;
+        let node = |kind| rustix::fs::mknodat(&parent, &name, kind, mode, 0);
+        let kind = if device.block {
+            FileType::RegularFile
+        } else {
+            FileType::CharacterDevice
+        };
+        // Before Linux 5.8 only the machine's root may make a whiteout.
+        let made = match node(kind) {
+            Err(Errno::PERM) => node(FileType::RegularFile),
+            other => other,
+        };
+        if let Err(error) = made {
+            return Some(failed(error));
+        }
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        if let Ok(file) = rustix::fs::openat(&parent, &name, flags, Mode::empty()) {
+            let (uid, gid) = rights.owner;
+            // A directory may have given it a group of its own.
+            let user = (uid != 0).then(|| Uid::from_raw(uid));
+            let group = (gid != 0).then(|| Gid::from_raw(gid));
+            let _ = rustix::fs::chownat(&file, "", user, group, AtFlags::EMPTY_PATH);
+            let device = Some(device);
+            let _ = self.record(&file, Owner { uid, gid, device });
+        }
+        Some(Answer::Value(0))
     }
 
     /// Makes what is wanted, when its owner is not simply root.

@@ -43,6 +43,12 @@ pub enum Call {
     MakeNode(At, u32, u32),
     /// `symlink(2)`: address of the target.
     MakeLink(At, u64),
+    /// `setxattr(2)`: addresses of name and value, size, flags.
+    SetAttribute(At, u64, u64, u64, i32),
+    /// `getxattr(2)`: addresses of name and buffer, size.
+    Attribute(At, u64, u64, u64),
+    /// `removexattr(2)`: address of the name.
+    RemoveAttribute(At, u64),
     /// A call of `credentials(7)`.
     Identity,
     /// A call after which paths may mean something else to one process.
@@ -67,6 +73,15 @@ const FILES: &[c_long] = &[
     libc::SYS_mkdirat,
     libc::SYS_symlinkat,
     libc::SYS_openat2,
+    libc::SYS_setxattr,
+    libc::SYS_lsetxattr,
+    libc::SYS_fsetxattr,
+    libc::SYS_getxattr,
+    libc::SYS_lgetxattr,
+    libc::SYS_fgetxattr,
+    libc::SYS_removexattr,
+    libc::SYS_lremovexattr,
+    libc::SYS_fremovexattr,
 ];
 
 /// Those that newer architectures have no more.
@@ -189,6 +204,24 @@ pub fn program() -> Option<Vec<sock_filter>> {
     Some(program)
 }
 
+/// The program where only devices are emulated.
+pub fn devices() -> Option<Vec<sock_filter>> {
+    let (allow, ask) = (libc::SECCOMP_RET_ALLOW, libc::SECCOMP_RET_USER_NOTIF);
+    let mut program = vec![
+        seccomp::load_architecture(),
+        if_equal(ARCHITECTURE?, 1, 0),
+        end(allow),
+        seccomp::load_number(),
+    ];
+    for call in [libc::SYS_mknodat as u32, LANDLOCK] {
+        program.extend([if_equal(call, 0, 1), end(ask)]);
+    }
+    #[cfg(target_arch = "x86_64")]
+    program.extend([if_equal(libc::SYS_mknod as u32, 0, 1), end(ask)]);
+    program.push(end(allow));
+    Some(program)
+}
+
 fn at(dir: u64, path: u64, flags: i32) -> At {
     let empty = flags & libc::AT_EMPTY_PATH != 0;
     At {
@@ -203,9 +236,10 @@ fn open_file(fd: u64) -> At {
     at(fd, 0, libc::AT_EMPTY_PATH)
 }
 
-#[cfg(target_arch = "x86_64")]
+const CWD: u64 = libc::AT_FDCWD as u64;
+
 fn plain(path: u64) -> At {
-    at(libc::AT_FDCWD as u64, path, 0)
+    at(CWD, path, 0)
 }
 
 /// A path whose last component is not followed: that of a file to be made.
@@ -243,6 +277,15 @@ pub fn call(note: &Notification) -> Option<Call> {
         libc::SYS_symlinkat => Call::MakeLink(new(b, c), a),
         libc::SYS_openat => Call::Open(new(a, b), c as i32, d as u32),
         libc::SYS_openat2 => Call::OpenHow(new(a, b), c, d),
+        libc::SYS_setxattr => Call::SetAttribute(plain(a), b, c, d, e as i32),
+        libc::SYS_lsetxattr => Call::SetAttribute(new(CWD, a), b, c, d, e as i32),
+        libc::SYS_fsetxattr => Call::SetAttribute(open_file(a), b, c, d, e as i32),
+        libc::SYS_getxattr => Call::Attribute(plain(a), b, c, d),
+        libc::SYS_lgetxattr => Call::Attribute(new(CWD, a), b, c, d),
+        libc::SYS_fgetxattr => Call::Attribute(open_file(a), b, c, d),
+        libc::SYS_removexattr => Call::RemoveAttribute(plain(a), b),
+        libc::SYS_lremovexattr => Call::RemoveAttribute(new(CWD, a), b),
+        libc::SYS_fremovexattr => Call::RemoveAttribute(open_file(a), b),
         libc::SYS_prctl if a as i32 == libc::PR_SET_KEEPCAPS => Call::KeepCapabilities(b != 0),
         libc::SYS_prctl => Call::TimerSlack,
         _ => return old_call(number, [a, b, c]),
@@ -251,7 +294,6 @@ pub fn call(note: &Notification) -> Option<Call> {
 
 #[cfg(target_arch = "x86_64")]
 fn old_call(number: c_long, [a, b, c]: [u64; 3]) -> Option<Call> {
-    const CWD: u64 = libc::AT_FDCWD as u64;
     const CREAT: i32 = libc::O_CREAT | libc::O_WRONLY | libc::O_TRUNC;
     Some(match number {
         libc::SYS_stat => Call::Stat(plain(a), b),

@@ -48,14 +48,19 @@
 //! back: [`Owners::set`] before it for a tree that was unpacked with owners, [`Owners::get`] after it for every file that
 //! is packed, `save` and `load` between runs.
 //!
+//! In a build with subordinate ids the kernel keeps the owners, and only `mknod` of a device is asked about
+//! ([`Extent::Devices`]): what it leaves is a whiteout (a character device without a number, which everybody may make) or,
+//! for a block device, an empty file.
+//!
 //! # What is not emulated
 //!
-//! Permissions: a process that is emulated as somebody else still can do to files what root in the container can. Programs
+//! Permissions, access control lists among them: a process that is emulated as somebody else still can do to files what root in the container can. Programs
 //! of another architecture (32-bit) see only root. `/proc/PID/status`, `SO_PEERCRED` and `kill(2)` know only root. Files
 //! made through `O_TMPFILE`, by `bind(2)` of a Unix socket, or through a dangling symbolic link are root's until they
 //! are given away. A signal whose handler was installed without `SA_RESTART` can end one of the calls above with `EINTR`
 //! in the moment before the supervisor takes the question (before Linux 5.19 also later): the kernel lets it. Set-user-id programs give nobody rights (`no_new_privs`). io_uring is refused.
 
+pub mod acl;
 pub mod credentials;
 pub mod files;
 pub mod filter;
@@ -95,7 +100,17 @@ pub fn check() -> Result<()> {
 pub struct Link {
     supervisor: OwnedFd,
     container: OwnedFd,
+    extent: Extent,
     host: supervisor::Host,
+}
+
+/// What the supervisor is asked about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Extent {
+    /// All that this module says.
+    Owners,
+    /// `mknod` of devices by root, where the kernel knows the other owners. Nothing else costs anything.
+    Devices,
 }
 
 /// A supervisor at work.
@@ -112,7 +127,7 @@ impl Link {
     ///
     /// # Errors
     /// Without `/proc`.
-    pub fn new() -> Result<Link> {
+    pub fn new(extent: Extent) -> Result<Link> {
         let (supervisor, container) = socketpair(
             AddressFamily::Unix,
             SockType::SeqPacket,
@@ -140,6 +155,7 @@ impl Link {
         Ok(Link {
             supervisor,
             container,
+            extent,
             host,
         })
     }
@@ -151,7 +167,11 @@ impl Link {
     /// When the supervisor is gone.
     pub fn submit(self) -> Result<()> {
         drop(self.supervisor);
-        let program = filter::program().context("no filter for this architecture")?;
+        let program = match self.extent {
+            Extent::Owners => filter::program(),
+            Extent::Devices => filter::devices(),
+        };
+        let program = program.context("no filter for this architecture")?;
         let root = sys::open_path(std::path::Path::new("/"))?;
         let listener = match sys::install_listener(&program) {
             Ok(listener) => listener,
@@ -181,7 +201,7 @@ impl Link {
         let Ok([listener, root]) = <[OwnedFd; 2]>::try_from(fds) else {
             return Ok(Supervisor::Idles(owners));
         };
-        let shared = Arc::new(Shared::new(owners, self.host, listener, root));
+        let shared = Arc::new(Shared::new(owners, self.extent, self.host, listener, root));
         supervisor::start(&shared).context("cannot emulate owners")?;
         Ok(Supervisor::Works(shared))
     }

@@ -58,7 +58,7 @@ pub struct Owner {
 type Key = (u64, u64);
 
 /// What a file has that the next one of its number has not.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 struct Proof {
     born: Option<(i64, u32)>,
     handle: Option<Vec<u8>>,
@@ -281,7 +281,17 @@ pub(super) struct Seen {
     directory: bool,
 }
 
+/// What tells a file from all others, also later ones.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) struct Mark(Key, Proof);
+
 impl Seen {
+    /// With its handle.
+    pub(super) fn mark(self, handle: Option<Vec<u8>>) -> Mark {
+        let born = self.born;
+        Mark(self.key, Proof { born, handle })
+    }
+
     /// Asks its file system.
     ///
     /// # Errors

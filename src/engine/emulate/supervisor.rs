@@ -17,6 +17,8 @@ use nix::sched::{CloneFlags, unshare};
 use rustix::thread::CapabilitySets;
 
 use super::super::sys::{self, Answer, Notification};
+use super::Extent;
+use super::acl::Lists;
 use super::credentials::{Credentials, Ids, Refused, Table};
 use super::filter::{self, Call};
 use super::owners::Owners;
@@ -41,6 +43,8 @@ pub struct Host {
 pub struct Shared {
     /// Gives the questions.
     pub listener: OwnedFd,
+    /// What is asked.
+    pub extent: Extent,
     /// The host's procfs.
     pub proc: OwnedFd,
     /// The container's root.
@@ -54,6 +58,7 @@ pub struct Shared {
     owners: Mutex<Owners>,
     /// Nothing is recorded: the common case is decided without a lock.
     pub has_owners: AtomicBool,
+    acls: Mutex<Lists>,
     table: Mutex<Table>,
     /// Some thread was ever somebody else than root.
     pub has_credentials: AtomicBool,
@@ -84,8 +89,15 @@ const STACK_BYTES: usize = 256 << 10;
 
 impl Shared {
     /// With everything that is known at the start: the record, who gives the questions, and the container's root.
-    pub fn new(owners: Owners, host: Host, listener: OwnedFd, root: OwnedFd) -> Shared {
+    pub fn new(
+        owners: Owners,
+        extent: Extent,
+        host: Host,
+        listener: OwnedFd,
+        root: OwnedFd,
+    ) -> Shared {
         Shared {
+            extent,
             listener,
             proc: host.proc,
             root,
@@ -94,9 +106,11 @@ impl Shared {
             capabilities: host.capabilities,
             has_owners: AtomicBool::new(!owners.is_empty()),
             owners: Mutex::new(owners),
+            acls: Mutex::default(),
             table: Mutex::default(),
             has_credentials: AtomicBool::new(false),
-            is_apart: AtomicBool::new(false),
+            // Nobody tells of roots where only devices are asked about.
+            is_apart: AtomicBool::new(extent == Extent::Devices),
             is_confined: AtomicBool::new(false),
             busy: AtomicUsize::new(0),
             threads: AtomicUsize::new(0),
@@ -107,6 +121,11 @@ impl Shared {
     /// The record.
     pub fn owners(&self) -> MutexGuard<'_, Owners> {
         self.owners.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The access control lists that the kernel does not have.
+    pub fn acls(&self) -> MutexGuard<'_, Lists> {
+        self.acls.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The credentials in use.
@@ -275,7 +294,8 @@ fn confine(tracee: &Tracee, flags: u32) {
     const KNOWN: u32 = 7;
     let mut new = Credentials::clone(&tracee.credentials());
     new.confined = true;
-    if flags & !KNOWN != 0 || tracee.set_credentials(new).is_none() {
+    let whole = tracee.shared.extent == Extent::Devices || flags & !KNOWN != 0;
+    if whole || tracee.set_credentials(new).is_none() {
         tracee.shared.is_confined.store(true, Ordering::Release);
     }
 }

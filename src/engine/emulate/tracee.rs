@@ -157,13 +157,12 @@ impl Tracee<'_> {
 
     /// What it may do to files, and the mask of its new ones.
     pub fn rights(&self) -> Option<Rights<'_>> {
-        let Status {
-            umask, effective, ..
-        } = self.status()?;
+        let status = self.status()?;
         Some(Rights {
             shared: self.shared,
-            umask,
-            effective,
+            umask: status.umask,
+            effective: status.effective,
+            owner: status.owner,
         })
     }
 }
@@ -180,6 +179,8 @@ pub struct Status {
     pub process: u32,
     /// The capabilities that count now.
     pub effective: CapabilitySet,
+    /// User and group of its new files.
+    pub owner: (u32, u32),
 }
 
 impl Status {
@@ -191,10 +192,13 @@ impl Status {
         };
         let umask = u32::from_str_radix(field("Umask:")?, 8).ok()?;
         let effective = u64::from_str_radix(field("CapEff:")?, 16).ok()?;
+        // Real, effective, saved, and that for files.
+        let fourth = |name| field(name)?.split_ascii_whitespace().nth(3)?.parse().ok();
         Some(Status {
             umask: Mode::from_raw_mode(umask),
             process: field("Tgid:")?.parse().ok()?,
             effective: CapabilitySet::from_bits_retain(effective),
+            owner: (fourth("Uid:")?, fourth("Gid:")?),
         })
     }
 }
@@ -204,9 +208,16 @@ pub struct Rights<'a> {
     shared: &'a Shared,
     umask: Mode,
     effective: CapabilitySet,
+    /// Who owns what it makes, as the kernel knows it.
+    pub owner: (u32, u32),
 }
 
 impl<'a> Rights<'a> {
+    /// Whether they hold this capability.
+    pub fn has(&self, capability: CapabilitySet) -> bool {
+        self.effective.contains(capability)
+    }
+
     /// This thread of the supervisor has no more rights than the other, until the answer goes.
     pub fn take(&self) -> Option<Taken<'a>> {
         rustix::process::umask(self.umask);
@@ -243,11 +254,12 @@ mod tests {
     fn status_is_read_whatever_stands_between() {
         let groups = "7 ".repeat(300);
         let text = format!(
-            "Name:\tx Umask:\nUmask:\t0027\nState:\tR\nTgid:\t12\nPid:\t13\nGroups:\t{groups}\nCapPrm:\tff\nCapEff:\t0000000000000003\n"
+            "Name:\tx Umask:\nUmask:\t0027\nState:\tR\nTgid:\t12\nPid:\t13\nUid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\nGroups:\t{groups}\nCapPrm:\tff\nCapEff:\t0000000000000003\n"
         );
         let status = Status::parse(&text).unwrap();
         assert_eq!(status.umask, Mode::from_raw_mode(0o027));
         assert_eq!((status.process, status.effective.bits()), (12, 3));
+        assert_eq!(status.owner, (4, 8));
         assert_eq!(Status::parse("Umask:\t0022\nTgid:\t1\n"), None);
     }
 }

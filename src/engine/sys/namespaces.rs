@@ -20,6 +20,23 @@ pub fn is_root_of_nested_namespace() -> bool {
         })
 }
 
+/// Whether this process may really make a mount namespace: a security module can deny what its capabilities say. Tried in
+/// a process of its own.
+pub fn has_rights_to_mount() -> bool {
+    let flags = nix::sched::CloneFlags::CLONE_NEWNS;
+    match super::fork() {
+        Ok(super::Fork::Child) => {
+            let made = nix::sched::unshare(flags).is_ok();
+            super::exit_now(u8::from(!made))
+        }
+        Ok(super::Fork::Parent(child)) => {
+            use nix::sys::wait::{WaitStatus, waitpid};
+            matches!(waitpid(child, None), Ok(WaitStatus::Exited(_, 0)))
+        }
+        Err(_) => true,
+    }
+}
+
 /// The user namespace that a namespace of another kind belongs to (`ioctl_ns(2)`).
 ///
 /// # Errors

@@ -141,9 +141,22 @@ pub fn watch_children() {
     CHILDREN_IGNORED.store(matches!(before, Ok(SigHandler::SigIgn)), Ordering::Relaxed);
 }
 
-/// Gives the payload the disposition of `SIGCHLD` that the caller had.
-pub fn restore_children() {
+/// Whether a write beyond `RLIMIT_FSIZE` ended the caller's programs.
+static FILE_LIMIT_ENDS: AtomicBool = AtomicBool::new(false);
+
+/// A write beyond the limit of a file's size fails from now on, and is told like every other failure.
+pub fn outlive_file_limit() {
+    // SAFETY: SIG_IGN runs no code of ours.
+    let before = unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) };
+    FILE_LIMIT_ENDS.store(matches!(before, Ok(SigHandler::SigDfl)), Ordering::Relaxed);
+}
+
+/// Gives the payload the dispositions of `SIGCHLD` and `SIGXFSZ` that the caller had.
+pub fn restore_signals() {
     if CHILDREN_IGNORED.load(Ordering::Relaxed) {
         ignore_signals(&[Signal::SIGCHLD]);
+    }
+    if FILE_LIMIT_ENDS.load(Ordering::Relaxed) {
+        default_signal(Signal::SIGXFSZ);
     }
 }
