@@ -14,7 +14,36 @@ use capsid::{cmd, exit, say};
 #[unsafe(no_mangle)]
 pub extern "C" fn main(argc: i32, argv: *const *const libc::c_char) -> i32 {
     sys::open_standard_descriptors();
+    if let Some(kib) = small_stack() {
+        return too_small(kib);
+    }
+    begin(argc, argv)
+}
+
+/// Least stack that every command fits into, bytes.
+const STACK_BYTES: u64 = 128 << 10;
+
+/// The limit of the stack, KiB, where it is too small to begin.
+fn small_stack() -> Option<u64> {
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Stack).current;
+    limit
+        .filter(|bytes| *bytes < STACK_BYTES)
+        .map(|bytes| bytes >> 10)
+}
+
+#[inline(never)] // as `begin`: the frame of `main` stays small
+fn too_small(kib: u64) -> i32 {
+    say::fatal(format_args!(
+        "the limit of the stack is {kib} KiB, and capsid needs {} KiB: raise it with ulimit -s 8192",
+        STACK_BYTES >> 10
+    ));
+    exit::FATAL.into()
+}
+
+#[inline(never)]
+fn begin(argc: i32, argv: *const *const libc::c_char) -> i32 {
     sys::watch_children();
+    sys::outlive_file_limit();
     let args = sys::arguments(argc, argv);
     // A bug of ours is one line too, like every other failure.
     std::panic::set_hook(Box::new(|info| {
@@ -50,6 +79,12 @@ fn report(error: &anyhow::Error) -> u8 {
         return exit::signalled(libc::SIGPIPE);
     }
     // One line, whatever the cause holds.
-    say::fatal(format_args!("{}", format!("{error:#}").replace('\n', " ")));
+    let text = format!("{error:#}").replace('\n', " ");
+    let hint = if text.contains("File too large") {
+        ": the limit of the size of files is reached (ulimit -f)"
+    } else {
+        ""
+    };
+    say::fatal(format_args!("{text}{hint}"));
     exit::FATAL
 }

@@ -303,3 +303,47 @@ fn what_would_hide_the_image_or_itself_is_refused() {
     ];
     env.run(words).fatal(&["layer.squashfs", "given twice"]);
 }
+
+/// Limits of the caller's shell under which a program cannot even begin, or write.
+#[test]
+fn limits_that_are_too_small_are_told() {
+    let env = Env::new();
+    let image = env.image();
+    let limited = |limit: &str, words: &str| {
+        let script = format!("ulimit {limit}; exec \"$0\" {words}");
+        let mut command = env.command_as("/bin/sh".as_ref(), ["-c", &script]);
+        common::output(command.args([env!("CARGO_BIN_EXE_capsid"), image.to_str().unwrap()]))
+    };
+    for limit in ["-s 16", "-s 64", "-S -s 100"] {
+        for words in ["exec \"$1\" true", "inspect \"$1\"", "--version"] {
+            limited(limit, words).fatal(&["stack", "ulimit -s"]);
+        }
+    }
+    limited("-s 1024", "exec \"$1\" true").ok();
+    limited("-f 0", "exec -f --ignore-subuid \"$1\" true").fatal(&["too large", "ulimit -f"]);
+    // The payload has what the caller had: it is ended.
+    let out = limited(
+        "-f 100",
+        "-q exec --contain \"$1\" dd if=/dev/zero of=/tmp/x bs=4096 count=1000",
+    );
+    assert_eq!(out.status, 128 + 25, "{out}");
+}
+
+/// A site may let its users run the program and not read it: then its own files in procfs are root's.
+#[test]
+fn program_that_may_not_be_read_runs() {
+    let env = Env::new();
+    let image = env.image();
+    let program = env.path("capsid");
+    fs::copy(env!("CARGO_BIN_EXE_capsid"), &program).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o111)).unwrap();
+    for options in [
+        &["exec"][..],
+        &["exec", "--fakeroot"],
+        &["exec", "--fakeroot", "--ignore-subuid"],
+    ] {
+        let mut command = env.command_as(&program, options);
+        let out = common::output(command.arg(&image).args(["echo", "runs"]));
+        assert_eq!(out.ok(), "runs", "{options:?}");
+    }
+}

@@ -200,6 +200,26 @@ fn capability_of_a_file_is_the_kernels() {
     assert_eq!(out.ok(), "set, read 20\nset, read 20");
 }
 
+/// As setfacl makes them, for a user whom the kernel does not know here.
+#[test]
+fn access_lists_name_users_that_do_not_exist() {
+    let t = Env::new();
+    let root = tree(&t);
+    let out = exec(
+        &t,
+        &root,
+        "mkdir d; echo > f; probe acl d 1000; stat -c '%a %u' d; probe acl f 1000; chmod 604 f; probe acl? f; mv f g
+         probe acl? g; ln -s g l; probe acl? l; echo > f; probe acl? f; probe acl g 0; probe acl? g
+         su daemon -s /bin/sh -c 'probe acl d 8'",
+    );
+    assert_eq!(
+        out.ok(),
+        "set: Success\n775 0\nset: Success\nuser 1000 of 6: 7 group 0 of 6: 5 mask 0\nuser 1000 of 6: 7 group 0 of 6: 5 mask 0\n\
+         user 1000 of 6: 7 group 0 of 6: 5 mask 0\nnone\nset: Success\nuser 0 of 6: 7 group 0 of 6: 5 mask 7\n\
+         set: Operation not permitted"
+    );
+}
+
 #[test]
 fn signals_restart_a_call() {
     let t = Env::new();
@@ -288,6 +308,102 @@ fn overlay_in_memory_has_owners_too() {
         "chown 33:34 /opt/hello.txt /etc; echo > /etc/new; chown 5 /etc/new; stat -c '%n %u:%g' /opt/hello.txt /etc /etc/new",
     ]);
     assert_eq!(out.ok(), "/opt/hello.txt 33:34\n/etc 33:34\n/etc/new 5:0");
+}
+
+/// Programs that manage accounts put a new file in the place of the old one, with subordinate ids and without.
+#[test]
+fn root_replaces_account_files_and_time_zone_wherever_it_may_write() {
+    let (t, other) = (Env::new(), Env::new());
+    let (image, root) = (t.image(), tree(&other));
+    let (image, root) = (image.to_str().unwrap(), root.to_str().unwrap());
+    for name in ["upper", "upper2"] {
+        fs::create_dir(t.path(name)).unwrap();
+    }
+    let overlay = |name: &str| t.path(name).display().to_string();
+    let script = "echo bob:x:1234:1234::/:/bin/sh >> /etc/passwd
+         for f in passwd group localtime; do echo >> /etc/$f; cp /etc/$f /etc/$f.new; mv -f /etc/$f.new /etc/$f; done
+         id -u bob";
+    let end = ["sh", "-ec", script];
+    for options in [
+        &["--writable-tmpfs", image][..],
+        &["--overlay", &overlay("upper"), image],
+        &["--ignore-subuid", "--writable-tmpfs", image],
+        &["--ignore-subuid", "--overlay", &overlay("upper2"), image],
+        &[
+            "--ignore-subuid",
+            "--ignore-fakeroot-command",
+            "--writable-tmpfs",
+            image,
+        ],
+        &["--ignore-subuid", "--writable", root],
+        &["--writable-tmpfs", "--containall", root],
+    ] {
+        let words = ["-q", "exec", "--fakeroot"];
+        let words = words.iter().chain(options).chain(&end);
+        let out = t.run(words);
+        assert_eq!(out.ok(), "1234", "{options:?}");
+    }
+}
+
+/// newuidmap has its rights neither under no_new_privs nor in a namespace that has no subordinate ids.
+#[test]
+fn helpers_that_can_have_no_rights_are_done_without() {
+    let t = Env::new();
+    let image = t.image();
+    for (around, cause) in [
+        (&["setpriv", "--no-new-privs"][..], "no_new_privs"),
+        (&["unshare", "--user", "--map-current-user"], "do not exist"),
+    ] {
+        let words = "exec --fakeroot --writable-tmpfs --contain".split(' ');
+        let mut command = t.command_as(Path::new(around[0]), &around[1..]);
+        command
+            .arg(env!("CARGO_BIN_EXE_capsid"))
+            .args(words)
+            .arg(&image);
+        command.args(["sh", "-c", "chown 33:34 /opt && stat -c %u:%g /opt"]);
+        let out = output(&mut command);
+        assert_eq!(out.ok(), "33:34", "{around:?}");
+        assert!(
+            out.stderr.contains("cannot be used") && out.stderr.contains(cause),
+            "{out}"
+        );
+        let mut doctor = t.command_as(Path::new(around[0]), &around[1..]);
+        let out = output(doctor.arg(env!("CARGO_BIN_EXE_capsid")).arg("doctor"));
+        assert!(out.ok().contains("emulated by capsid"), "{out}");
+        assert!(
+            out.stdout.contains(cause) && !out.stdout.contains("chmod u+s"),
+            "{out}"
+        );
+    }
+}
+
+/// With subordinate ids and without: scripts of packages make devices, and images have none.
+#[test]
+fn script_of_a_build_makes_devices() {
+    let t = Env::new();
+    let image = t.image();
+    let def = t.path("devices.def");
+    write(
+        &def,
+        &format!(
+            "Bootstrap: localimage\nFrom: {}\n%post\n mknod /opt/n c 1 3; test -c /opt/n; chown 1:5 /opt/n; mkdir /opt/d
+             mknod -m 600 /opt/d/b b 8 0; cd /opt/d; mknod c c 5 1; mknod p p; mknod ../n c 1 3 && exit 1
+             chroot / mknod /opt/m c 1 5; mknod /proc/n c 1 3 && exit 1; echo kept > /opt/kept\n",
+            image.display()
+        ),
+    );
+    for options in [&["build"][..], &["build", "--ignore-subuid"]] {
+        let out = t.path("devices.sif");
+        let mut command = t.command(options.iter().chain(&["--force"]));
+        output(command.arg(&out).arg(&def)).ok();
+        let mut command = t.command(["-q", "exec"]);
+        let list = output(command.arg(&out).args(["ls", "/opt", "/opt/d"]));
+        assert_eq!(
+            list.ok(),
+            "/opt:\nd\nhello.txt\nkept\n\n/opt/d:\np",
+            "{options:?}"
+        );
+    }
 }
 
 #[test]

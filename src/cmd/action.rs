@@ -467,7 +467,7 @@ pub(super) fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Requ
         if args.ignore_subuid {
             None
         } else {
-            engine::userns::subordinate_ids(&host.user.name, host.uid)
+            usable_subordinate_ids(host)
         }
     });
     let rights = rights(args, &identity::choose(host, fakeroot.as_ref()))?;
@@ -522,6 +522,21 @@ pub(super) fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Requ
         },
         gpu: gpu::find(args.nv && !args.no_nv, args.rocm && !args.no_rocm),
     })
+}
+
+/// Subordinate ids, if the helpers can map them here: not everywhere can they have their rights.
+fn usable_subordinate_ids(host: &Host) -> Option<SubIds> {
+    let sub = engine::userns::subordinate_ids(&host.user.name, host.uid)?;
+    if host.uid != 0
+        && let Err(error) = engine::userns::check_helpers(&sub)
+    {
+        say::warn(format_args!(
+            "the subordinate ids of {} cannot be used: {error:#}",
+            host.user.name
+        ));
+        return None;
+    }
+    Some(sub)
 }
 
 /// Who keeps the owners of files in a container with `--fakeroot`: emulation takes a process namespace and a kernel that

@@ -12,6 +12,7 @@ use crate::engine::sys::{self, Fork};
 use crate::engine::{cgroup, emulate, network, overlay, runtime, userns};
 use crate::host::Host;
 use crate::plan::IdMap;
+use crate::plan::identity::{WANTED_IDS, free_range, sub_range};
 use crate::{exit, say};
 
 /// Options of `doctor`.
@@ -189,31 +190,68 @@ fn own_ids(host: &Host) -> IdMap {
 }
 
 fn namespaces(host: &Host) -> Check {
-    let result = in_child(|| userns::create(&own_ids(host), CloneFlags::CLONE_NEWNS));
-    match result {
-        Ok(()) => Check::new("user namespaces", State::Ok, "usable", None),
-        Err(error) => Check::new(
-            "user namespaces",
-            State::Fail,
-            format!("{error:#}"),
-            namespaces_remedy(|path| fs::read_to_string(path).ok()).as_deref(),
-        ),
+    const NAME: &str = "user namespaces";
+    match in_child(|| userns::create(&own_ids(host), CloneFlags::CLONE_NEWNS)) {
+        Ok(()) => Check::new(NAME, State::Ok, "usable", None),
+        Err(error) => {
+            let program = std::env::current_exe().unwrap_or_default();
+            let remedy = namespaces_remedy(userns::text_of, &program);
+            Check::new(NAME, State::Fail, format!("{error:#}"), remedy.as_deref())
+        }
     }
 }
 
-/// The setting that forbids user namespaces, turned round; `None` when it is none of those known.
-fn namespaces_remedy(read: impl Fn(&str) -> Option<String>) -> Option<String> {
+/// The setting that forbids user namespaces, turned round; `None` when it is none of those known. AppArmor gets a
+/// profile for this program, where there can be one: it leaves the others as they are.
+fn namespaces_remedy(read: impl Fn(&str) -> String, program: &Path) -> Option<String> {
     const SETTINGS: [(&str, &str, &str); 3] = [
         ("user.max_user_namespaces", "0", "65536"),
         ("kernel.unprivileged_userns_clone", "0", "1"),
         ("kernel.apparmor_restrict_unprivileged_userns", "1", "0"),
     ];
-    let forbids = |setting: &str, bad: &str| {
-        let path = format!("/proc/sys/{}", setting.replace('.', "/"));
-        read(&path).is_some_and(|value| value.trim() == bad)
-    };
+    let forbids =
+        |setting: &str, bad: &str| read(&format!("/proc/sys/{}", setting.replace('.', "/"))) == bad;
     let (setting, _, good) = SETTINGS.into_iter().find(|s| forbids(s.0, s.1))?;
-    Some(format!("sysctl -w {setting}={good}"))
+    if setting.contains("apparmor")
+        && let Some(profile) = userns::apparmor_profile(program)
+    {
+        return Some(profile);
+    }
+    Some(userns::lasting(setting, good))
+}
+
+/// What root types so that a module is loaded now and after each boot (`modules-load.d(5)`).
+fn load_module(name: &str) -> String {
+    format!("echo {name} >/etc/modules-load.d/capsid-{name}.conf && modprobe {name}")
+}
+
+/// What root types so that everybody may open a device, now and after each boot (`udev(7)`).
+fn open_device(name: &str, node: &str) -> String {
+    format!(
+        "echo 'KERNEL==\"{name}\", MODE=\"0666\", OPTIONS+=\"static_node={node}\"' >/etc/udev/rules.d/60-capsid-{name}.rules && \
+         udevadm control --reload && chmod 0666 /dev/{node}"
+    )
+}
+
+/// A device of the machine that everybody may open: what is missing for that, and which container is in between.
+fn device_remedy(name: &str, node: &str) -> String {
+    let there = Path::new("/dev").join(node).exists();
+    match (in_a_container(), there) {
+        (true, _) => format!("start the container around this one with --device /dev/{node}"),
+        (false, true) => open_device(name, node),
+        (false, false) => format!("{} && {}", load_module(name), open_device(name, node)),
+    }
+}
+
+/// Whether Docker, Podman or systemd-nspawn is around us.
+fn in_a_container() -> bool {
+    [
+        "/.dockerenv",
+        "/run/.containerenv",
+        "/run/systemd/container",
+    ]
+    .iter()
+    .any(|path| Path::new(path).exists())
 }
 
 fn fuse(host: &Host) -> Check {
@@ -228,12 +266,7 @@ fn fuse(host: &Host) -> Check {
         capsid_fuse::mount::fuse(&options)?;
         Ok(())
     });
-    let remedy = if Path::new("/dev/fuse").exists() {
-        "chmod 0666 /dev/fuse"
-    } else {
-        "modprobe fuse"
-    };
-    Check::tried("FUSE", result, State::Fail, remedy)
+    Check::tried("FUSE", result, State::Fail, &device_remedy("fuse", "fuse"))
 }
 
 fn overlay(host: &Host) -> Check {
@@ -242,56 +275,125 @@ fn overlay(host: &Host) -> Check {
         overlay::try_out()
             .context("--overlay, --writable-tmpfs and directories as images do not work")
     });
-    Check::tried("overlayfs", result, State::Warn, "modprobe overlay")
+    Check::tried("overlayfs", result, State::Warn, &load_module("overlay"))
 }
 
 fn subordinate_ids(host: &Host) -> Check {
     const NAME: &str = "subordinate ids";
+    let warn = |detail: String, remedy: Option<&str>| Check::new(NAME, State::Warn, detail, remedy);
+    if host.uid == 0 {
+        return Check::new(NAME, State::Ok, "root needs none", None);
+    }
     for helper in ["newuidmap", "newgidmap"] {
         if userns::helper(helper).is_none() {
-            let detail = format!("{helper} is missing");
-            return Check::new(
-                NAME,
-                State::Warn,
-                detail,
-                Some("apt-get install uidmap (or dnf install shadow-utils)"),
-            );
+            let remedy = "apt-get install uidmap (or dnf install shadow-utils)";
+            return warn(format!("{helper} is missing"), Some(remedy));
         }
     }
     let user = &host.user.name;
-    match userns::subordinate_ids(user, host.uid) {
-        None => {
-            let remedy =
-                format!("usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}");
-            Check::new(NAME, State::Warn, format!("none for {user}"), Some(&remedy))
+    let files = Files::read();
+    let Some(sub) = userns::subordinate_ids(user, host.uid) else {
+        return warn(
+            format!("none for {user}"),
+            files.remedy(user, host.uid).as_deref(),
+        );
+    };
+    let (uid, gid) = (host.uid, host.gid);
+    let map = IdMap::Ranges { uid, gid, sub };
+    let tried = userns::check_helpers(&sub)
+        .and_then(|()| in_child(|| userns::create(&map, CloneFlags::empty())));
+    if let Err(error) = tried {
+        let missing = format!("{error:#}").contains("is not setuid root");
+        let remedy = "chmod u+s /usr/bin/newuidmap /usr/bin/newgidmap";
+        return warn(format!("{error:#}"), missing.then_some(remedy));
+    }
+    let ranges = format!(
+        "users {}+{}, groups {}+{}",
+        sub.uids.0, sub.uids.1, sub.gids.0, sub.gids.1
+    );
+    let fewest = sub.uids.1.min(sub.gids.1);
+    if fewest < WANTED_IDS - 1 {
+        let detail = format!(
+            "{ranges}: files of users and groups above {fewest} cannot be made; images use ids up to {}",
+            WANTED_IDS - 1
+        );
+        return warn(detail, files.remedy(user, host.uid).as_deref());
+    }
+    Check::new(NAME, State::Ok, ranges, None)
+}
+
+/// What says who has which ids.
+struct Files {
+    subuid: String,
+    subgid: String,
+    passwd: String,
+    group: String,
+    nsswitch: String,
+}
+
+impl Files {
+    fn read() -> Files {
+        let read = |name: &str| {
+            let bytes = fs::read(Path::new("/etc").join(name)).unwrap_or_default();
+            String::from_utf8_lossy(&bytes).into_owned()
+        };
+        Files {
+            subuid: read("subuid"),
+            subgid: read("subgid"),
+            passwd: read("passwd"),
+            group: read("group"),
+            nsswitch: read("nsswitch.conf"),
         }
-        Some(sub) if host.uid != 0 => {
-            let map = IdMap::Ranges {
-                uid: host.uid,
-                gid: host.gid,
-                sub,
-            };
-            match in_child(|| userns::create(&map, CloneFlags::empty())) {
-                Ok(()) => Check::new(
-                    NAME,
-                    State::Ok,
-                    format!(
-                        "users {}+{}, groups {}+{}",
-                        sub.uids.0, sub.uids.1, sub.gids.0, sub.gids.1
-                    ),
-                    None,
-                ),
-                Err(error) => Check::new(
-                    NAME,
-                    State::Warn,
-                    format!("{error:#}"),
-                    Some("chmod u+s /usr/bin/newuidmap /usr/bin/newgidmap"),
-                ),
-            }
+    }
+
+    /// What gives a user enough ids that are nobody's: in the files that lack them, or where the site keeps them.
+    fn remedy(&self, user: &str, uid: u32) -> Option<String> {
+        let source = self
+            .nsswitch
+            .lines()
+            .find_map(|line| line.trim().strip_prefix("subid:"));
+        if let Some(source) = source.map(str::trim).filter(|s| *s != "files") {
+            return Some(format!(
+                "give {user} a range of {WANTED_IDS} ids for users and for groups in {source} (subid in /etc/nsswitch.conf)"
+            ));
         }
-        Some(_) => Check::new(NAME, State::Ok, "root needs none", None),
+        let start = free_range(
+            &[&self.subuid, &self.subgid],
+            &[&self.passwd, &self.group],
+            FIRST_SUBORDINATE,
+        )?;
+        let lacks = |text: &str| {
+            let range = sub_range(text, user, uid);
+            range.is_none_or(|(_, count)| count < WANTED_IDS - 1)
+        };
+        let local = self
+            .passwd
+            .lines()
+            .any(|line| line.split(':').next() == Some(user));
+        let end = start + (WANTED_IDS - 1);
+        let kinds = [("uid", &self.subuid), ("gid", &self.subgid)];
+        let kinds = kinds
+            .into_iter()
+            .filter(|(_, text)| lacks(text))
+            .map(|(kind, _)| kind);
+        // usermod knows the users of /etc/passwd alone.
+        Some(if local {
+            let words: Vec<_> = kinds
+                .map(|kind| format!("--add-sub{kind}s {start}-{end}"))
+                .collect();
+            format!("usermod {} {user}", words.join(" "))
+        } else {
+            let files: Vec<_> = kinds.map(|kind| format!("/etc/sub{kind}")).collect();
+            format!(
+                "echo {user}:{start}:{WANTED_IDS} | tee -a {}",
+                files.join(" ")
+            )
+        })
     }
 }
+
+/// From here on `useradd` gives ranges away (`SUB_UID_MIN` in `login.defs(5)`).
+const FIRST_SUBORDINATE: u32 = 100_000;
 
 /// How `%post` of a build, and `--fakeroot`, come to files of users other than root.
 fn building(host: &Host, checks: &[Check]) -> Check {
@@ -301,6 +403,9 @@ fn building(host: &Host, checks: &[Check]) -> Check {
             .iter()
             .any(|c| c.check == name && c.state == State::Ok)
     };
+    if !good("user namespaces") {
+        return Check::new(NAME, State::Warn, "needs user namespaces", None);
+    }
     if host.uid == 0 {
         return Check::new(NAME, State::Ok, "kept by the kernel: this is root", None);
     }
@@ -308,17 +413,24 @@ fn building(host: &Host, checks: &[Check]) -> Check {
         let detail = "kept by the kernel, with subordinate ids";
         return Check::new(NAME, State::Ok, detail, None);
     }
+    if let Some(sub) = userns::subordinate_ids(&host.user.name, host.uid)
+        && userns::check_helpers(&sub).is_ok()
+    {
+        let detail =
+            "kept by the kernel as far as the subordinate ids go; --ignore-subuid emulates all";
+        return Check::new(NAME, State::Warn, detail, None);
+    }
     match emulate::check() {
         Ok(()) => Check::new(
             NAME,
             State::Ok,
-            "emulated by capsid (seccomp), as there are no subordinate ids",
+            "emulated by capsid (seccomp), as no subordinate ids can be used",
             None,
         ),
         Err(error) => Check::new(
             NAME,
             State::Warn,
-            format!("none but root: no subordinate ids, and {error:#}"),
+            format!("none but root: no subordinate ids can be used, and {error:#}"),
             Some("give the user subordinate ids (see above)"),
         ),
     }
@@ -382,10 +494,11 @@ fn networks() -> Check {
             "network",
             State::Warn,
             format!(
-                "{}, but /dev/net/tun cannot be opened: {error}",
-                names.join(", ")
+                "{}, but /dev/net/tun cannot be opened: {}",
+                names.join(", "),
+                say::word(&error)
             ),
-            Some("chmod 0666 /dev/net/tun (and: modprobe tun)"),
+            Some(&device_remedy("tun", "net/tun")),
         ),
     }
 }
@@ -451,34 +564,76 @@ fn gpus() -> Check {
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
     #[test]
-    fn remedy_is_that_of_the_setting_that_forbids() {
-        let remedy = |path: &str, value: &str| {
-            super::namespaces_remedy(|asked| (asked == path).then(|| value.into()))
+    fn remedy_is_that_of_the_setting_that_forbids_and_lasts() {
+        let remedy = |path: &str, value: &str, program: &str| {
+            let read = |asked: &str| {
+                if asked == path {
+                    value.into()
+                } else {
+                    String::new()
+                }
+            };
+            namespaces_remedy(read, Path::new(program))
         };
-        for (path, value, line) in [
-            (
-                "user/max_user_namespaces",
-                "0\n",
-                "user.max_user_namespaces=65536",
-            ),
-            (
-                "kernel/unprivileged_userns_clone",
-                "0\n",
-                "kernel.unprivileged_userns_clone=1",
-            ),
-            (
-                "kernel/apparmor_restrict_unprivileged_userns",
-                "1\n",
-                "kernel.apparmor_restrict_unprivileged_userns=0",
-            ),
+        for (setting, bad, good) in [
+            ("user.max_user_namespaces", "0", "65536"),
+            ("kernel.unprivileged_userns_clone", "0", "1"),
+            ("kernel.apparmor_restrict_unprivileged_userns", "1", "0"),
         ] {
-            let path = format!("/proc/sys/{path}");
-            assert_eq!(remedy(&path, value), Some(format!("sysctl -w {line}")));
+            let path = format!("/proc/sys/{}", setting.replace('.', "/"));
+            let line = remedy(&path, bad, "/home/a b/capsid").unwrap();
+            let file = "/etc/sysctl.d/60-capsid.conf";
+            assert_eq!(
+                line,
+                format!("echo {setting}={good} >{file} && sysctl --system")
+            );
         }
+        let setting = "/proc/sys/kernel/apparmor_restrict_unprivileged_userns";
+        let profile = remedy(setting, "1", "/usr/bin/capsid").unwrap();
+        assert!(profile.contains("/etc/apparmor.d/capsid"), "{profile}");
         assert_eq!(
-            remedy("/proc/sys/user/max_user_namespaces", "95000\n"),
+            remedy("/proc/sys/user/max_user_namespaces", "95000", "/c"),
             None
         );
+    }
+
+    fn files(subuid: &str, subgid: &str) -> Files {
+        Files {
+            subuid: subuid.into(),
+            subgid: subgid.into(),
+            passwd: "root:x:0:0::/:/bin/sh\nada:x:1000:1000::/home/ada:/bin/sh\n".into(),
+            group: String::new(),
+            nsswitch: "passwd: files\n".into(),
+        }
+    }
+
+    #[test]
+    fn range_that_is_advised_is_nobodys() {
+        let told = |files: Files, user: &str| files.remedy(user, 1000).unwrap();
+        let eve = "eve:100000:65536\n";
+        assert_eq!(
+            told(files(eve, ""), "ada"),
+            "usermod --add-subuids 165536-231071 --add-subgids 165536-231071 ada"
+        );
+        assert_eq!(
+            told(files("", eve), "ldapuser"),
+            "echo ldapuser:165536:65536 | tee -a /etc/subuid /etc/subgid"
+        );
+        // Only what is missing, or too small.
+        let ada = "ada:100000:65536\n";
+        assert_eq!(
+            told(files(ada, ""), "ada"),
+            "usermod --add-subgids 165536-231071 ada"
+        );
+        assert_eq!(
+            told(files(ada, "ada:100000:1000\n"), "ada"),
+            "usermod --add-subgids 165536-231071 ada"
+        );
+        let mut central = files("", "");
+        central.nsswitch = "subid: sss\n".into();
+        assert!(told(central, "ada").contains("in sss"));
     }
 }

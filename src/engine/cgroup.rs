@@ -52,6 +52,8 @@ pub fn apply(limits: &Limits, policy: Policy, name: &str) -> Result<Option<PathB
     }
     let help = if in_batch_job() {
         "ask the batch system for the limit (srun --mem, --cpus-per-task)"
+    } else if !has_unified_hierarchy() {
+        "boot with systemd.unified_cgroup_hierarchy=1, or run it in a batch job that has the limit"
     } else {
         "an administrator can delegate cgroups to users (loginctl enable-linger)"
     };
@@ -93,9 +95,14 @@ fn usable() -> Result<PathBuf> {
         bail!("this is a batch job, whose cgroups belong to the batch system");
     }
     match own_cgroup() {
-        Some(own) if Path::new(MOUNT).join("cgroup.controllers").exists() => Ok(own),
+        Some(own) if has_unified_hierarchy() => Ok(own),
         _ => bail!("this machine has no unified cgroup hierarchy (cgroup v2) in use"),
     }
+}
+
+/// Whether version 2 is what limits are set in.
+fn has_unified_hierarchy() -> bool {
+    Path::new(MOUNT).join("cgroup.controllers").exists()
 }
 
 /// Whether a batch system's cgroups are around us.

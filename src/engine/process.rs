@@ -203,7 +203,7 @@ pub fn exec(program: &Program) -> Result<Infallible> {
         .map(|a| text(a))
         .collect::<Result<_>>()?;
     let shown = program.path.display();
-    sys::restore_children();
+    sys::restore_signals();
     match nix::unistd::execve(&path, &argv, &env) {
         // A script without an interpreter line is the shell's.
         Err(nix::Error::ENOEXEC) if is_text(&program.path) => {

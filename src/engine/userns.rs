@@ -35,8 +35,17 @@ pub fn create(ids: &IdMap, more: CloneFlags) -> Result<()> {
         }
         return Err(explain(error));
     }
+    // Also when this program may not be read (mode 0711): the files of /proc/self would be root's.
+    sys::allow_tracing();
     if let Some(mapper) = mapper {
-        return mapper.map();
+        mapper.map()?;
+        // Mapped from outside, it may still have no rights; the first mount would say so, without the cause.
+        return match policy(text_of) {
+            Some(cause) if !sys::has_rights_to_mount() => {
+                bail!("cannot use the new user namespace: {cause}")
+            }
+            _ => Ok(()),
+        };
     }
     match ids {
         IdMap::Root { uid, gid } => write_maps(&format!("0 {uid} 1"), &format!("0 {gid} 1")),
@@ -47,9 +56,13 @@ pub fn create(ids: &IdMap, more: CloneFlags) -> Result<()> {
 
 fn write_maps(uids: &str, gids: &str) -> Result<()> {
     // Asked for by the kernel before an unprivileged gid_map (CVE-2014-8989).
-    write_map("self", "setgroups", "deny")?;
-    write_map("self", "uid_map", uids)?;
-    write_map("self", "gid_map", gids)
+    write_map("self", "setgroups", "deny")
+        .and_then(|()| write_map("self", "uid_map", uids))
+        .and_then(|()| write_map("self", "gid_map", gids))
+        .map_err(|error| match policy(text_of) {
+            Some(cause) => anyhow!("cannot map ids into the new user namespace: {cause}"),
+            None => error,
+        })
 }
 
 fn write_map(pid: &str, file: &str, text: &str) -> Result<()> {
@@ -103,29 +116,74 @@ pub fn no_mounts(error: std::io::Error) -> anyhow::Error {
     }
 }
 
+/// A file of procfs or sysfs, trimmed; nothing when it is not there.
+pub fn text_of(path: &str) -> String {
+    std::fs::read_to_string(path)
+        .map(|text| text.trim().to_owned())
+        .unwrap_or_default()
+}
+
 /// A refusal of user namespaces, with what refuses them and what an administrator can do.
 fn explain(error: nix::Error) -> anyhow::Error {
-    let read = |path: &str| {
-        std::fs::read_to_string(path)
-            .map(|t| t.trim().to_owned())
-            .unwrap_or_default()
-    };
     let hint = match error {
         nix::Error::ENOSPC | nix::Error::EUSERS => format!(
-            "the limit user.max_user_namespaces (now {}) or user.max_mnt_namespaces is reached: sysctl -w user.max_user_namespaces=65536",
-            read("/proc/sys/user/max_user_namespaces")
+            "the limit user.max_user_namespaces (now {}) or user.max_mnt_namespaces is reached: {}",
+            text_of("/proc/sys/user/max_user_namespaces"),
+            lasting("user.max_user_namespaces", "65536")
         ),
-        nix::Error::EPERM if read("/proc/sys/kernel/unprivileged_userns_clone") == "0" => {
-            "unprivileged user namespaces are off: sysctl -w kernel.unprivileged_userns_clone=1".into()
-        }
-        nix::Error::EPERM | nix::Error::EACCES if read("/proc/sys/kernel/apparmor_restrict_unprivileged_userns") == "1" => {
-            "AppArmor restricts them: sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, or a profile for capsid with `userns,`".into()
-        }
-        nix::Error::EPERM => "a security policy (seccomp, SELinux, a container around us) forbids them: see capsid doctor".into(),
+        nix::Error::EPERM | nix::Error::EACCES => policy(text_of).unwrap_or_else(|| {
+            "a security policy (SELinux, a setting of this machine) forbids them".into()
+        }),
         nix::Error::ENOSYS | nix::Error::EINVAL => "this kernel has none (CONFIG_USER_NS)".into(),
         _ => "see capsid doctor".into(),
     };
     anyhow!("cannot create a user namespace: {error}; {hint}")
+}
+
+/// A setting of the kernel as root types it, so that it outlasts a reboot (`sysctl.d(5)`).
+pub fn lasting(setting: &str, value: &str) -> String {
+    format!("echo {setting}={value} >/etc/sysctl.d/60-capsid.conf && sysctl --system")
+}
+
+/// What takes user namespaces, or the rights in them, from this process, and the way out. `read` reads a file.
+pub fn policy(read: impl Fn(&str) -> String) -> Option<String> {
+    if read("/proc/sys/kernel/unprivileged_userns_clone") == "0" {
+        let remedy = lasting("kernel.unprivileged_userns_clone", "1");
+        return Some(format!("unprivileged user namespaces are off: {remedy}"));
+    }
+    if read(APPARMOR) == "1" {
+        return Some(format!(
+            "AppArmor restricts user namespaces ({}=1): as root, put a profile with `userns,` for this program into {PROFILE}, as capsid doctor prints it, or {}",
+            "kernel.apparmor_restrict_unprivileged_userns",
+            lasting("kernel.apparmor_restrict_unprivileged_userns", "0")
+        ));
+    }
+    // Mode 2 is a filter; systems put none around a login.
+    let status = read("/proc/self/status");
+    let filtered = status.lines().any(|line| line == "Seccomp:\t2");
+    filtered.then(|| {
+        "the container or service around this process forbids them, most likely by its filter of system calls (seccomp): \
+         docker run --security-opt seccomp=unconfined --security-opt systempaths=unconfined"
+            .into()
+    })
+}
+
+/// Ubuntu's setting.
+const APPARMOR: &str = "/proc/sys/kernel/apparmor_restrict_unprivileged_userns";
+/// Where a profile for this program belongs.
+pub const PROFILE: &str = "/etc/apparmor.d/capsid";
+
+/// What root types so that AppArmor lets this program create user namespaces, for good.
+pub fn apparmor_profile(program: &std::path::Path) -> Option<String> {
+    // A word of the profile's language; what could end it is not guessed at.
+    let program = program.to_str()?;
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._+-".contains(c);
+    program.chars().all(plain).then(|| {
+        format!(
+            "printf 'abi <abi/4.0>,\\ninclude <tunables/global>\\nprofile capsid {program} flags=(unconfined) {{\\n  userns,\\n}}\\n' \
+             >{PROFILE} && apparmor_parser -r {PROFILE}"
+        )
+    })
 }
 
 /// The process that maps ids from outside, where it is still permitted.
@@ -219,13 +277,80 @@ fn run_helper(name: &str, pid: i32, own: u32, (start, count): (u32, u32)) -> Res
         .with_context(|| format!("cannot run {program}"))?;
     if !out.status.success() {
         let said = String::from_utf8_lossy(&out.stderr);
+        let cause = helper_trouble(name, start, count)
+            .unwrap_or_else(|| "does the range in /etc/subuid and /etc/subgid stand?".into());
         bail!(
-            "{program} {} failed: {}; is it setuid root, and does the range in /etc/subuid and /etc/subgid stand?",
+            "{program} {} failed: {}; {cause}; --ignore-subuid does without",
             words.join(" "),
             said.trim()
         );
     }
     Ok(())
+}
+
+/// Why the helpers cannot map subordinate ids here; found out without running them.
+///
+/// # Errors
+/// The cause, and the way out where there is one.
+pub fn check_helpers(sub: &SubIds) -> Result<()> {
+    for (name, (start, count)) in [("newuidmap", sub.uids), ("newgidmap", sub.gids)] {
+        if let Some(trouble) = helper_trouble(name, start, count) {
+            bail!("{trouble}");
+        }
+    }
+    Ok(())
+}
+
+fn helper_trouble(name: &str, start: u32, count: u32) -> Option<String> {
+    let program = helper(name)?;
+    if rustix::thread::no_new_privs().unwrap_or(false) {
+        return Some(format!(
+            "{program} can have no rights here: the container or service around this process set no_new_privs"
+        ));
+    }
+    let nosuid = rustix::fs::statvfs(&*program)
+        .is_ok_and(|s| s.f_flag.contains(rustix::fs::StatVfsMountFlags::NOSUID));
+    if nosuid {
+        return Some(format!(
+            "{program} can have no rights here: it lies on a file system that is mounted nosuid"
+        ));
+    }
+    let file = if name == "newuidmap" {
+        "uid_map"
+    } else {
+        "gid_map"
+    };
+    if !is_mapped(&text_of(&format!("/proc/self/{file}")), start, count) {
+        return Some(format!(
+            "the ids {start}-{} do not exist in the container around this process",
+            u64::from(start) + u64::from(count) - 1
+        ));
+    }
+    use std::os::unix::fs::MetadataExt as _;
+    let privileged = std::fs::metadata(&program)
+        .is_ok_and(|s| s.mode() & 0o4000 != 0 && s.uid() == 0)
+        || rustix::fs::getxattr(&*program, "security.capability", &mut [0; 64]).is_ok();
+    (!privileged).then(|| format!("{program} is not setuid root (chmod u+s {program})"))
+}
+
+/// Whether all of a range exists in the user namespace that has this map (`user_namespaces(7)`).
+fn is_mapped(map: &str, start: u32, count: u32) -> bool {
+    let (mut at, end) = (u64::from(start), u64::from(start) + u64::from(count));
+    let mut lines: Vec<(u64, u64)> = map
+        .lines()
+        .filter_map(|line| {
+            let mut fields = line.split_ascii_whitespace();
+            let first: u64 = fields.next()?.parse().ok()?;
+            Some((first, first + fields.nth(1)?.parse::<u64>().ok()?))
+        })
+        .collect();
+    lines.sort_unstable();
+    for (from, to) in lines {
+        if from <= at && at < to {
+            at = to;
+        }
+    }
+    at >= end
 }
 
 /// The user namespace of this process.
@@ -276,4 +401,70 @@ fn ask_getsubids(name: &str, uid: u32, group: bool) -> Option<(u32, u32)> {
         })
         .collect();
     crate::plan::identity::sub_range(&as_file, name, uid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn policy_names_what_forbids_and_a_way_that_lasts() {
+        let asked = |path: &'static str, text: &'static str| {
+            policy(move |p| {
+                if p == path {
+                    text.into()
+                } else {
+                    String::new()
+                }
+            })
+        };
+        for (path, text, words) in [
+            (APPARMOR, "1", &["AppArmor", PROFILE, "/etc/sysctl.d/"][..]),
+            (
+                "/proc/sys/kernel/unprivileged_userns_clone",
+                "0",
+                &["kernel.unprivileged_userns_clone=1", "/etc/sysctl.d/"],
+            ),
+            (
+                "/proc/self/status",
+                "Name:\tx\nSeccomp:\t2\nSeccomp_filters:\t1",
+                &["seccomp", "docker run --security-opt"],
+            ),
+        ] {
+            let told = asked(path, text).unwrap();
+            assert!(words.iter().all(|word| told.contains(word)), "{told}");
+            assert!(!told.contains('\n'), "{told}");
+        }
+        for (path, text) in [
+            (APPARMOR, "0"),
+            ("/proc/sys/kernel/unprivileged_userns_clone", "1"),
+            ("/proc/self/status", "Seccomp:\t0"),
+        ] {
+            assert_eq!(asked(path, text), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn profile_is_for_a_plain_path_alone() {
+        let profile = |path: &str| apparmor_profile(std::path::Path::new(path));
+        let text = profile("/opt/capsid-1.0/bin/capsid").unwrap();
+        assert!(
+            text.contains("profile capsid /opt/capsid-1.0/bin/capsid flags=(unconfined)"),
+            "{text}"
+        );
+        for path in ["/a b", "/a'b", "/a{b,c}", "/a*", "/a\"b", "/a\nb"] {
+            assert_eq!(profile(path), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn range_is_mapped_when_each_id_is() {
+        let all = "         0          0 4294967295";
+        assert!(is_mapped(all, 100_000, 65536));
+        let pieces = "0 1000 1\n65536 200000 65536\n1 100000 65535\n";
+        assert!(is_mapped(pieces, 1, 131_071));
+        assert!(!is_mapped(pieces, 1, 131_072));
+        assert!(!is_mapped("0 1000 1\n", 100_000, 65536));
+        assert!(!is_mapped("", 0, 1));
+    }
 }

@@ -160,6 +160,11 @@ fn displaces(named: &Mount, default: &Mount) -> bool {
 }
 
 impl Context<'_> {
+    /// Whether what is changed in the root stays, if only to the end.
+    fn is_written(&self) -> bool {
+        self.writable_root || self.request.layers.iter().any(Layer::is_writable)
+    }
+
     fn has(&self, name: &str) -> bool {
         !self.request.no_mount.iter().any(|n| n == name)
     }
@@ -245,7 +250,8 @@ fn host_files(context: &Context) -> Vec<Mount> {
     if !context.has("bind-paths") {
         return mounts;
     }
-    if context.has("/etc/localtime") {
+    // Root's package manager replaces this one.
+    if context.has("/etc/localtime") && !(context.ids.is_root() && context.is_written()) {
         mounts.push(mount(
             Source::Bind("/etc/localtime".into()),
             "/etc/localtime",
@@ -442,27 +448,18 @@ fn generated_files(context: &Context) -> Vec<Mount> {
             Why::Default,
         ));
     }
-    // Root in a root that is written edits these files itself.
-    if context.ids.is_root() && context.writable_root {
+    // Root has a line already, and edits the files itself: programs replace them, which a mount point forbids.
+    if context.ids.is_root() {
         return mounts;
     }
-    let root = context.ids.is_root();
     let account = Account {
-        name: if root {
-            "root".into()
-        } else {
-            host.user.name.clone()
-        },
-        uid: if root { 0 } else { host.uid },
-        gid: if root { 0 } else { host.gid },
+        name: host.user.name.clone(),
+        uid: host.uid,
+        gid: host.gid,
         gecos: host.user.gecos.clone(),
         home: context.home.target.clone(),
         shell: host.user.shell.clone(),
-        groups: if root {
-            vec![("root".into(), 0)]
-        } else {
-            context.groups.to_vec()
-        },
+        groups: context.groups.to_vec(),
     };
     mounts.push(mount(
         Source::Passwd(account.clone()),
