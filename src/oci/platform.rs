@@ -161,7 +161,7 @@ impl Search<'_> {
         }
         let mut fitting = Vec::new();
         for named in &index.manifests {
-            let rank = match &named.platform {
+            let rank = match told(named) {
                 Some(platform) => {
                     if platform.os != "unknown" {
                         self.there.push(platform.name());
@@ -176,7 +176,7 @@ impl Search<'_> {
         // The first of equals, as other clients choose.
         fitting.sort_by_key(|(rank, _)| *rank);
         for (_, named) in fitting {
-            let is_told = is_told || named.platform.is_some();
+            let is_told = is_told || told(named).is_some();
             let is_only = index.manifests.len() == 1;
             if let Some(chosen) = self.behind(named, is_told, is_only, depth)? {
                 return Ok(Some(chosen));
@@ -219,6 +219,14 @@ impl Search<'_> {
             is_told: is_told || !is_only,
         }))
     }
+}
+
+/// What an index says of an entry's machine, if it says anything.
+fn told(named: &Descriptor) -> Option<&Platform> {
+    named
+        .platform
+        .as_ref()
+        .filter(|p| !p.architecture.is_empty())
 }
 
 fn of(config: &ImageConfig) -> Platform {
@@ -532,6 +540,7 @@ mod tests {
             memory.index(&[on(arm.clone(), "linux/arm64"), amds.clone()]),
             memory.index(&[amds, on(arm.clone(), "linux/arm64")]),
             memory.index(&[arm.clone(), amd.clone()]),
+            memory.index(&[on(arm.clone(), "/"), on(amd.clone(), "linux/")]),
             memory.index(&[untold, bare.clone(), arm]),
             two,
         ];
