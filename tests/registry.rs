@@ -222,6 +222,14 @@ fn mirrors_are_read_below_the_home_of_the_environment() {
         run(&t, &["pull", "-F", "x.sif", &uri]).ok();
         assert_eq!(run(&t, &["run", "x.sif"]).ok(), "hello");
     }
+    // A location takes the registry's place: nobody else is asked for the name.
+    common::write(
+        &home.join("registries.conf.d/60-moved.conf"),
+        "[[registry]]\nprefix = 'three.test'\nlocation = '127.0.0.1:1/moved'\ninsecure = true\n",
+    );
+    let moved = run(&t, &["pull", "y.sif", "docker://three.test/test/image:v1"]);
+    moved.fatal(&["127.0.0.1:1/v2/moved/test/image", "connection refused"]);
+    assert!(!moved.stderr.contains("lookup three.test"), "{moved}");
     // A tag that no mirror has, at a registry that cannot be reached: both are told.
     run(&t, &["pull", "y.sif", "docker://two.test/test/image:none"]).fatal(&[
         "two.test",

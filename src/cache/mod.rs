@@ -1,4 +1,4 @@
-//! What was downloaded or converted, kept by its content: `$APPTAINER_CACHEDIR`, else `~/.apptainer/cache`.
+//! What was downloaded or converted, kept by its content: `cache` in `$APPTAINER_CACHEDIR`, else `~/.apptainer/cache`.
 //!
 //! ```text
 //! blob/blobs/sha256/HEX     layers, configurations (an OCI layout's tree)

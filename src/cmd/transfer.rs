@@ -124,6 +124,11 @@ pub fn credentials(host: &Host, authfile: Option<&Path>) -> Result<Credentials> 
     let named = authfile.map(|f| host.cwd.join(f));
     let own = host.config_dir().join("docker-config.json");
     let home = host.home();
+    let configured = host
+        .var("XDG_CONFIG_HOME")
+        .map(PathBuf::from)
+        .filter(|d| d.is_absolute())
+        .unwrap_or_else(|| home.join(".config"));
     let docker = host
         .var("DOCKER_CONFIG")
         .map_or_else(|| home.join(".docker"), PathBuf::from)
@@ -137,7 +142,7 @@ pub fn credentials(host: &Host, authfile: Option<&Path>) -> Result<Credentials> 
             .into_iter()
             .chain(host.var("REGISTRY_AUTH_FILE").map(PathBuf::from))
             .chain(runtime)
-            .chain([home.join(".config/containers/auth.json")])
+            .chain([configured.join("containers/auth.json")])
             .collect(),
     };
     Ok(Credentials {

@@ -123,7 +123,13 @@ impl Mirrors {
         self.entry(registry, path).is_some_and(|(e, _)| e.blocked)
     }
 
-    /// The mirrors of a repository, for an image named by its digest or by a tag, then its other location if it has one.
+    /// Whether a registry is reached without TLS.
+    pub fn is_insecure(&self, registry: &str, path: &str) -> bool {
+        self.entry(registry, path).is_some_and(|(e, _)| e.insecure)
+    }
+
+    /// Where a repository is, for an image named by its digest or by a tag: its mirrors, then its location, which takes the
+    /// place of the registry, or else the registry. Nothing when the files do not speak of it.
     pub fn of(&self, registry: &str, path: &str, by_digest: bool) -> Vec<Place> {
         let Some((entry, rest)) = self.entry(registry, path) else {
             return Vec::new();
@@ -133,16 +139,13 @@ impl Mirrors {
             Some("tag-only") => !by_digest,
             _ => by_digest || !entry.mirror_by_digest_only,
         };
-        let mirrors = entry
-            .mirror
-            .iter()
-            .filter(is_asked)
-            .map(|m| (m.location.as_str(), m.insecure));
-        let own = entry.location.as_deref().map(|l| (l, entry.insecure));
-        mirrors
-            .chain(own)
-            .filter_map(|(location, insecure)| place(location, rest, insecure))
-            .collect()
+        let mirrors = entry.mirror.iter().filter(is_asked);
+        let mirrors = mirrors.filter_map(|m| place(&m.location, rest, m.insecure));
+        let own = match entry.location.as_deref().filter(|l| !l.is_empty()) {
+            Some(location) => place(location, rest, entry.insecure),
+            None => place(registry, path, entry.insecure),
+        };
+        mirrors.chain(own).collect()
     }
 
     /// The entry with the longest prefix, and what of the name lies behind that.
@@ -250,6 +253,9 @@ mod tests {
         );
         assert!(places(&all, "example.net", "x").is_empty());
         assert!(places(&all, "docker.io.evil.org", "x").is_empty());
+        let own = mirrors("[[registry]]\nlocation = 'r.test:5000'\ninsecure = true\n");
+        assert_eq!(places(&own, "r.test:5000", "x"), ["http://r.test:5000/x"]);
+        assert!(own.is_insecure("r.test:5000", "x") && !own.is_insecure("r.test", "x"));
         assert!(all.is_blocked("bad.example.org", "x"));
         assert!(!all.is_blocked("good.example.org", "x"));
     }
@@ -276,7 +282,11 @@ mod tests {
             let found = mirrors(&format!("[[registry]]\nprefix = \"r.test\"\n{more}{all}"));
             let places = found.of("r.test", "x", by_digest);
             let names: Vec<&str> = places.iter().map(|p| p.registry.as_str()).collect();
-            assert_eq!(names, expected, "{more} {by_digest}");
+            assert_eq!(
+                names,
+                [expected, &["r.test"]].concat(),
+                "{more} {by_digest}"
+            );
         }
     }
 
@@ -310,9 +320,11 @@ mod tests {
             ("c.test", Some("last")),
             ("d.test", Some("home")),
         ] {
-            let expected: Vec<String> = mirror
-                .map(|m| format!("https://{m}/x"))
-                .into_iter()
+            let own = mirror.map(|_| registry);
+            let expected: Vec<String> = [mirror, own]
+                .iter()
+                .flatten()
+                .map(|host| format!("https://{host}/x"))
                 .collect();
             assert_eq!(places(&all, registry, "x"), expected, "{registry}");
         }

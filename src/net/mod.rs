@@ -62,13 +62,20 @@ impl Options {
         let login = self
             .credentials
             .find(repository.registry(), &repository.path())?;
-        Remote::new(&self.client, self.scheme, repository, login, access)
+        let is_insecure = self
+            .mirrors
+            .is_insecure(repository.registry(), &repository.path());
+        let scheme = match is_insecure {
+            true => Scheme::Http,
+            false => self.scheme,
+        };
+        Remote::new(&self.client, scheme, repository, login, access)
     }
 
-    /// Does something with a repository at its mirrors in turn, at last at the registry itself.
+    /// Does something with a repository at its mirrors in turn, at last at the registry itself, or at what takes its place.
     ///
     /// # Errors
-    /// The registry's own, and after it those of the mirrors.
+    /// The last one's, and after it those of the mirrors before it.
     fn first_working<T>(
         &self,
         repository: &Repository,
@@ -79,9 +86,11 @@ impl Options {
             bail!("registry {registry} is blocked in registries.conf");
         }
         let by_digest = repository.digest().is_some();
+        let mut places = self.mirrors.of(registry, &path, by_digest);
+        let last = places.pop();
         let mut failed = Vec::new();
-        for place in self.mirrors.of(registry, &path, by_digest) {
-            match self.mirror(&place).and_then(|remote| work(&remote)) {
+        for place in &places {
+            match self.mirror(place).and_then(|remote| work(&remote)) {
                 Ok(done) => return Ok(done),
                 Err(error) => {
                     say::verbose(format_args!("mirror {}: {error:#}", place.registry));
@@ -89,14 +98,15 @@ impl Options {
                 }
             }
         }
-        let own = self
-            .remote(repository, Access::Pull)
-            .and_then(|remote| work(&remote));
-        match own {
+        let last = match last.filter(|p| (p.registry.as_str(), &p.path) != (registry, &path)) {
+            Some(place) => self.mirror(&place),
+            None => self.remote(repository, Access::Pull),
+        };
+        match last.and_then(|remote| work(&remote)) {
             Err(error) if !failed.is_empty() => {
                 bail!("{error:#}; before that, {}", failed.join("; "))
             }
-            own => own,
+            done => done,
         }
     }
 
