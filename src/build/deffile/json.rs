@@ -5,7 +5,8 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
-use super::{Def, Files, Script, Stage, check_stages, is_key, sections};
+use super::sections::{self, Line};
+use super::{Def, Files, Script, Stage, check_stages, is_key};
 
 #[derive(Deserialize, Default)]
 #[serde(rename_all = "camelCase", default)]
@@ -117,7 +118,9 @@ fn stage(file: &str, json: Json) -> Result<Stage> {
         if !is_key(&key) {
             bail!("{file}: invalid header keyword found: {key}");
         }
-        header.insert(key, value);
+        if !value.trim().is_empty() {
+            header.insert(key, value);
+        }
     }
     if !header.contains_key("bootstrap") {
         bail!("{file}: no bootstrap specification found: the header needs the key \"bootstrap\"");
@@ -170,9 +173,13 @@ fn apps(
     let mut entries: Vec<(&String, &String)> = data.iter().collect();
     entries.sort_by_key(|(key, _)| rank(key));
     for (key, text) in entries {
-        let line = format!("%{key}");
-        let lines: Vec<(usize, &str)> = std::iter::once((1, line.as_str()))
-            .chain(text.lines().map(|line| (1, line)))
+        let line = |text: &str, begins| Line {
+            number: 1,
+            text: text.to_owned(),
+            begins,
+        };
+        let lines: Vec<Line> = std::iter::once(line(&format!("%{key}"), true))
+            .chain(text.lines().map(|text| line(text, false)))
             .collect();
         sections::read(file, &lines, stage, &mut Vec::new())?;
     }

@@ -17,6 +17,7 @@ use anyhow::{Result, bail};
 
 pub use json::parse as parse_json;
 pub use sections::words;
+use template::Filler;
 
 /// Largest definition that is read, in bytes.
 pub const MAX_LEN: u64 = 16 << 20;
@@ -189,8 +190,8 @@ pub fn parse(file: &str, bytes: &[u8], args: &[(String, String)], unused: Unused
     let mut def = Def::default();
     let mut used = BTreeSet::new();
     for (first_line, raw) in split_stages(&text) {
-        let filled = template::fill(file, first_line, &raw, args, &mut used)?;
-        let stage = stage(file, first_line, filled, &mut def.warnings)?;
+        let filler = Filler::new(file, first_line, &raw, args, &mut used)?;
+        let stage = stage(file, first_line, &raw, filler, &mut def.warnings)?;
         def.stages.push(stage);
     }
     if def.stages.is_empty() {
@@ -280,31 +281,58 @@ fn is_key(key: &str) -> bool {
     bare.is_some() || KEYS.contains(&key)
 }
 
-/// Reads one stage whose first line is `first_line` of the file.
-fn stage(file: &str, first_line: usize, text: String, warnings: &mut Vec<String>) -> Result<Stage> {
+/// Reads one stage whose first line is `first_line` of the file: its structure as it is written, and only then the values
+/// of arguments, so that none of them can be more than text.
+fn stage(
+    file: &str,
+    first_line: usize,
+    text: &str,
+    mut filler: Filler,
+    warnings: &mut Vec<String>,
+) -> Result<Stage> {
     let mut stage = Stage::default();
-    let head: Vec<(usize, &str)> = text
+    let lines: Vec<(usize, &str)> = text
         .lines()
         .enumerate()
         .map(|(n, line)| (first_line + n, line))
-        .take_while(|(_, line)| sections::begins(line).is_none())
         .collect();
-    header(file, &head, &mut stage.header)?;
+    let body = lines
+        .iter()
+        .position(|(_, line)| sections::begins(line).is_some());
+    let (head, body) = lines.split_at(body.unwrap_or(lines.len()));
+    header(file, head, &mut filler, &mut stage.header)?;
     if !stage.header.contains_key("bootstrap") {
         bail!(
             "{file}:{first_line}: no bootstrap specification found: the definition must begin with a line like Bootstrap: docker"
         );
     }
-    let body = text.lines().enumerate().skip(head.len());
-    let body: Vec<(usize, &str)> = body.map(|(n, line)| (first_line + n, line)).collect();
+    let body = sections::fill(file, body, &mut filler)?;
     sections::read(file, &body, &mut stage, warnings)?;
-    stage.text = text;
+    for (number, line) in head {
+        let line = match line.trim_start().starts_with('#') {
+            true => (*line).to_owned(),
+            false => filler.fill(
+                At {
+                    file,
+                    line: *number,
+                },
+                line,
+            )?,
+        };
+        stage.text.extend([&line, "\n"]);
+    }
+    let body = body.iter().flat_map(|line| [line.text.as_str(), "\n"]);
+    stage.text.extend(body);
+    if !text.ends_with('\n') {
+        stage.text.pop();
+    }
     Ok(stage)
 }
 
 fn header(
     file: &str,
     lines: &[(usize, &str)],
+    filler: &mut Filler,
     header: &mut BTreeMap<String, String>,
 ) -> Result<()> {
     let mut lines = lines.iter().copied();
@@ -329,10 +357,19 @@ fn header(
         if text.is_empty() {
             continue;
         }
-        let Some((key, value)) = text.split_once(':') else {
-            bail!(
-                "{at}: {text:?} is neither a header line (Key: value) nor the begin of a section (%name)"
-            );
+        // The first colon that is written divides; without one a value may bring the whole line.
+        let filled = |filler: &mut Filler, text: &str| filler.fill(at, text);
+        let (key, value) = match text.split_once(':') {
+            Some((key, value)) => (filled(filler, key)?, filled(filler, value)?),
+            None => {
+                let text = filled(filler, &text)?;
+                match text.split_once(':') {
+                    Some((key, value)) => (key.to_owned(), value.to_owned()),
+                    None => bail!(
+                        "{at}: {text:?} is neither a header line (Key: value) nor the begin of a section (%name)"
+                    ),
+                }
+            }
         };
         let key = key.trim().to_ascii_lowercase();
         let value = value.trim();
@@ -342,12 +379,12 @@ fn header(
                 KEYS.join(", ")
             );
         }
+        // A line without a value is as though it were not there, as the peers have it; it takes an earlier one back.
         if value.is_empty() {
-            bail!(
-                "{at}: the header keyword {key} has no value: write {key}: VALUE, or leave the line out"
-            );
+            header.remove(&key);
+        } else {
+            header.insert(key, value.to_owned());
         }
-        header.insert(key, value.to_owned());
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use anyhow::{Result, anyhow, bail};
 
+use super::template::Filler;
 use super::{At, Files, Script, Stage};
 
 /// Names of sections; those of applications are followed by the application's name.
@@ -39,24 +40,67 @@ pub fn begins(line: &str) -> Option<(String, &str)> {
     Some((line[..end].to_ascii_lowercase(), line[end..].trim()))
 }
 
-/// Reads the sections from these numbered lines, the first of which begins one.
+/// A line with its arguments filled in.
+pub struct Line {
+    /// In the file, from 1. A value with several lines makes several with one number.
+    pub number: usize,
+    /// Without its end.
+    pub text: String,
+    /// As it is written in the file it begins a section.
+    pub begins: bool,
+}
+
+/// Fills the arguments into the lines of sections.
+///
+/// # Errors
+/// Those of the arguments.
+pub fn fill(file: &str, lines: &[(usize, &str)], filler: &mut Filler) -> Result<Vec<Line>> {
+    let mut filled = Vec::with_capacity(lines.len());
+    let mut in_arguments = false;
+    for &(number, raw) in lines {
+        let begun = begins(raw);
+        if let Some((name, _)) = &begun {
+            in_arguments = name == "arguments";
+        }
+        let line = |text: &str, begins| Line {
+            number,
+            text: text.to_owned(),
+            begins,
+        };
+        // A default may name what nobody uses.
+        if in_arguments || raw.trim_start().starts_with('#') {
+            filled.push(line(raw, begun.is_some()));
+            continue;
+        }
+        let text = filler.fill(At { file, line: number }, raw)?;
+        if begun.is_some() {
+            // What a section is called and given is one line.
+            filled.push(line(&text.replace('\n', " "), true));
+        } else {
+            filled.extend(text.split('\n').map(|text| line(text, false)));
+        }
+    }
+    Ok(filled)
+}
+
+/// Reads the sections from these lines, the first of which begins one.
 pub fn read(
     file: &str,
-    lines: &[(usize, &str)],
+    lines: &[Line],
     stage: &mut Stage,
     warnings: &mut Vec<String>,
 ) -> Result<()> {
     let mut rest = lines;
-    while let Some((&(number, line), tail)) = rest.split_first() {
-        let len = tail
-            .iter()
-            .position(|(_, line)| begins(line).is_some())
-            .unwrap_or(tail.len());
-        let (body, after) = tail.split_at(len);
+    while let Some((line, tail)) = rest.split_first() {
+        let len = tail.iter().position(|line| line.begins);
+        let (body, after) = tail.split_at(len.unwrap_or(tail.len()));
         rest = after;
-        let at = At { file, line: number };
+        let at = At {
+            file,
+            line: line.number,
+        };
         let (name, args) =
-            begins(line).ok_or_else(|| anyhow!("{at}: a section begins with %name"))?;
+            begins(&line.text).ok_or_else(|| anyhow!("{at}: a section begins with %name"))?;
         let section = Section { at, args, body };
         if APP_SECTIONS.contains(&name.as_str()) {
             section.app(&name, stage, warnings)?;
@@ -76,14 +120,14 @@ pub fn read(
 struct Section<'a> {
     at: At<'a>,
     args: &'a str,
-    body: &'a [(usize, &'a str)],
+    body: &'a [Line],
 }
 
 impl Section<'_> {
     fn text(&self) -> String {
         self.body
             .iter()
-            .flat_map(|(_, line)| [line, "\n"])
+            .flat_map(|line| [line.text.as_str(), "\n"])
             .collect()
     }
 
@@ -179,8 +223,8 @@ pub fn check_app_name(at: impl std::fmt::Display, name: &str) -> Result<()> {
 }
 
 /// `name value` lines.
-fn labels(body: &[(usize, &str)]) -> Vec<(String, String)> {
-    let lines = body.iter().map(|(_, line)| line.trim());
+fn labels(body: &[Line]) -> Vec<(String, String)> {
+    let lines = body.iter().map(|line| line.text.trim());
     lines
         .filter(|line| !line.is_empty() && !line.starts_with('#'))
         .map(|line| {
@@ -197,10 +241,13 @@ fn labels(body: &[(usize, &str)]) -> Vec<(String, String)> {
 type Pair = (String, Option<String>);
 
 /// `source [destination]` lines.
-fn pairs(file: &str, body: &[(usize, &str)], warnings: &mut Vec<String>) -> Result<Vec<Pair>> {
+fn pairs(file: &str, body: &[Line], warnings: &mut Vec<String>) -> Result<Vec<Pair>> {
     let mut pairs = Vec::new();
-    for (line, text) in body {
-        let at = At { file, line: *line };
+    for Line { number, text, .. } in body {
+        let at = At {
+            file,
+            line: *number,
+        };
         if text.trim_start().starts_with('#') {
             continue;
         }

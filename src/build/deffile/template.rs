@@ -11,44 +11,97 @@ const MAX_LEN: usize = 64 << 20;
 /// Deepest nesting of defaults.
 const MAX_DEPTH: usize = 32;
 
-/// Fills the arguments into a stage. Names that were used are added to `used`.
-///
-/// # Errors
-/// When an argument is not defined, is defined by itself, or the text grows without end.
-pub fn fill(
-    file: &str,
-    first_line: usize,
-    text: &str,
-    args: &[(String, String)],
-    used: &mut BTreeSet<String>,
-) -> Result<String> {
-    let mut values = defaults(file, first_line, text)?;
-    values.extend(args.iter().cloned());
-    let mut filled = String::with_capacity(text.len());
-    let mut in_arguments = false;
-    for (number, line) in text.split_inclusive('\n').enumerate() {
-        if let Some((name, _)) = sections::begins(line.trim_end_matches('\n')) {
-            in_arguments = name == "arguments";
-        }
-        // A default may name what nobody uses.
-        if in_arguments || line.trim_start().starts_with('#') {
-            filled.push_str(line);
-            continue;
-        }
-        let at = At {
-            file,
-            line: first_line + number,
-        };
-        expand(line, &values, used, &mut Vec::new(), &mut filled)
+/// What fills in a stage's arguments.
+pub struct Filler<'a> {
+    /// Of the command line: text, whatever is in it.
+    given: BTreeMap<&'a str, &'a str>,
+    /// Of the definition: they may name others.
+    defaults: BTreeMap<String, String>,
+    /// Names that were used.
+    used: &'a mut BTreeSet<String>,
+    /// Bytes that it has given so far.
+    len: usize,
+}
+
+impl<'a> Filler<'a> {
+    /// For a stage with this text, `first_line` of the file.
+    ///
+    /// # Errors
+    /// When a line of `%arguments` is no argument.
+    pub fn new(
+        file: &str,
+        first_line: usize,
+        text: &str,
+        args: &'a [(String, String)],
+        used: &'a mut BTreeSet<String>,
+    ) -> Result<Filler<'a>> {
+        let given = args.iter().map(|(n, v)| (n.as_str(), v.as_str()));
+        Ok(Filler {
+            given: given.collect(),
+            defaults: defaults(file, first_line, text)?,
+            used,
+            len: 0,
+        })
+    }
+
+    /// A text with the values in it. They are text: what begins with `%` in them opens no section.
+    ///
+    /// # Errors
+    /// When an argument is not defined, is defined by itself, or the stage grows without end.
+    pub fn fill(&mut self, at: At, text: &str) -> Result<String> {
+        let mut out = String::new();
+        self.expand(text, &mut Vec::new(), &mut out)
             .map_err(|error| anyhow!("{at}: {error}"))?;
-        if filled.len() > MAX_LEN {
+        self.len += out.len();
+        Ok(out)
+    }
+
+    fn expand(&mut self, text: &str, open: &mut Vec<String>, out: &mut String) -> Result<()> {
+        let mut rest = text;
+        while let Some(start) = rest.find("{{") {
+            let (before, from) = rest.split_at(start);
+            out.push_str(before);
+            let Some((name, len)) = placeholder(from) else {
+                out.push_str("{{");
+                rest = &from[2..];
+                continue;
+            };
+            rest = &from[len..];
+            self.value(name, open, out)?;
+            if self.len + out.len() > MAX_LEN {
+                bail!(
+                    "the definition grows beyond {} MiB by its arguments",
+                    MAX_LEN >> 20
+                );
+            }
+        }
+        out.push_str(rest);
+        Ok(())
+    }
+
+    fn value(&mut self, name: &str, open: &mut Vec<String>, out: &mut String) -> Result<()> {
+        if let Some(given) = self.given.get(name) {
+            out.push_str(given);
+            self.used.insert(name.to_owned());
+            return Ok(());
+        }
+        let Some(default) = self.defaults.get(name).cloned() else {
             bail!(
-                "{at}: the definition grows beyond {} MiB by its arguments",
-                MAX_LEN >> 20
+                "build var {name} is not defined through either --build-arg (--build-arg-file) or 'arguments' section"
+            );
+        };
+        if open.iter().any(|open| open == name) || open.len() >= MAX_DEPTH {
+            bail!(
+                "build var {name} is defined by itself: {} -> {name}",
+                open.join(" -> ")
             );
         }
+        self.used.insert(name.to_owned());
+        open.push(name.to_owned());
+        self.expand(&default, open, out)?;
+        open.pop();
+        Ok(())
     }
-    Ok(filled)
 }
 
 /// `name=value` lines of all `%arguments` sections.
@@ -106,49 +159,6 @@ pub fn pairs(file: &str, text: &str) -> Result<Vec<(String, String)>> {
 
 fn is_word(c: char) -> bool {
     c == '_' || c.is_ascii_alphanumeric()
-}
-
-fn expand<'a>(
-    text: &str,
-    values: &'a BTreeMap<String, String>,
-    used: &mut BTreeSet<String>,
-    open: &mut Vec<&'a str>,
-    out: &mut String,
-) -> Result<()> {
-    let mut rest = text;
-    while let Some(start) = rest.find("{{") {
-        let (before, from) = rest.split_at(start);
-        out.push_str(before);
-        let Some((name, len)) = placeholder(from) else {
-            out.push_str("{{");
-            rest = &from[2..];
-            continue;
-        };
-        rest = &from[len..];
-        let Some((name, value)) = values.get_key_value(name) else {
-            bail!(
-                "build var {name} is not defined through either --build-arg (--build-arg-file) or 'arguments' section"
-            );
-        };
-        if open.contains(&name.as_str()) || open.len() >= MAX_DEPTH {
-            bail!(
-                "build var {name} is defined by itself: {} -> {name}",
-                open.join(" -> ")
-            );
-        }
-        used.insert(name.clone());
-        open.push(name);
-        expand(value, values, used, open, out)?;
-        open.pop();
-        if out.len() > MAX_LEN {
-            bail!(
-                "the definition grows beyond {} MiB by its arguments",
-                MAX_LEN >> 20
-            );
-        }
-    }
-    out.push_str(rest);
-    Ok(())
 }
 
 /// Name and length of a `{{ name }}` at the start of the text.

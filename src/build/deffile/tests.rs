@@ -66,8 +66,8 @@ fn each_mistake_names_its_line_and_the_way_out() {
             "x.def:2: invalid header keyword found: frm: known ones are",
         ),
         (
-            "Bootstrap: docker\nFrom:\n",
-            "x.def:2: the header keyword from has no value",
+            "Bootstrap:\nFrom: a\n",
+            "x.def:1: no bootstrap specification found",
         ),
         (
             "Bootstrap: docker\nhello\n",
@@ -204,6 +204,66 @@ fn arguments_have_their_ranks() {
     );
     let def = parse("x", text.as_bytes(), &args, Unused::Warn).unwrap();
     assert_eq!(def.warnings, ["unused build args: nosuch"]);
+}
+
+#[test]
+fn header_line_without_a_value_is_none() {
+    for value in ["", " ", "{{ NONE }}", " # nothing"] {
+        let text = format!("Bootstrap: docker\nFrom: a\nFingerprints:{value}\n%arguments\nNONE=\n");
+        assert_eq!(one(&text).key("fingerprints"), None, "{value:?}");
+    }
+    assert_eq!(one("Bootstrap: scratch\nFrom:\n").key("from"), None);
+    let json = br#"{"header":{"bootstrap":"scratch","fingerprints":""}}"#;
+    let stage = parse_json("x", json).unwrap().stages.remove(0);
+    assert_eq!(stage.key("fingerprints"), None);
+}
+
+#[test]
+fn value_is_text_and_opens_nothing() {
+    let hostile = [
+        "1\n%setup\n touch x",
+        "%setup",
+        "\n%pre\nx",
+        "1\nBootstrap: scratch\n%setup\nx",
+        "{{ OTHER }}",
+        "# no comment",
+        "a: b\nFingerprints: x",
+        "%",
+    ];
+    let places = [
+        "Bootstrap: docker\nFrom: {{ V }}\n",
+        "Bootstrap: docker\nFrom: a\n%labels\nA {{ V }}\n",
+        "Bootstrap: docker\nFrom: a\n%labels\n{{V}}\n",
+        "Bootstrap: docker\nFrom: a\n%post\n{{ V }}\n%help\nh\n",
+        "Bootstrap: docker\nFrom: a\n%post {{ V }}\nx\n",
+        "Bootstrap: docker\nFrom: a\n%runscript\n echo {{ V }} b\n",
+        "Bootstrap: docker\nFrom: a\n%appinstall x\n{{ V }}\n",
+    ];
+    for value in hostile {
+        for text in places {
+            let args = [("V".to_owned(), value.to_owned())];
+            let def = parse("x", text.as_bytes(), &args, Unused::Refuse).unwrap();
+            let what = format!("{text:?} with {value:?}");
+            assert_eq!(def.stages.len(), 1, "{what}");
+            let stage = &def.stages[0];
+            assert!(stage.setup.is_empty() && stage.pre.is_empty(), "{what}");
+            let from = if text.contains("From: a") {
+                "a"
+            } else {
+                value.trim()
+            };
+            assert_eq!(stage.key("from"), Some(from), "{what}");
+            assert_eq!(stage.header.len(), 2, "{what}");
+        }
+    }
+    let args = [("V".to_owned(), "a\n%b\n{{ V }}".to_owned())];
+    let text = b"Bootstrap: scratch\n%post\n echo {{ V }} c\n d\n";
+    let def = parse("x", text, &args, Unused::Refuse).unwrap();
+    assert_eq!(def.stages[0].post.text, " echo a\n%b\n{{ V }} c\n d\n");
+    assert_eq!(
+        def.stages[0].text,
+        "Bootstrap: scratch\n%post\n echo a\n%b\n{{ V }} c\n d\n"
+    );
 }
 
 #[test]
