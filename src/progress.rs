@@ -51,6 +51,11 @@ impl Progress {
         }
     }
 
+    /// Whether anybody sees it: what only the line needs has not to be found out otherwise.
+    pub fn is_shown(&self) -> bool {
+        self.shown.is_some()
+    }
+
     /// The length has become known.
     pub fn set_total(&self, bytes: u64) {
         self.total_bytes.store(bytes, Ordering::Relaxed);

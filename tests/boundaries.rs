@@ -9,27 +9,41 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "cmd",
         &[
-            "build", "cache", "digest", "engine", "exit", "gpu", "host", "image", "instance",
-            "job", "metadir", "net", "oci", "plan", "proc", "say", "sif", "squash",
+            "build", "cache", "digest", "durable", "engine", "exit", "given", "gpu", "host",
+            "image", "instance", "job", "metadir", "net", "oci", "plan", "proc", "say", "sif",
+            "squash", "threads",
         ],
     ),
     (
         "build",
         &[
-            "cache", "digest", "engine", "exit", "host", "image", "instance", "metadir", "net",
-            "oci", "plan", "proc", "progress", "say", "sif", "squash",
+            "cache", "digest", "durable", "engine", "exit", "given", "host", "image", "instance",
+            "metadir", "net", "oci", "plan", "proc", "progress", "say", "sif", "squash", "threads",
         ],
     ),
-    ("oci", &["digest", "metadir", "progress", "say", "squash"]),
+    (
+        "oci",
+        &[
+            "digest", "given", "metadir", "progress", "say", "squash", "threads",
+        ],
+    ),
     // Images of registries are OCI images; the file that a cache's claim names is a process's.
     // What it brings, and what the cache has of it, must be an image.
     (
         "net",
-        &["cache", "digest", "image", "oci", "progress", "say"],
+        &[
+            "cache", "digest", "given", "image", "oci", "progress", "say", "threads",
+        ],
     ),
-    ("cache", &["digest", "filesystem", "proc", "say"]),
-    ("squash", &["progress", "say"]),
+    (
+        "cache",
+        &["digest", "durable", "filesystem", "proc", "say", "threads"],
+    ),
+    ("squash", &["progress", "say", "threads"]),
     ("digest", &[]),
+    ("durable", &[]),
+    ("given", &[]),
+    ("threads", &[]),
     ("plan", &["host", "image", "metadir", "proc", "shell"]),
     (
         "engine",
@@ -42,6 +56,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "proc",
             "say",
             "shell",
+            "threads",
         ],
     ),
     // An instance's monitor starts its container.
@@ -52,9 +67,11 @@ const ARROWS: &[(&str, &[&str])] = &[
     // The supervisor of a job starts processes that become `capsid instance start`; it looks into no image.
     (
         "job",
-        &["engine", "exit", "host", "instance", "plan", "proc", "say"],
+        &[
+            "engine", "exit", "given", "host", "instance", "plan", "proc", "say",
+        ],
     ),
-    ("image", &["metadir", "say", "sif"]),
+    ("image", &["given", "metadir", "say", "sif"]),
     ("filesystem", &[]),
     ("gpu", &[]),
     ("host", &[]),
@@ -63,7 +80,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("progress", &["say"]),
     ("say", &[]),
     ("shell", &[]),
-    ("sif", &[]),
+    ("sif", &["given"]),
     ("exit", &[]),
 ];
 

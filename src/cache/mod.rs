@@ -32,6 +32,7 @@ use anyhow::{Context, Result, bail};
 pub use claim::{Claim, Obtained};
 
 use crate::digest::Digest;
+use crate::durable;
 use crate::say;
 
 /// What an entry is; the names of the directories are the peers'.
@@ -382,19 +383,9 @@ pub fn keep_drafts() {
 /// When the disk is full or the place cannot be written.
 pub fn publish(from: &Path, place: &Path) -> Result<()> {
     let what = || format!("cannot write {}", place.display());
-    File::open(from)
-        .and_then(|f| f.sync_all())
-        .with_context(what)?;
-    uninterrupted(|| fs::rename(from, place)).with_context(what)?;
-    sync_directory_of(place);
-    Ok(())
-}
-
-/// Makes a new name durable; a moment later at worst, where that cannot be.
-fn sync_directory_of(place: &Path) {
-    if let Some(directory) = place.parent() {
-        let _ = File::open(directory).and_then(|d| d.sync_all());
-    }
+    let content = File::open(from).with_context(what)?;
+    let rename = || uninterrupted(|| fs::rename(from, place));
+    durable::publish(&content, place, rename).with_context(what)
 }
 
 /// A directory that goes as a [`Draft`] does.
@@ -494,9 +485,8 @@ impl Draft {
     /// When the disk is full or the place cannot be written.
     pub fn publish(self, place: &Path) -> Result<PathBuf> {
         let what = || format!("cannot write {}", place.display());
-        self.file.sync_all().with_context(what)?;
-        uninterrupted(|| fs::rename(&self.path, place)).with_context(what)?;
-        sync_directory_of(place);
+        let rename = || uninterrupted(|| fs::rename(&self.path, place));
+        durable::publish(&self.file, place, rename).with_context(what)?;
         Ok(place.to_owned())
     }
 }

@@ -21,7 +21,7 @@ use crate::plan::{
     self, Bind, Capabilities, EnvironmentRequest, IdMap, Init, Layer, Namespaces, Ownership,
     Request, Rights, SubIds, Verb, bind, identity,
 };
-use crate::{engine, exit, gpu, say};
+use crate::{engine, exit, given, gpu, say};
 
 /// Runs an action command with what was parsed.
 ///
@@ -308,11 +308,7 @@ pub(super) fn limits(args: &ActionArgs, host: &Host) -> Result<Limits> {
             path.display()
         )
     };
-    let meta = std::fs::metadata(&path).with_context(what)?;
-    if !meta.is_file() || meta.len() > 1 << 20 {
-        bail!("{}: not a file of at most 1 MiB", what());
-    }
-    let text = std::fs::read_to_string(&path).with_context(what)?;
+    let text = given::string(&path, 1 << 20).with_context(what)?;
     Limits::from_toml(&text).with_context(what)
 }
 
@@ -796,11 +792,8 @@ pub(super) fn env_files(paths: &[PathBuf], host: &Host) -> Result<Vec<(PathBuf, 
                 path.display()
             )
         };
-        let meta = std::fs::metadata(&path).with_context(what)?;
-        if meta.len() > MAX || !meta.is_file() && meta.len() > 0 {
-            bail!("{}: not a file of at most 16 MiB", what());
-        }
-        files.push((path.clone(), std::fs::read(&path).with_context(what)?));
+        let text = given::text(&path, MAX).with_context(what)?;
+        files.push((path, text));
     }
     Ok(files)
 }

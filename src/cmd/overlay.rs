@@ -16,7 +16,7 @@ use super::{Persona, Usage, program, transfer};
 use crate::cache::{Draft, DraftDirectory};
 use crate::engine::sys::{self, LimitsFail};
 use crate::sif::{Addition, DataType, Editor, Extra, FsType, Link, PartType, Partition, Sif};
-use crate::{exit, say};
+use crate::{exit, given, say};
 
 /// MiB that an image has at least.
 const MIN_MIB: u64 = 64;
@@ -148,7 +148,7 @@ fn target(args: &CreateArgs) -> Result<(PathBuf, bool)> {
         bail!("{shown} is a directory, which is an overlay already: --overlay {shown}");
     }
     let what = || format!("while opening image file {shown}");
-    let file = File::open(image).with_context(what)?;
+    let file = given::open(image).with_context(what)?;
     let sif = match Sif::read(&file) {
         Ok(sif) => sif,
         Err(crate::sif::Error::NotSif) => bail!("{shown} already exists, and is no SIF"),

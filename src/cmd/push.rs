@@ -1,7 +1,6 @@
 //! `push`: a SIF to a registry or a library.
 
 use std::ffi::OsString;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
@@ -11,7 +10,7 @@ use super::{Usage, parse_with_environment};
 use crate::host::Host;
 use crate::net::{self, Reference};
 use crate::sif::{DataType, Sif};
-use crate::{exit, say};
+use crate::{exit, given, say};
 
 /// Options of `push`.
 #[derive(clap::Args, Debug)]
@@ -106,7 +105,7 @@ pub fn run(words: &[OsString]) -> Result<u8> {
 
 fn read(path: &Path) -> Result<Sif> {
     let what = || format!("cannot read {}", path.display());
-    let file = File::open(path).with_context(what)?;
+    let file = given::open(path).with_context(what)?;
     Sif::read(&file)
         .with_context(|| format!("{} is no SIF: only SIFs can be pushed", path.display()))
 }

@@ -12,7 +12,7 @@ use crate::net::Client;
 use crate::net::library;
 use crate::net::remotes::{DEFAULT_NAME, Endpoint, Files, Remotes};
 use crate::net::url::split_authority;
-use crate::{exit, say};
+use crate::{exit, given, say};
 
 /// The commands below `remote`.
 pub const COMMANDS: &[(&str, &str)] = &[
@@ -289,7 +289,7 @@ fn remove(args: &NameArgs, files: &Files) -> Result<u8> {
 
 fn token(file: Option<&PathBuf>, stdin: bool, hint: &str) -> Result<String> {
     let text = match file {
-        Some(path) => std::fs::read_to_string(path)
+        Some(path) => given::string(path, 1 << 20)
             .with_context(|| format!("cannot read {}", path.display()))?,
         None if stdin => prompt::from_stdin()?,
         None => prompt::secret("Access Token: ", hint)?,

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 
 use super::{Persona, Usage, program, sif_edit, utc};
 use crate::sif::{DataType, Descriptor, FsType, Link, PartType, Sif};
-use crate::{exit, say};
+use crate::{exit, given, say};
 
 const COMMANDS: [(&str, &str, usize); 4] = [
     ("list", "[--json] <sif>: the objects", 1),
@@ -68,7 +68,7 @@ pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
     }
     let path = Path::new(rest[needed - 1]);
     let open = || -> Result<(File, Sif)> {
-        let file = File::open(path)?;
+        let file = given::open(path)?;
         let sif = Sif::read(&file)?;
         Ok((file, sif))
     };

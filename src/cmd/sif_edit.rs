@@ -2,7 +2,6 @@
 //! peers.
 
 use std::ffi::OsString;
-use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -14,7 +13,7 @@ use crate::engine::sys::LimitsFail;
 use crate::sif::{
     self, Addition, DataType, Editor, Error, Extra, FsType, Link, PartType, Partition, Stamp,
 };
-use crate::{exit, say};
+use crate::{exit, given, say};
 
 /// The commands, with what their help says.
 pub(super) const COMMANDS: [(&str, &str, usize); 4] = [
@@ -192,13 +191,7 @@ fn add(options: &Options, image: &Path, path: &Path) -> Result<()> {
         .datatype
         .filter(|n| (1..=11).contains(n))
         .ok_or_else(|| usage("add", "-datatype flag is required with a valid range"))?;
-    let content = File::open(path).with_context(|| format!("cannot open {}", path.display()))?;
-    if !content.metadata()?.is_file() {
-        return Err(usage(
-            "add",
-            format!("{} is no regular file", path.display()),
-        ));
-    }
+    let content = given::open(path).with_context(|| format!("cannot open {}", path.display()))?;
     let extra = extra(number, options, path)?;
     let name = options.filename.clone().unwrap_or_else(|| {
         PathBuf::from(path.file_name().unwrap_or_default())
@@ -276,7 +269,7 @@ fn extra(number: u32, options: &Options, path: &Path) -> Result<Extra> {
             Ok(Extra::Sbom(index as i32 + 1))
         }
         11 => {
-            let mut file = Hashing::new(File::open(path)?);
+            let mut file = Hashing::new(given::open(path)?);
             std::io::copy(&mut file, &mut std::io::sink())
                 .with_context(|| format!("cannot read {}", path.display()))?;
             Ok(Extra::OciBlob(file.finish().0.to_string()))

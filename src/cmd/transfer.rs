@@ -23,7 +23,7 @@ use crate::net::url::Scheme;
 use crate::net::{self, Client, Credentials, Login, Options, Reference, Settings};
 use crate::oci::{self, Place, Platform, config::Origin};
 use crate::sif::{Sif, Stamp};
-use crate::{exit, say, squash};
+use crate::{exit, say, squash, threads};
 
 /// The name of conversions by this version: another one makes them anew.
 const CONVERTER: &str = "v1";
@@ -477,17 +477,14 @@ fn seconds(text: &str) -> Option<i64> {
 pub fn guard_drafts() -> Result<()> {
     let signals = wait::ending();
     signals.thread_block().context("cannot block signals")?;
-    std::thread::Builder::new()
-        .name("signals".into())
-        .spawn(move || {
-            let Ok(signal) = signals.wait() else { return };
-            cache::remove_drafts();
-            // The end that the signal would have brought.
-            let _ = signals.thread_unblock();
-            let _ = raise(signal);
-            std::process::exit(exit::signalled(signal as i32).into());
-        })
-        .context("cannot start a thread")?;
+    threads::start("signals", move || {
+        let Ok(signal) = signals.wait() else { return };
+        cache::remove_drafts();
+        // The end that the signal would have brought.
+        let _ = signals.thread_unblock();
+        let _ = raise(signal);
+        std::process::exit(exit::signalled(signal as i32).into());
+    })?;
     Ok(())
 }
 

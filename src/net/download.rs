@@ -15,7 +15,7 @@ use super::pace::is_too_slow;
 use crate::cache::Draft;
 use crate::digest::{Digest, Hashing};
 use crate::progress::Progress;
-use crate::say;
+use crate::{say, threads};
 
 /// Content of at least this length is fetched in parts where the server can do that.
 const LARGE: u64 = 64 << 20;
@@ -122,10 +122,7 @@ impl Transfer<'_> {
                 done?;
             }
         };
-        std::thread::scope(|scope| {
-            let workers: Vec<_> = (0..CONNECTIONS).map(|_| scope.spawn(worker)).collect();
-            first_error(workers.into_iter().map(|w| w.join()))
-        })?;
+        first_error(threads::all("download", CONNECTIONS, worker).into_iter())?;
         let mut hash = Hashing::new(io::sink());
         let mut buffer = vec![0; 1 << 20];
         let mut at = 0;

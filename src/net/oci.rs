@@ -20,7 +20,7 @@ use crate::oci::blob::Verified;
 use crate::oci::platform::Chosen;
 use crate::oci::{self, Blobs, Descriptor, Image, ImageConfig, Manifest};
 use crate::progress::Progress;
-use crate::{image, say};
+use crate::{given, image, say, threads};
 
 /// Configuration of a SIF artifact.
 const SIF_CONFIG: &str = "application/vnd.sylabs.sif.config.v1+json";
@@ -123,11 +123,8 @@ fn fetch_all(remote: &Remote, manifest: &Manifest, cache: &Cache) -> Result<()> 
         }
         Ok(())
     };
-    let threads = CONNECTIONS.min(wanted.len());
-    std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(worker)).collect();
-        download::first_error(workers.into_iter().map(|w| w.join()))
-    })
+    let count = CONNECTIONS.min(wanted.len());
+    download::first_error(threads::all("download", count, worker).into_iter())
 }
 
 /// Whether a file holds a blob: what a disk that was full, or somebody's editor, has left of it is none.
@@ -275,7 +272,7 @@ pub fn push(
     annotations: &[(String, String)],
 ) -> Result<Digest> {
     let what = || format!("cannot read {}", path.display());
-    let file = File::open(path).with_context(what)?;
+    let file = given::open(path).with_context(what)?;
     if !is_sif(&file) {
         bail!("{} is no SIF: only SIFs can be pushed", path.display());
     }

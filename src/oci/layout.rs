@@ -12,6 +12,7 @@ use super::platform::{Chosen, Documents, Received};
 use super::{Blobs, Descriptor, Image, ImageConfig, Index, MAX_DOCUMENT, Platform};
 use super::{document, platform};
 use crate::digest::Digest;
+use crate::given;
 
 /// Where an index names the images that it holds.
 const REFERENCE: &str = "org.opencontainers.image.ref.name";
@@ -40,11 +41,7 @@ impl Files for Directory {
 /// Opens a file that is no pipe or device: those would make us wait for ever.
 pub(super) fn open_regular(path: &Path) -> Result<File> {
     let what = || format!("cannot open {}", path.display());
-    let is_file = std::fs::metadata(path).with_context(what)?.is_file();
-    if !is_file {
-        bail!("{}: it is no regular file", what());
-    }
-    File::open(path).with_context(what)
+    given::open(path).with_context(what)
 }
 
 struct Layout(Box<dyn Files + Send + Sync>);

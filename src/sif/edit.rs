@@ -10,6 +10,8 @@ use std::path::Path;
 use rustix::fs::FlockOperation;
 use rustix::io::Errno;
 
+use crate::given;
+
 use super::write::{Entry, partition_extra};
 use super::{
     ALIGNMENT, DESCRIPTOR_LEN, DataType, Draft, EXTRA, Error, Link, NAME_LEN, PartType, Partition,
@@ -72,12 +74,16 @@ pub struct Addition {
 /// # Errors
 /// When writing fails.
 pub fn create(path: &Path, stamp: Stamp) -> Result<(), Error> {
-    let mut file = File::options()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o755)
-        .open(path)?;
+    let mut file = match given::open_to_change(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => File::options()
+            .write(true)
+            .create_new(true)
+            .mode(0o755)
+            .open(path)?,
+        Err(error) => return Err(error.into()),
+    };
+    file.set_len(0)?;
     Draft::default().write(&mut file, stamp)?;
     // It launches nothing yet.
     file.write_all_at(&[0; LAUNCH_LEN], 0)?;
@@ -98,7 +104,7 @@ impl Editor {
     /// # Errors
     /// As [`Sif::read`]; [`Error::Busy`].
     pub fn open(path: &Path) -> Result<Editor, Error> {
-        let file = File::options().read(true).write(true).open(path)?;
+        let file = given::open_to_change(path)?;
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Err(Errno::WOULDBLOCK) => return Err(Error::Busy),
             // Some network file systems have no locks.

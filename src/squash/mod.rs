@@ -33,7 +33,7 @@ mod xattrs;
 
 pub use archive::copy;
 pub use compress::Compression;
-pub use scan::{Scan, Specials, scan};
+pub use scan::{Scan, Specials, content_bytes, scan};
 pub use tree::{Attributes, Data, Kind, Node, NodeId, Tree};
 pub use unpack::{Unpack, unpack};
 pub use writer::Writer;
@@ -58,6 +58,8 @@ pub struct Options {
     pub compression: Compression,
     /// Bytes of a data block: 4 KiB to 1 MiB, a power of two.
     pub block_bytes: u32,
+    /// Ends of files that fill no block lie together in blocks of their own; else each is a block.
+    pub fragments: bool,
     /// Threads that compress; 0 means one for each processor that this process may use. Memory bounds them, too.
     pub threads: usize,
     /// When the image was made, seconds since 1970. `None`: the latest time in the tree, so equal trees give equal bytes.
@@ -71,6 +73,7 @@ impl Default for Options {
         Options {
             compression: Compression::default(),
             block_bytes: 128 << 10,
+            fragments: true,
             threads: 0,
             time_s: None,
             clamp_s: None,

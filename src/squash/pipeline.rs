@@ -21,6 +21,7 @@ use std::thread::JoinHandle;
 use anyhow::{Context, Result, anyhow};
 
 use super::compress::{Compression, Encoder};
+use crate::threads;
 
 /// What blocks and compressors may take together.
 const MEMORY_BYTES: usize = 160 << 20;
@@ -125,6 +126,8 @@ pub(super) struct Pipeline {
     shared: Arc<Shared>,
     file: File,
     workers: Vec<JoinHandle<()>>,
+    /// Where no worker could be started, the caller compresses.
+    own: Option<Encoder>,
     writer: Option<JoinHandle<Output>>,
     turn: u64,
 }
@@ -139,24 +142,16 @@ impl Pipeline {
         position: u64,
         compression: Compression,
         block_bytes: usize,
-        threads: usize,
+        count: usize,
     ) -> Result<Pipeline> {
         let each = compression.context_bytes(block_bytes) + 4 * block_bytes;
-        let threads = threads.clamp(1, (MEMORY_BYTES / each).max(1));
+        let count = count.clamp(1, (MEMORY_BYTES / each).max(1));
         let shared = Arc::new(Shared::default());
         let (jobs, todo) = channel();
         let (done, finished) = channel();
         let (give, free) = channel();
-        for _ in 0..2 * threads + 2 {
+        for _ in 0..2 * count + 2 {
             give.send(Slot::default())?;
-        }
-        let todo = Arc::new(Mutex::new(todo));
-        let mut workers = Vec::new();
-        for _ in 0..threads {
-            let mut encoder = Encoder::new(compression, block_bytes)?;
-            let (todo, done) = (todo.clone(), done.clone());
-            let body = move || work(&todo, &done, &mut encoder);
-            workers.push(thread("pack", body)?);
         }
         let again = file
             .try_clone()
@@ -169,9 +164,23 @@ impl Pipeline {
             saved_bytes: 0,
         };
         let all = shared.clone();
-        let writer = thread("write", move || {
+        let writer = threads::start("write", move || {
             write(Sink::new(output), &finished, &give, &all)
         })?;
+        let todo = Arc::new(Mutex::new(todo));
+        let mut workers = Vec::new();
+        for _ in 0..count {
+            let mut encoder = Encoder::new(compression, block_bytes)?;
+            let (todo, done) = (todo.clone(), done.clone());
+            match threads::start("pack", move || work(&todo, &done, &mut encoder)) {
+                Ok(worker) => workers.push(worker),
+                Err(_) => break,
+            }
+        }
+        let own = match workers.is_empty() {
+            true => Some(Encoder::new(compression, block_bytes)?),
+            false => None,
+        };
         Ok(Pipeline {
             jobs: Some(jobs),
             done: Some(done),
@@ -180,6 +189,7 @@ impl Pipeline {
             shared,
             file: again,
             workers,
+            own,
             writer: Some(writer),
             turn: 0,
         })
@@ -219,6 +229,12 @@ impl Pipeline {
             slot,
             purpose,
         };
+        if let Some(encoder) = &mut self.own {
+            let done = self.done.as_ref().context("the image is finished")?;
+            return done
+                .send((turn, compressed(job, encoder)))
+                .map_err(|_| anyhow!("the writing thread has ended"));
+        }
         let jobs = self.jobs.as_ref().context("the image is finished")?;
         jobs.send(job)
             .map_err(|_| anyhow!("the packing threads have ended"))
@@ -297,38 +313,27 @@ impl Drop for Pipeline {
     }
 }
 
-fn thread<T: Send + 'static>(
-    name: &str,
-    body: impl FnOnce() -> T + Send + 'static,
-) -> Result<JoinHandle<T>> {
-    std::thread::Builder::new()
-        .name(name.into())
-        .spawn(body)
-        .context("cannot start a thread")
-}
-
 fn work(todo: &Mutex<Receiver<Job>>, done: &Sender<(u64, Done)>, encoder: &mut Encoder) {
     loop {
         let job = lock(todo).recv();
-        let Ok(Job {
-            turn,
-            mut slot,
-            purpose,
-        }) = job
-        else {
-            return;
-        };
-        let result = match encoder.compress(&slot.raw, &mut slot.packed) {
-            Ok(pays) => Done::Packed {
-                slot,
-                pays,
-                purpose,
-            },
-            Err(error) => Done::Failed(error),
-        };
-        if done.send((turn, result)).is_err() {
+        let Ok(job) = job else { return };
+        if done.send((job.turn, compressed(job, encoder))).is_err() {
             return;
         }
+    }
+}
+
+fn compressed(job: Job, encoder: &mut Encoder) -> Done {
+    let Job {
+        mut slot, purpose, ..
+    } = job;
+    match encoder.compress(&slot.raw, &mut slot.packed) {
+        Ok(pays) => Done::Packed {
+            slot,
+            pays,
+            purpose,
+        },
+        Err(error) => Done::Failed(error),
     }
 }
 

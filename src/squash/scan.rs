@@ -4,7 +4,7 @@
 //! `O_NOFOLLOW`), so a tree that changes meanwhile never leads outside. In each directory what is no directory comes
 //! first, by name, then the subdirectories: files that are read together lie together.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use super::chain::Chain;
 use super::tree::{Attributes, Data, Kind, Node, NodeId, Tree};
 use super::writer::Writer;
+use crate::progress::Progress;
 use crate::say;
 
 /// Bytes of the names of extended attributes, and of a value, at most (`XATTR_LIST_MAX`, `XATTR_SIZE_MAX`).
@@ -73,9 +74,36 @@ pub fn scan(root: &Path, store: &mut Writer, scan: &Scan) -> Result<Tree> {
         names: vec![0; MAX_XATTR],
         value: vec![0; MAX_XATTR],
     };
-    walk.root()?;
+    let progress = Progress::new("packing", 0);
+    if progress.is_shown() {
+        progress.set_total(content_bytes(root));
+    }
+    walk.store.progress = Some(progress);
+    let done = walk.root();
+    walk.store.progress = None;
+    done?;
     walk.notice();
     Ok(walk.tree)
+}
+
+/// Bytes of all files below a directory, for a line that says how much is left: what cannot be read counts nothing.
+pub fn content_bytes(root: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt as _;
+    let mut total: u64 = 0;
+    let mut todo = vec![root.to_owned()];
+    let mut seen = HashSet::new();
+    while let Some(directory) = todo.pop() {
+        for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+            let Ok(meta) = entry.metadata() else { continue };
+            if meta.is_dir() {
+                todo.push(entry.path());
+            } else if meta.is_file() && (meta.nlink() == 1 || seen.insert((meta.dev(), meta.ino())))
+            {
+                total = total.saturating_add(meta.len());
+            }
+        }
+    }
+    total
 }
 
 struct Walk<'a> {

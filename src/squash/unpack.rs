@@ -21,7 +21,8 @@ use rustix::io::Errno;
 use super::archive;
 use super::chain::{Chain, descend};
 use super::tree::{Attributes, Data, Kind, NodeId, Tree};
-use crate::say;
+use crate::progress::Progress;
+use crate::{say, threads};
 
 /// Threads that write contents, at most: more do not help a disk.
 const MAX_THREADS: usize = 8;
@@ -55,34 +56,45 @@ impl Default for Unpack<'_> {
 /// When the image is damaged or hostile, or writing fails; what was unpacked until then stays.
 pub fn unpack(archive: &Archive, root: &Path, options: &Unpack) -> Result<()> {
     let mut places: Vec<InodeRef> = Vec::new();
+    let mut total_bytes = 0_u64;
     let tree = archive::tree(archive, &mut |at, inode| {
         places.push(at);
+        total_bytes = total_bytes.saturating_add(inode.size);
         Ok(Data {
             len_bytes: inode.size,
             number: Some(u32::try_from(places.len() - 1)?),
         })
     })?;
     let notes = Notes::default();
+    let progress = Progress::new("extracting", total_bytes);
     let (send, receive) = sync_channel::<Job>(QUEUE);
     let receive = Mutex::new(receive);
     let failure: Mutex<Option<anyhow::Error>> = Mutex::new(None);
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let most = std::thread::available_parallelism().map_or(1, usize::from);
+    let writing = Writing {
+        archive,
+        failure: &failure,
+        options,
+        notes: &notes,
+        progress: &progress,
+    };
     let made = std::thread::scope(|scope| {
-        for _ in 0..threads.min(MAX_THREADS) {
-            scope.spawn(|| contents(archive, &receive, &failure, (options, &notes)));
-        }
+        let work = || writing.all(&receive);
+        let crew = threads::crew(scope, "unpack", most.min(MAX_THREADS), work);
         let mut maker = Maker {
             tree: &tree,
             places: &places,
             options,
             notes: &notes,
-            send,
-            failure: &failure,
+            // Where there can be no other thread, this one writes too.
+            send: (!crew.is_empty()).then_some(send),
+            writing: &writing,
             links: HashMap::new(),
             at: Chain::new(root)?,
         };
         maker.all()
     });
+    drop(progress);
     if let Some(error) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
         return Err(error);
     }
@@ -129,36 +141,47 @@ impl Notes {
     }
 }
 
-fn contents(
-    archive: &Archive,
-    jobs: &Mutex<Receiver<Job>>,
-    failure: &Mutex<Option<anyhow::Error>>,
-    (options, notes): (&Unpack, &Notes),
-) {
-    loop {
-        let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(job) = job else { return };
-        let failed = failure
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .is_some();
-        if failed {
-            continue;
+/// What whoever writes contents needs.
+struct Writing<'a> {
+    archive: &'a Archive,
+    failure: &'a Mutex<Option<anyhow::Error>>,
+    options: &'a Unpack<'a>,
+    notes: &'a Notes,
+    progress: &'a Progress,
+}
+
+impl Writing<'_> {
+    fn has_failed(&self) -> bool {
+        let failure = self.failure.lock();
+        failure.unwrap_or_else(PoisonError::into_inner).is_some()
+    }
+
+    fn all(&self, jobs: &Mutex<Receiver<Job>>) {
+        loop {
+            let job = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            let Ok(job) = job else { return };
+            if self.has_failed() {
+                continue;
+            }
+            if let Err(error) = self.one(&job) {
+                let failure = self.failure.lock();
+                failure
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .get_or_insert(error);
+            }
         }
-        let done = write(archive, &job)
-            .and_then(|()| finish(&job.file, &job.attributes, &job.path, options, notes))
-            .with_context(|| format!("cannot unpack {}", job.path.display()));
-        if let Err(error) = done {
-            failure
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .get_or_insert(error);
-        }
+    }
+
+    fn one(&self, job: &Job) -> Result<()> {
+        let what = || format!("cannot unpack {}", job.path.display());
+        write(self.archive, job, self.progress).with_context(what)?;
+        let (options, notes) = (self.options, self.notes);
+        finish(&job.file, &job.attributes, &job.path, options, notes).with_context(what)
     }
 }
 
 /// Writes a content; holes stay holes.
-fn write(archive: &Archive, job: &Job) -> Result<()> {
+fn write(archive: &Archive, job: &Job, progress: &Progress) -> Result<()> {
     let mut at = 0;
     while at < job.len_bytes {
         let mut written = Ok(());
@@ -174,6 +197,7 @@ fn write(archive: &Archive, job: &Job) -> Result<()> {
             bail!("the image is damaged: the file is shorter than it says");
         }
         at += len as u64;
+        progress.add(len as u64);
     }
     job.file.set_len(job.len_bytes)?;
     Ok(())
@@ -227,8 +251,8 @@ struct Maker<'a> {
     places: &'a [InodeRef],
     options: &'a Unpack<'a>,
     notes: &'a Notes,
-    send: SyncSender<Job>,
-    failure: &'a Mutex<Option<anyhow::Error>>,
+    send: Option<SyncSender<Job>>,
+    writing: &'a Writing<'a>,
     /// Where nodes that have been made lie: the names from the root.
     links: HashMap<NodeId, Vec<Vec<u8>>>,
     at: Chain,
@@ -338,17 +362,15 @@ impl Maker<'_> {
             len_bytes: data.len_bytes,
             attributes: attributes.clone(),
         };
-        let failed = self
-            .failure
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .is_some();
-        if failed {
+        if self.writing.has_failed() {
             bail!("another file failed");
         }
-        self.send
-            .send(job)
-            .map_err(|_| anyhow!("the writing threads have ended"))
+        match &self.send {
+            Some(send) => send
+                .send(job)
+                .map_err(|_| anyhow!("the writing threads have ended")),
+            None => self.writing.one(&job),
+        }
     }
 
     /// Owner, permissions and time of what is not opened. Links have no permissions of their own.

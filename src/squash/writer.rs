@@ -13,6 +13,7 @@ use super::inodes::{self, Tables};
 use super::pipeline::{MAX_CANDIDATES, Output, Pipeline, STORED, Slot};
 use super::tree::{Data, Tree};
 use super::{Options, Store, Summary, meta};
+use crate::progress::Progress;
 
 /// Bytes of the superblock.
 const SUPERBLOCK: usize = 96;
@@ -61,11 +62,13 @@ pub struct Writer {
     recent: VecDeque<(u32, Vec<u8>)>,
     decoder: Decoder,
     saved_bytes: u64,
+    /// Told of each byte that is stored.
+    pub(super) progress: Option<Progress>,
 }
 
 /// The file that is being stored.
 #[derive(Default)]
-struct Progress {
+struct Stored {
     len_bytes: u64,
     blocks: u32,
     sparse_bytes: u64,
@@ -104,6 +107,7 @@ impl Writer {
             recent: VecDeque::new(),
             decoder: Decoder::new(options.compression, block_bytes)?,
             saved_bytes: 0,
+            progress: None,
         })
     }
 
@@ -122,10 +126,10 @@ impl Writer {
 
     fn store_sparse(&mut self, file: &File, len: u64) -> Result<Data> {
         let block = self.block_bytes as u64;
-        let mut progress = Progress::default();
+        let mut stored = Stored::default();
         let mut data_end = 0;
         loop {
-            let at = progress.len_bytes;
+            let at = stored.len_bytes;
             if at >= data_end {
                 let data = match rustix::fs::seek(file, SeekFrom::Data(at)) {
                     Ok(data) => data.min(len),
@@ -135,9 +139,9 @@ impl Writer {
                 };
                 data_end = rustix::fs::seek(file, SeekFrom::Hole(data)).unwrap_or(len);
                 let holes = data.max(at) / block - at / block;
-                self.hole(&mut progress, holes, block)?;
+                self.hole(&mut stored, holes, block)?;
             }
-            let at = progress.len_bytes;
+            let at = stored.len_bytes;
             let want = len.saturating_sub(at).min(block) as usize;
             let mut slot = self.pipeline.slot()?;
             let got = fill(&mut slot.raw, want, |part, done| {
@@ -145,73 +149,92 @@ impl Writer {
             })?;
             if got < self.block_bytes {
                 // Also when the file has become shorter.
-                return self.end(progress, slot, got);
+                return self.end(stored, slot, got);
             }
-            self.block(&mut progress, slot)?;
+            self.block(&mut stored, slot)?;
         }
     }
 
-    fn hole(&mut self, progress: &mut Progress, blocks: u64, each: u64) -> Result<()> {
-        let all = u64::from(progress.blocks) + blocks;
+    fn hole(&mut self, stored: &mut Stored, blocks: u64, each: u64) -> Result<()> {
+        self.tell(blocks * self.block_bytes as u64);
+        let all = u64::from(stored.blocks) + blocks;
         if all > MAX_BLOCKS {
             bail!(
                 "the file is larger than {} bytes; take larger blocks",
                 MAX_BLOCKS * each
             );
         }
-        progress.blocks = all as u32;
-        progress.len_bytes += blocks * self.block_bytes as u64;
-        progress.sparse_bytes += blocks * self.block_bytes as u64;
+        stored.blocks = all as u32;
+        stored.len_bytes += blocks * self.block_bytes as u64;
+        stored.sparse_bytes += blocks * self.block_bytes as u64;
         Ok(())
     }
 
     /// A full block.
-    fn block(&mut self, progress: &mut Progress, slot: Slot) -> Result<()> {
-        if is_zero(&slot.raw) || u64::from(progress.blocks) == MAX_BLOCKS {
+    fn block(&mut self, stored: &mut Stored, slot: Slot) -> Result<()> {
+        if is_zero(&slot.raw) || u64::from(stored.blocks) == MAX_BLOCKS {
             self.pipeline.give_back(slot);
-            return self.hole(progress, 1, self.block_bytes as u64);
+            return self.hole(stored, 1, self.block_bytes as u64);
         }
-        self.pipeline.block(progress.blocks, slot)?;
-        progress.blocks += 1;
-        progress.len_bytes += self.block_bytes as u64;
+        self.pipeline.block(stored.blocks, slot)?;
+        self.tell(self.block_bytes as u64);
+        stored.blocks += 1;
+        stored.len_bytes += self.block_bytes as u64;
         Ok(())
     }
 
+    fn tell(&self, bytes: u64) {
+        if let Some(progress) = &self.progress {
+            progress.add(bytes);
+        }
+    }
+
     /// What is left behind the full blocks: the first `len` bytes of the slot.
-    fn end(&mut self, mut progress: Progress, slot: Slot, len: usize) -> Result<Data> {
-        let hole = len > 0 && is_zero(&slot.raw[..len]);
+    fn end(&mut self, mut stored: Stored, mut slot: Slot, len: usize) -> Result<Data> {
+        self.tell(len as u64);
+        slot.raw.truncate(len);
+        let hole = is_zero(&slot.raw);
+        let is_tail = len > 0 && !hole && self.options.fragments;
+        let mut slot = Some(slot);
         if hole {
             // A last block that is short.
-            progress.blocks += 1;
-            progress.sparse_bytes += len as u64;
+            stored.blocks += 1;
+            stored.sparse_bytes += len as u64;
+        } else if len > 0
+            && !is_tail
+            && let Some(slot) = slot.take()
+        {
+            self.pipeline.block(stored.blocks, slot)?;
+            stored.blocks += 1;
         }
-        let run = if progress.blocks > 0 {
-            self.pipeline.end(progress.blocks)?;
+        let run = if stored.blocks > 0 {
+            self.pipeline.end(stored.blocks)?;
             self.runs += 1;
             Some(self.runs - 1)
         } else {
             None
         };
         // A fragment block may be written now: the file's own blocks are complete.
-        let fragment = if len > 0 && !hole {
-            Some(self.tail(&slot.raw[..len])?)
-        } else {
-            None
+        let fragment = match &slot {
+            Some(slot) if is_tail => Some(self.tail(&slot.raw)?),
+            _ => None,
         };
-        self.pipeline.give_back(slot);
-        progress.len_bytes += len as u64;
-        if progress.len_bytes == 0 {
+        if let Some(slot) = slot {
+            self.pipeline.give_back(slot);
+        }
+        stored.len_bytes += len as u64;
+        if stored.len_bytes == 0 {
             return Ok(Data::default());
         }
         let number = u32::try_from(self.contents.len()).context("the image has too many files")?;
         self.contents.push(Content {
-            len_bytes: progress.len_bytes,
-            sparse_bytes: progress.sparse_bytes,
+            len_bytes: stored.len_bytes,
+            sparse_bytes: stored.sparse_bytes,
             run,
             fragment,
         });
         Ok(Data {
-            len_bytes: progress.len_bytes,
+            len_bytes: stored.len_bytes,
             number: Some(number),
         })
     }
@@ -324,16 +347,16 @@ impl Writer {
 
 impl Store for Writer {
     fn store(&mut self, content: &mut dyn Read) -> Result<Data> {
-        let mut progress = Progress::default();
+        let mut stored = Stored::default();
         loop {
             let mut slot = self.pipeline.slot()?;
             let got = fill(&mut slot.raw, self.block_bytes, |part, _| {
                 content.read(part)
             })?;
             if got < self.block_bytes {
-                return self.end(progress, slot, got);
+                return self.end(stored, slot, got);
             }
-            self.block(&mut progress, slot)?;
+            self.block(&mut stored, slot)?;
         }
     }
 }
@@ -392,8 +415,9 @@ fn complete(
     ] {
         head.extend(number.to_le_bytes());
     }
-    // Tails are in fragments, duplicates stored once, inodes found by number.
-    let flags = 0x20 | 0x40 | 0x80 | u16::from(options.compression.options().is_some()) << 10;
+    // Tails are in fragments or nowhere, duplicates stored once, inodes found by number.
+    let tails = if options.fragments { 0x20 } else { 0x10 };
+    let flags = tails | 0x40 | 0x80 | u16::from(options.compression.options().is_some()) << 10;
     for number in [
         options.compression.id(),
         options.block_bytes.ilog2() as u16,

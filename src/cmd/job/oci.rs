@@ -4,12 +4,13 @@
 //! that has them (`%@` is empty there). The process becomes `capsid exec`; nothing else of the bundle is used.
 
 use std::ffi::OsString;
-use std::io::Read as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
+
+use crate::given;
 use serde::Deserialize;
 
 /// Bytes of a `config.json` at most.
@@ -62,11 +63,7 @@ pub fn run(args: &OciRunArgs) -> Result<u8> {
 }
 
 fn read(path: &Path) -> Result<Config> {
-    let mut text = String::new();
-    std::fs::File::open(path)?
-        .take(MAX)
-        .read_to_string(&mut text)?;
-    Ok(serde_json::from_str(&text)?)
+    Ok(serde_json::from_str(&given::string(path, MAX)?)?)
 }
 
 fn words(bundle: &Path, config: &Config) -> Vec<OsString> {

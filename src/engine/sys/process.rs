@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result};
 use nix::unistd::{ForkResult, Pid};
 
 use crate::proc::Held;
+use crate::threads;
 
 /// Which side of a fork we are.
 pub enum Fork {
@@ -26,7 +27,9 @@ pub enum Fork {
 pub fn fork() -> Result<Fork> {
     // SAFETY: the process has one thread here (threads start only in the image server's worker, after its
     // last fork), so no lock can be held for ever in the child.
-    match unsafe { nix::unistd::fork() }.context("cannot create a process (fork)")? {
+    match unsafe { nix::unistd::fork() }
+        .map_err(|e| threads::refused("cannot create a process (fork)", &e.into()))?
+    {
         ForkResult::Parent { child } => Ok(Fork::Parent(child)),
         ForkResult::Child => Ok(Fork::Child),
     }
@@ -45,7 +48,9 @@ pub fn has_one_thread() -> bool {
 pub fn fork_beside_threads() -> Result<Fork> {
     // SAFETY: the C library keeps its own locks (memory, threads) usable in the child. Of ours, the caller's child
     // touches none that another thread may have held: the image server's new keeper opens everything anew.
-    match unsafe { nix::unistd::fork() }.context("cannot create a process (fork)")? {
+    match unsafe { nix::unistd::fork() }
+        .map_err(|e| threads::refused("cannot create a process (fork)", &e.into()))?
+    {
         ForkResult::Parent { child } => Ok(Fork::Parent(child)),
         ForkResult::Child => Ok(Fork::Child),
     }
@@ -76,8 +81,10 @@ pub fn fork_into_pid_namespace(parent: Parent) -> Result<Fork> {
         pid if pid > 0 => Ok(Fork::Parent(Pid::from_raw(
             i32::try_from(pid).context("a process id")?,
         ))),
-        _ => Err(io::Error::last_os_error())
-            .context("cannot create a process in a new pid namespace (clone)"),
+        _ => Err(threads::refused(
+            "cannot create a process in a new pid namespace (clone)",
+            &io::Error::last_os_error(),
+        )),
     }
 }
 

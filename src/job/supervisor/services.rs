@@ -390,7 +390,7 @@ fn reach(node: &str, port: u16, limit: Duration) -> std::io::Result<()> {
 fn read_services(path: &Path, nodes: usize) -> Parsed {
     let read = || -> Result<Vec<Declared>> {
         let what = || format!("cannot read the services in {}", path.display());
-        let file = std::fs::File::open(path).with_context(what)?;
+        let file = crate::given::open(path).with_context(what)?;
         let meta = file.metadata().with_context(what)?;
         if !meta.is_file() || meta.len() > MAX_FILE {
             bail!("{}: not a file of at most 1 MiB", what());

@@ -14,7 +14,7 @@ use super::super::{Options, is_sif};
 use super::{ImageInfo, Library, refusal};
 use crate::digest::{Digest, Hashing};
 use crate::progress::Progress;
-use crate::say;
+use crate::{given, say};
 
 /// A file that is longer goes in parts.
 const MULTIPART: u64 = 64 << 20;
@@ -39,7 +39,7 @@ pub fn push(
     options: &Options,
 ) -> Result<String> {
     let what = || format!("cannot read {}", path.display());
-    let file = File::open(path).with_context(what)?;
+    let file = given::open(path).with_context(what)?;
     if !is_sif(&file) {
         bail!("{} is no SIF: only SIFs can be pushed", path.display());
     }

@@ -2,6 +2,7 @@
 //! compresses. The thread is at most a few chunks ahead, and goes on to the next layer without waiting.
 
 use std::io::{self, Read};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 
 use anyhow::{Context, Result, bail};
@@ -9,6 +10,8 @@ use anyhow::{Context, Result, bail};
 use crate::oci::blob::Verified;
 use crate::oci::tar::Source;
 use crate::oci::{Descriptor, Image, Manifest, decompress};
+use crate::progress::Progress;
+use crate::threads;
 
 /// Bytes that are handed over at once.
 const CHUNK: usize = 256 << 10;
@@ -143,6 +146,9 @@ pub fn with<T>(
     order: &[usize],
     use_it: impl FnOnce(&mut Stream) -> Result<T>,
 ) -> Result<T> {
+    let sizes = order.iter().filter_map(|at| image.manifest.layers.get(*at));
+    let total = sizes.map(|layer| layer.size).fold(0, u64::saturating_add);
+    let progress = Arc::new(Progress::new("extracting", total));
     let (send, chunks) = sync_channel(AHEAD);
     let (empty, recycled) = channel();
     std::thread::scope(|scope| {
@@ -150,7 +156,7 @@ pub fn with<T>(
             .name("layers".into())
             .spawn_scoped(scope, move || {
                 for layer in order {
-                    let message = match read(image, *layer, &send, &recycled) {
+                    let message = match read(image, *layer, &send, &recycled, &progress) {
                         Ok(()) => Message::End,
                         Err(error) => Message::Failed(error),
                     };
@@ -160,7 +166,7 @@ pub fn with<T>(
                     }
                 }
             })
-            .context("cannot start a thread")?;
+            .map_err(|error| threads::refused("cannot start a thread", &error))?;
         // Dropped before the thread is waited for, which ends it.
         let mut stream = Stream {
             chunks,
@@ -173,12 +179,27 @@ pub fn with<T>(
     })
 }
 
+/// Tells how far the reading of a blob is.
+struct Counted {
+    bytes: Box<dyn Read + Send>,
+    progress: Arc<Progress>,
+}
+
+impl Read for Counted {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let len = self.bytes.read(buffer)?;
+        self.progress.add(len as u64);
+        Ok(len)
+    }
+}
+
 /// Sends a layer's bytes. Comes back early when nobody wants more.
 fn read(
     image: &Image,
     index: usize,
     send: &SyncSender<Message>,
     recycled: &Receiver<Vec<u8>>,
+    progress: &Arc<Progress>,
 ) -> Result<()> {
     let (Some(layer), Some(diff_id)) = (
         image.manifest.layers.get(index),
@@ -193,6 +214,10 @@ fn read(
             true => "it is not distributed with the image: pull the image from its registry",
             false => "cannot read it",
         })?;
+    let stored = Counted {
+        bytes: stored,
+        progress: Arc::clone(progress),
+    };
     let plain = decompress::open(stored)?;
     let mut plain: Box<dyn Read + Send> = if layer.digest == *diff_id {
         plain
