@@ -4,80 +4,11 @@
 mod common;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
+use common::build::Site;
 use common::*;
-
-/// A place with a base image, a cache and a directory for temporary files of its own.
-struct Site {
-    env: Env,
-}
-
-impl Site {
-    fn new() -> Site {
-        let env = Env::new();
-        let tree = env.tree("tree");
-        let base = env.sif(&tree, "base.sif");
-        fs::create_dir_all(env.path("tmp")).unwrap();
-        fs::copy(base, env.work().join("base.sif")).unwrap();
-        Site { env }
-    }
-
-    fn command(&self, words: &[&str]) -> Command {
-        let mut command = self.env.command(["build"].iter().chain(words));
-        command
-            .env("APPTAINER_CACHEDIR", self.env.path("cache"))
-            .env("APPTAINER_TMPDIR", self.env.path("tmp"));
-        command
-    }
-
-    /// Writes `x.def` behind the usual header, and builds it.
-    fn build(&self, body: &str, words: &[&str]) -> Output {
-        self.define(body);
-        let words: Vec<&str> = words.iter().copied().chain(["x.sif", "x.def"]).collect();
-        output(&mut self.command(&words))
-    }
-
-    fn define(&self, body: &str) {
-        self.write(
-            "x.def",
-            &format!("Bootstrap: localimage\nFrom: base.sif\n{body}"),
-        );
-    }
-
-    fn write(&self, name: &str, text: &str) -> PathBuf {
-        let path = self.env.work().join(name);
-        write(&path, text);
-        path
-    }
-
-    fn exec(&self, words: &[&str]) -> Output {
-        let words = ["exec", "x.sif"].iter().chain(words);
-        self.env.run(words)
-    }
-
-    fn has(&self, name: &str) -> bool {
-        self.env.work().join(name).symlink_metadata().is_ok()
-    }
-
-    /// No temporary directory, and no hidden file beside the target.
-    #[track_caller]
-    fn assert_nothing_left(&self) {
-        let names = |path: PathBuf| -> Vec<String> {
-            fs::read_dir(path)
-                .unwrap()
-                .map(|e| e.unwrap().file_name().into_string().unwrap())
-                .collect()
-        };
-        assert_eq!(names(self.env.path("tmp")), [""; 0]);
-        let hidden: Vec<String> = names(self.env.work())
-            .into_iter()
-            .filter(|n| n.starts_with('.'))
-            .collect();
-        assert_eq!(hidden, [""; 0]);
-    }
-}
 
 #[test]
 fn all_sections_do_what_they_say() {
@@ -406,6 +337,8 @@ fn sections_can_be_chosen_and_tests_left_out() {
     let s = Site::new();
     let body = "%setup\n touch \"$APPTAINER_ROOTFS/opt/s\"; chown 5:6 \"$APPTAINER_ROOTFS/opt/s\"\n%post\n echo x > /made\n%test\n false\n%environment\n export E=e\n";
     assert_eq!(s.build(body, &["--notest"]).status, 0);
+    let kept = s.env.run(["inspect", "--test", "x.sif"]);
+    assert!(kept.ok().contains("false"), "kept, and not run: {kept}");
     assert_eq!(s.build(body, &["-F", "--section", "environment"]).status, 0);
     assert_ne!(s.exec(&["test", "-e", "/made"]).status, 0);
     assert_eq!(s.exec(&["sh", "-c", "echo $E"]).ok(), "e");
@@ -451,8 +384,16 @@ fn wrong_sources_and_options_are_one_line() {
             "--encrypt is not supported",
         ),
         (
-            &["--mksquashfs-args", "-no-fragments", "y.sif", "base.sif"],
-            "-no-fragments is not supported",
+            &["--mksquashfs-args", "-no-compression", "y.sif", "base.sif"],
+            "-no-compression is not supported",
+        ),
+        (
+            &["--compat32", "y.sif", "base.sif"],
+            "--compat32 is not supported: it adds 32-bit libraries of a GPU",
+        ),
+        (
+            &["--arch", "arm64", "y.sif", "base.sif"],
+            "base.sif is for amd64, and --arch asks for arm64",
         ),
         (
             &["--compression", "zip", "y.sif", "base.sif"],

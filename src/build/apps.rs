@@ -70,7 +70,7 @@ fn make(tree: &Tree, app: &App, settings: &Settings) -> Result<()> {
             Some(target) => root.join(target.trim_start_matches('/')),
             None => root.clone(),
         };
-        files::from_host(tree, source, &target, settings)?;
+        files::from_host(tree, source, Some(&target), settings)?;
     }
     Ok(())
 }

@@ -12,10 +12,14 @@ use rustix::io::Errno;
 
 use super::tree::{self, Tree};
 use crate::engine::emulate::Owners;
-use crate::say;
+use crate::progress::Progress;
+use crate::{say, squash};
 
 /// Deepest directory that is followed: links can make a tree endless.
 const MAX_DEPTH: usize = 1000;
+
+/// Bytes that are copied at once: between them is told how far it is.
+const STEP_BYTES: u64 = 16 << 20;
 
 /// What of a file is copied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +41,7 @@ pub struct Copier<'a> {
     links: HashMap<(u64, u64), PathBuf>,
     /// Owners that the kernel does not know.
     record: Option<&'a mut Owners>,
+    progress: Progress,
 }
 
 impl<'a> Copier<'a> {
@@ -47,7 +52,16 @@ impl<'a> Copier<'a> {
             manner,
             links: HashMap::new(),
             record: None,
+            progress: Progress::new("copying", 0),
         }
+    }
+
+    /// All that will be copied lies below this directory.
+    pub fn all_of(self, directory: &Path) -> Copier<'a> {
+        if self.progress.is_shown() {
+            self.progress.set_total(squash::content_bytes(directory));
+        }
+        self
     }
 
     /// The record knows owners of the source, and gets those of the copies.
@@ -134,16 +148,18 @@ impl<'a> Copier<'a> {
     }
 
     fn file(&mut self, source: &Source, stat: &Stat, target: &Path) -> Result<()> {
-        let (parent, name) = self.to.parent(target)?;
+        // As cp writes: what a link of the image leads to gets the content.
+        let target = self.to.resolved(target)?;
+        let (parent, name) = self.to.parent(&target)?;
         let key = (stat.st_dev, stat.st_ino);
         if self.manner == Manner::Exact && stat.st_nlink > 1 {
             if let Some(first) = self.links.get(&key) {
                 let (other, first) = self.to.parent(&first.clone())?;
-                self.to.remove(target);
+                self.to.remove(&target);
                 return rustix::fs::linkat(&other, &first, &parent, &name, AtFlags::empty())
                     .context("cannot make a hard link");
             }
-            self.links.insert(key, target.to_owned());
+            self.links.insert(key, target);
         }
         let flags = OFlags::RDONLY
             | OFlags::CLOEXEC
@@ -160,7 +176,7 @@ impl<'a> Copier<'a> {
                 _ => error.into(),
             }
         })?;
-        copy_bytes(&mut File::from(from), &mut to)?;
+        copy_bytes(&mut File::from(from), &mut to, &self.progress)?;
         self.attributes(source, stat, &parent, &name)
     }
 
@@ -279,7 +295,7 @@ pub fn give(parent: &OwnedFd, name: &OsStr, uid: u32, gid: u32) -> Result<()> {
 ///
 /// # Errors
 /// When reading or writing fails.
-pub fn copy_bytes(from: &mut File, to: &mut File) -> Result<()> {
+fn copy_bytes(from: &mut File, to: &mut File, progress: &Progress) -> Result<()> {
     use rustix::fs::SeekFrom;
     let len = from.metadata().context("cannot read a file")?.len();
     let mut at = 0;
@@ -291,11 +307,13 @@ pub fn copy_bytes(from: &mut File, to: &mut File) -> Result<()> {
             Err(_) => {
                 rustix::fs::seek(&*from, SeekFrom::Start(at)).context("cannot read a file")?;
                 rustix::fs::seek(&*to, SeekFrom::Start(at)).context("cannot write a file")?;
-                std::io::copy(from, to)?;
+                progress.add(std::io::copy(from, to)?);
                 return Ok(());
             }
         };
         let end = rustix::fs::seek(&*from, SeekFrom::Hole(data)).unwrap_or(len);
+        let end = end.min(data + STEP_BYTES);
+        progress.add(end - at);
         rustix::fs::seek(&*from, SeekFrom::Start(data)).context("cannot read a file")?;
         rustix::fs::seek(&*to, SeekFrom::Start(data)).context("cannot write a file")?;
         std::io::copy(&mut std::io::Read::take(&mut *from, end - data), to)?;

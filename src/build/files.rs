@@ -1,5 +1,6 @@
 //! `%files`: from the host and from other stages.
 
+use std::ffi::OsString;
 use std::os::fd::AsFd as _;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
@@ -9,8 +10,9 @@ use rustix::fs::OFlags;
 
 use super::copy::{Copier, Manner, Source};
 use super::deffile::Stage;
+use super::glob::Look;
 use super::tree::{self, Tree};
-use super::{Settings, UMASK, glob};
+use super::{Settings, UMASK, braces, glob};
 use crate::digest::Digest;
 use crate::engine::emulate::Owners;
 use crate::host::normalise;
@@ -39,8 +41,7 @@ pub fn copy(
                     from_stage(&Tree::open(&path)?, to, source, target.as_deref(), record)?;
                 }
                 (None, None) => {
-                    let target = target.as_deref().unwrap_or(source);
-                    from_host(to, source, Path::new(target), settings)?;
+                    from_host(to, source, target.as_deref().map(Path::new), settings)?;
                 }
                 _ => {}
             }
@@ -53,33 +54,69 @@ pub fn copy(
 ///
 /// # Errors
 /// When nothing matches, or it cannot be copied.
-pub fn from_host(to: &Tree, source: &str, target: &Path, settings: &Settings) -> Result<()> {
+pub fn from_host(
+    to: &Tree,
+    source: &str,
+    target: Option<&Path>,
+    settings: &Settings,
+) -> Result<()> {
     let found = on_host(source, settings)?;
-    let many = found.len() > 1;
-    for path in found {
-        // Without a destination the pattern itself was taken for it.
-        let target = if target == Path::new(source) {
-            settings.host.cwd.join(&path)
-        } else {
-            target.to_owned()
-        };
+    for path in &found {
+        let place = place(to, path, target, found.len())?;
         say::info(format_args!(
             "Copying {} to {}",
             path.display(),
-            target.display()
+            place.display()
         ));
-        let place = place(to, &path, &target, many)?;
         let manner = Manner::FromHost { umask: UMASK };
-        Copier::new(to, manner).copy(&Source::of_host(&settings.host.cwd.join(&path))?, &place)?;
+        let source = Source::of_host(&settings.host.cwd.join(path))?;
+        Copier::new(to, manner).copy(&source, &place)?;
     }
     Ok(())
 }
 
+/// Names on the host, relative ones below the current directory.
+struct OnHost<'a>(&'a Path);
+
+impl Look for OnHost<'_> {
+    fn names(&self, directory: &Path) -> Vec<OsString> {
+        let entries = std::fs::read_dir(self.0.join(directory));
+        entries
+            .map(|e| e.flatten().map(|e| e.file_name()).collect())
+            .unwrap_or_default()
+    }
+    fn is_there(&self, path: &Path) -> bool {
+        std::fs::symlink_metadata(self.0.join(path)).is_ok()
+    }
+    fn is_directory(&self, path: &Path) -> bool {
+        self.0.join(path).is_dir()
+    }
+}
+
+/// Names in another stage.
+struct InStage<'a>(&'a Tree);
+
+impl Look for InStage<'_> {
+    fn names(&self, directory: &Path) -> Vec<OsString> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        let fd = self.0.open_at(directory, flags);
+        fd.and_then(|fd| tree::names(fd.as_fd()))
+            .unwrap_or_default()
+    }
+    fn is_there(&self, path: &Path) -> bool {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW;
+        self.0.open_at(path, flags).is_ok()
+    }
+    fn is_directory(&self, path: &Path) -> bool {
+        self.0.is_directory(path)
+    }
+}
+
 /// The paths that a source on the host names, relative ones kept so.
 fn on_host(source: &str, settings: &Settings) -> Result<Vec<PathBuf>> {
-    let cwd = &settings.host.cwd;
+    let look = OnHost(&settings.host.cwd);
     // A name that is there as it is written needs no reading as a pattern.
-    if std::fs::symlink_metadata(cwd.join(source)).is_ok() {
+    if look.is_there(Path::new(source)) {
         return Ok(vec![source.into()]);
     }
     let value = |name: &str| {
@@ -88,23 +125,41 @@ fn on_host(source: &str, settings: &Settings) -> Result<Vec<PathBuf>> {
             .var(name)
             .map(|v| v.to_string_lossy().into_owned())
     };
-    let text = glob::variables(source, &value);
-    if text.is_empty() {
-        bail!("%files: {source:?} is empty");
+    let mut all = Vec::new();
+    for word in braces::expand(source).context("%files")? {
+        let text = glob::variables(&word, &value);
+        if text.is_empty() {
+            bail!("%files: {source:?} is empty");
+        }
+        let path = PathBuf::from(&text);
+        if glob::is_pattern(&text) && !look.is_there(&path) {
+            all.extend(glob::expand(&path, &look).context("%files")?);
+            continue;
+        }
+        std::fs::metadata(look.0.join(&path))
+            .with_context(|| format!("%files: cannot read {}", look.0.join(&path).display()))?;
+        all.push(path);
     }
-    let path = PathBuf::from(&text);
-    if !glob::is_pattern(&text) {
-        std::fs::metadata(cwd.join(&path))
-            .with_context(|| format!("%files: cannot read {}", cwd.join(&path).display()))?;
-        return Ok(vec![path]);
+    Ok(all)
+}
+
+/// The paths that a source in another stage names, from its root.
+fn in_stage(source: &str, from: &Tree) -> Result<Vec<PathBuf>> {
+    let look = InStage(from);
+    let root = Path::new("/");
+    if look.is_there(&root.join(source)) {
+        return Ok(vec![root.join(source)]);
     }
-    glob::expand(&path, &|directory| {
-        let entries = std::fs::read_dir(cwd.join(directory));
-        entries
-            .map(|e| e.flatten().map(|e| e.file_name()).collect())
-            .unwrap_or_default()
-    })
-    .context("%files")
+    let mut all = Vec::new();
+    for word in braces::expand(source).context("%files")? {
+        let path = root.join(&word);
+        if glob::is_pattern(&word) && !look.is_there(&path) {
+            all.extend(glob::expand(&path, &look).context("%files")?);
+        } else {
+            all.push(path);
+        }
+    }
+    Ok(all)
 }
 
 fn from_stage(
@@ -114,50 +169,45 @@ fn from_stage(
     target: Option<&str>,
     record: &mut Owners,
 ) -> Result<()> {
-    let pattern = normalise(&Path::new("/").join(source));
-    let found = if glob::is_pattern(source) && from.stat(&pattern).is_none() {
-        glob::expand(&pattern, &|directory| {
-            let fd = from.open_at(directory, OFlags::RDONLY | OFlags::DIRECTORY);
-            fd.and_then(|fd| tree::names(fd.as_fd()))
-                .unwrap_or_default()
-        })
-        .context("%files")?
-    } else {
-        vec![pattern]
-    };
-    let many = found.len() > 1;
-    for path in found {
-        let target = target.map_or_else(|| path.clone(), PathBuf::from);
+    let found = in_stage(source, from)?;
+    for path in &found {
+        let place = place(to, path, target.map(Path::new), found.len())?;
         say::info(format_args!(
             "Copying {} to {}",
             path.display(),
-            target.display()
+            place.display()
         ));
-        let place = place(to, &path, &target, many)?;
         Copier::new(to, Manner::Exact)
             .with_owners(record)
-            .copy(&Source::of_tree(from, &path)?, &place)?;
+            .copy(&Source::of_tree(from, path)?, &place)?;
     }
     Ok(())
 }
 
-/// Where a source lands: in the destination when that is a directory or ends in a slash, else there. The text of a
-/// destination cannot lead out of the root: `..` ends there.
-fn place(to: &Tree, source: &Path, target: &Path, many: bool) -> Result<PathBuf> {
+/// Where one of `count` sources lands. Without a destination that is its own path below the root. Else it is the
+/// destination, or a name in it when that is a directory, ends in a slash, or has to take several sources: none lands in
+/// another one. The text of a destination cannot lead out of the root: `..` ends there.
+fn place(to: &Tree, source: &Path, target: Option<&Path>, count: usize) -> Result<PathBuf> {
+    let root = Path::new("/");
+    let own = normalise(&root.join(source));
+    let Some(target) = target else {
+        return Ok(own);
+    };
     let slash = target.as_os_str().as_bytes().ends_with(b"/");
-    let target = normalise(&Path::new("/").join(target));
-    if (slash || many) && !to.is_directory(&target) {
+    let target = normalise(&root.join(target));
+    if (slash || count > 1) && !to.is_directory(&target) {
         to.directory(&target)?;
     }
-    if !to.is_directory(&target) {
+    // A directory's own path is itself, not something inside.
+    if !to.is_directory(&target) || (target == own && !slash && count == 1) {
         return Ok(target);
     }
-    // Without a destination a directory is itself, not something inside.
-    let same = target == normalise(&Path::new("/").join(source)) && !slash;
+    // `dir/.` stands for what is in it.
+    let bytes = source.as_os_str().as_bytes();
+    let last = bytes.rsplit(|b| *b == b'/').find(|part| !part.is_empty());
     match source.file_name() {
-        Some(_) if same => Ok(target),
-        Some(name) => Ok(target.join(name)),
-        None => Ok(target),
+        Some(name) if last != Some(b".") => Ok(target.join(name)),
+        _ => Ok(target),
     }
 }
 

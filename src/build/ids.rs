@@ -50,11 +50,7 @@ impl Ids {
 
     /// Makes such a namespace, in a process of its own.
     fn try_out(self, host: &Host) -> Result<()> {
-        keeper::in_child(|| {
-            userns::create(&self.map(host), CloneFlags::empty())?;
-            Ok(0)
-        })
-        .map(|_| ())
+        keeper::in_child(|| userns::create(&self.map(host), CloneFlags::empty()).map(drop))
     }
 
     /// The map of the build's user namespace.

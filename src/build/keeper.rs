@@ -24,7 +24,7 @@ use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 use rustix::mount::{MountPropagationFlags, mount_change};
 
-use crate::engine::sys::{self, Fork};
+use crate::engine::sys::{self, Fork, LimitsFail};
 use crate::engine::userns;
 use crate::engine::wait::{self, End};
 use crate::plan::IdMap;
@@ -44,10 +44,17 @@ pub fn run(
     before: impl FnOnce() -> Result<u8>,
     work: impl FnOnce() -> Result<u8>,
 ) -> Result<u8> {
+    let _leftovers = Leftovers {
+        ids,
+        paths: leftovers,
+    };
     let (alive, here) = std::io::pipe().context("cannot create a pipe")?;
     let (mut told, tell) = std::io::pipe().context("cannot create a pipe")?;
     let mask = wait::block()?;
-    let keeper = match sys::fork()? {
+    let forked = sys::fork().inspect_err(|_| {
+        let _ = mask.thread_set_mask();
+    });
+    let keeper = match forked? {
         Fork::Parent(keeper) => keeper,
         Fork::Child => {
             drop((here, told));
@@ -67,20 +74,11 @@ pub fn run(
     drop(here);
     mask.thread_set_mask()
         .context("cannot restore the signal mask")?;
-    if leftovers.iter().any(|path| path.symlink_metadata().is_ok()) {
-        let swept = in_child(|| {
-            userns::create(ids, CloneFlags::empty())?;
-            remove(leftovers);
-            Ok(0)
-        });
-        if let Err(error) = swept {
-            say::warn(format_args!("cannot remove what the build left: {error:#}"));
-        }
-    }
     read.context("cannot hear from the build")?;
     match end? {
         End::Exited(_) if !text.is_empty() => bail!("{text}"),
         End::Exited(status) => Ok(status),
+        End::Signalled(Signal::SIGXFSZ) => bail!("{FILE_LIMIT}: nothing of the build is left"),
         end @ End::Signalled(signal) => {
             say::error(format_args!(
                 "the build was ended by {signal}: nothing of it is left"
@@ -89,6 +87,42 @@ pub fn run(
         }
     }
 }
+
+/// What a build must not leave; whichever way it ends, it is removed with this value.
+struct Leftovers<'a> {
+    ids: &'a IdMap,
+    paths: &'a [PathBuf],
+}
+
+impl Leftovers<'_> {
+    fn any(&self) -> bool {
+        let is_there = |path: &PathBuf| path.symlink_metadata().is_ok();
+        self.paths.iter().any(is_there)
+    }
+}
+
+impl Drop for Leftovers<'_> {
+    fn drop(&mut self) {
+        if !self.any() {
+            return;
+        }
+        let swept = in_child(|| {
+            userns::create(self.ids, CloneFlags::empty())?;
+            remove(self.paths);
+            Ok(())
+        });
+        // At the limit of processes: what is the caller's own needs no namespace.
+        if let Err(error) = swept {
+            remove(self.paths);
+            if self.any() {
+                say::warn(format_args!("cannot remove what the build left: {error:#}"));
+            }
+        }
+    }
+}
+
+/// What a write beyond `RLIMIT_FSIZE` means.
+const FILE_LIMIT: &str = "a file has reached the limit of the size of files (ulimit -f)";
 
 /// The keeper.
 fn keep(
@@ -192,7 +226,10 @@ fn prepare_worker() -> Result<()> {
     .context("cannot make the mounts private")?;
     let proc = sys::new_filesystem("proc", &[])?;
     let place = sys::open_path(Path::new("/proc"))?;
-    sys::attach(proc.as_fd(), place.as_fd()).context("cannot mount /proc")
+    sys::attach(proc.as_fd(), place.as_fd()).context("cannot mount /proc")?;
+    // Sections have no business with the caller's input: a loop of the shell that reads lines builds for each of them.
+    let null = std::fs::File::open("/dev/null").context("cannot open /dev/null")?;
+    rustix::stdio::dup2_stdin(null).context("cannot set standard input")
 }
 
 /// Ends this process with what `work` gives; its error goes to whoever listens.
@@ -208,38 +245,67 @@ fn end(mut tell: PipeWriter, work: impl FnOnce() -> Result<u8>) -> ! {
     sys::exit_now(status)
 }
 
-/// Runs `work` in a child process, which may change its namespaces or become a program, and gives its status.
+/// Does `work` in a child process, which may start threads or change its namespaces. What it makes is whole only when
+/// this gives `Ok`: the child did everything and ended by itself.
 ///
 /// # Errors
-/// Those of the work.
-pub fn in_child(work: impl FnOnce() -> Result<u8>) -> Result<u8> {
+/// Those of the work; saying what ended the child when it was not the work itself.
+pub fn in_child(work: impl FnOnce() -> Result<()>) -> Result<()> {
+    let end = child(|| {
+        let _limits = LimitsFail::begin();
+        work().map(|()| exit::OK)
+    })?;
+    match end {
+        End::Exited(exit::OK) => Ok(()),
+        End::Exited(status) => bail!("the process that did it ended with status {status}"),
+        End::Signalled(Signal::SIGXFSZ) => bail!("{FILE_LIMIT}"),
+        End::Signalled(Signal::SIGKILL) => bail!(
+            "the process that did it was killed (SIGKILL): was there too little memory? (dmesg; the limit of the job)"
+        ),
+        End::Signalled(signal) => bail!("the process that did it was ended by {signal}"),
+    }
+}
+
+/// Runs `work` in a child process, which becomes a program, and gives the program's status.
+///
+/// # Errors
+/// Those of the work, when no program was run.
+pub fn status_of(work: impl FnOnce() -> Result<u8>) -> Result<u8> {
+    Ok(match child(work)? {
+        End::Exited(status) => status,
+        End::Signalled(signal) => exit::signalled(signal as i32),
+    })
+}
+
+/// How a child process ended that said nothing.
+fn child(work: impl FnOnce() -> Result<u8>) -> Result<End> {
     let (mut told, tell) = std::io::pipe().context("cannot create a pipe")?;
-    match sys::fork()? {
+    let child = match sys::fork()? {
         Fork::Child => {
             drop(told);
             end(tell, work)
         }
-        Fork::Parent(child) => {
-            drop(tell);
-            let mut text = String::new();
-            told.by_ref()
-                .take(MAX_TEXT as u64)
-                .read_to_string(&mut text)
-                .context("cannot hear from a child process")?;
-            let status = loop {
-                match waitpid(child, None) {
-                    Ok(WaitStatus::Exited(_, status)) => break status.to_le_bytes()[0],
-                    Ok(WaitStatus::Signaled(_, signal, _)) => break exit::signalled(signal as i32),
-                    Ok(_) | Err(nix::Error::EINTR) => {}
-                    Err(error) => return Err(error).context("cannot wait for a child process"),
-                }
-            };
-            if text.is_empty() {
-                Ok(status)
-            } else {
-                bail!("{text}")
-            }
+        Fork::Parent(child) => child,
+    };
+    drop(tell);
+    let mut text = Vec::new();
+    let read = told
+        .by_ref()
+        .take(MAX_TEXT as u64)
+        .read_to_end(&mut text)
+        .context("cannot hear from a child process");
+    let end = loop {
+        match waitpid(child, None) {
+            Ok(WaitStatus::Exited(_, status)) => break End::Exited(status.to_le_bytes()[0]),
+            Ok(WaitStatus::Signaled(_, signal, _)) => break End::Signalled(signal),
+            Ok(_) | Err(nix::Error::EINTR) => {}
+            Err(error) => return Err(error).context("cannot wait for a child process"),
         }
+    };
+    read?;
+    match text.is_empty() {
+        true => Ok(end),
+        false => bail!("{}", String::from_utf8_lossy(&text)),
     }
 }
 
@@ -262,9 +328,34 @@ mod tests {
     use super::*;
 
     #[test]
-    fn child_gives_its_status_or_its_error() {
-        assert_eq!(in_child(|| Ok(7)).unwrap(), 7);
+    fn program_gives_its_status_or_an_error() {
+        assert_eq!(status_of(|| Ok(7)).unwrap(), 7);
+        let killed = status_of(|| kill_self(Signal::SIGTERM).map(|()| 0));
+        assert_eq!(killed.unwrap(), 143);
+        let error = status_of(|| bail!("cannot do it")).unwrap_err();
+        assert_eq!(error.to_string(), "cannot do it");
+    }
+
+    #[test]
+    fn work_is_done_only_when_its_child_says_so() {
+        in_child(|| Ok(())).unwrap();
         let error = in_child(|| bail!("cannot do it")).unwrap_err();
         assert_eq!(error.to_string(), "cannot do it");
+        let table = [
+            (Signal::SIGKILL, "was killed (SIGKILL)"),
+            (Signal::SIGTERM, "was ended by SIGTERM"),
+            (Signal::SIGHUP, "was ended by SIGHUP"),
+        ];
+        for (signal, wanted) in table {
+            let error = in_child(|| kill_self(signal)).unwrap_err().to_string();
+            assert!(error.contains(wanted), "{signal}: {error}");
+        }
+        let left = in_child(|| sys::exit_now(3)).unwrap_err();
+        assert!(left.to_string().contains("status 3"), "{left}");
+    }
+
+    fn kill_self(signal: Signal) -> Result<()> {
+        nix::sys::signal::raise(signal)?;
+        bail!("it goes on")
     }
 }

@@ -8,6 +8,7 @@
 
 mod apps;
 pub mod bootstrap;
+mod braces;
 pub mod convert;
 mod copy;
 pub mod deffile;
@@ -26,7 +27,7 @@ mod unpack;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
 use crate::cache::Cache;
 use crate::digest::Digest;
@@ -93,6 +94,8 @@ pub struct Settings {
     pub force: bool,
     /// Parts to be run; metadata that has no name here is always written.
     pub parts: Vec<Part>,
+    /// `%test` is run, and not only kept in the image.
+    pub run_test: bool,
     /// Files and directories get read and write permission for their owner.
     pub fix_perms: bool,
     /// `--bind` and `--mount` for `%post` and `%test`.
@@ -204,6 +207,7 @@ fn pipeline(def: &Def, settings: &Settings, room: &Room) -> Result<()> {
     if let [stage] = def.stages.as_slice()
         && settings.form == Form::Sif
         && stage.is_bare()
+        && bootstrap::has_layers(stage)
         && !settings.fix_perms
         && bootstrap::has_layers(stage)
     {
@@ -249,12 +253,22 @@ fn convert_layers(image: &Image, origin: &Origin, settings: &Settings, room: &Ro
     say::info(format_args!("Extracting OCI image..."));
     say::info(format_args!("Inserting Apptainer configuration..."));
     say::info(format_args!("Creating SIF file..."));
-    let draft = room.beside.join("image.sif");
     let (stamp, options) = (settings.stamp(), settings.options);
-    keeper::in_child(|| {
-        convert::to_sif(image, &draft, origin, stamp, options)?;
-        Ok(exit::OK)
-    })?;
+    put(settings, room, |draft| {
+        convert::to_sif(image, draft, origin, stamp, options).map(drop)
+    })
+}
+
+/// Lets `make` write the SIF, and puts it in its place when all went well.
+fn put(settings: &Settings, room: &Room, make: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let draft = room.beside.join("image.sif");
+    // Packing starts threads.
+    let made = keeper::in_child(|| {
+        // The build's own mask is for what lies in the image; this file is the caller's.
+        rustix::process::umask(rustix::fs::Mode::from_raw_mode(settings.host.umask));
+        make(&draft)
+    });
+    made.with_context(|| format!("cannot write {}", settings.target.display()))?;
     room::publish(&draft, &settings.target)
 }
 
@@ -295,7 +309,8 @@ impl Work<'_> {
             fix_permissions(self.root)?;
         }
         let has_test = tree.stat(Path::new("/.singularity.d/test")).is_some();
-        if settings.wants(Part::Test) && has_test && !stage.test.is_empty() {
+        let tests = settings.run_test && settings.wants(Part::Test);
+        if tests && has_test && !stage.test.is_empty() {
             sections::test(&tree, self.room, settings, self.record)?;
         }
         Ok(key)
@@ -435,10 +450,20 @@ impl Work<'_> {
             }
         }
         let files = files::digest(stage, settings)?;
-        let single = settings.ids == Ids::Single;
+        let seen = sections::seen_by_post(stage, settings)?;
+        let ids = match settings.ids {
+            Ids::All => "all",
+            Ids::Mapped(_) => "mapped",
+            Ids::Emulated => "emulated",
+            Ids::Single => "single",
+        };
         let text = format!(
-            "capsid post 1\n{}\n{base}\n{single}\n{:?}\n{:?}\n{:?}\n{files}\n{sources:?}\n",
-            settings.arch, settings.parts, stage.post, stage.apps
+            "capsid post 2 {}\n{}\n{base}\n{ids}\n{:?}\n{:?}\n{:?}\n{files}\n{sources:?}\n{seen}\n",
+            env!("CARGO_PKG_VERSION"),
+            settings.arch,
+            settings.parts,
+            stage.post,
+            stage.apps
         );
         Ok(Some(Digest::of(text.as_bytes()).to_string()))
     }
@@ -489,11 +514,9 @@ fn finish(
         Form::Sif => {}
     }
     say::info(format_args!("Creating SIF file..."));
-    let draft = room.beside.join("image.sif");
     let stamp = settings.stamp();
     let summary = (settings.describe)(root)?;
-    // Packing starts threads.
-    let packed = keeper::in_child(|| {
+    put(settings, room, |draft| {
         let mut parts = pack::Parts::new(whole_text, settings.arch, stamp);
         parts.objects.push((
             DataType::GenericJson,
@@ -501,7 +524,7 @@ fn finish(
             Content::Bytes(summary),
         ));
         parts.options = settings.options;
-        pack::image(&draft, parts, |writer| {
+        pack::image(draft, parts, |writer| {
             const NOBODY: u32 = 65534;
             let known = |id| {
                 if id == NOBODY && !settings.host_has_nobody() {
@@ -517,13 +540,9 @@ fn finish(
             let mut tree = squash::scan(root, writer, &scan)?;
             owners::amend(&mut tree, root, record)?;
             Ok(tree)
-        })?;
-        Ok(exit::OK)
-    })?;
-    if packed != exit::OK {
-        bail!("packing ended with status {packed}: was it killed for its memory?");
-    }
-    room::publish(&draft, &settings.target)
+        })
+        .map(drop)
+    })
 }
 
 impl Settings {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
 
+use crate::durable;
 use crate::engine::sys::LimitsFail;
 use crate::sif::{Content, DataType, Draft, FsType, PartType, Partition, Stamp};
 use crate::squash::{self, Options, Scan, Summary, Tree, Writer};
@@ -89,8 +90,8 @@ pub fn image(
         Content::File(squashfs),
     );
     objects.write(&mut file, parts.stamp).with_context(what)?;
-    std::fs::rename(&draft.0, target)
-        .with_context(|| format!("cannot create {}", target.display()))?;
+    let rename = || std::fs::rename(&draft.0, target);
+    durable::publish(&file, target, rename).with_context(what)?;
     Ok(summary)
 }
 

@@ -1,7 +1,8 @@
 //! Where a build works: a private directory below the temporary one, and one beside the target, from which the result is
 //! moved to its place in one step.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
@@ -9,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::fs::StatVfsMountFlags;
 
-use crate::say;
+use crate::{durable, say};
 
 /// The directories of a build. They are not removed by this value: the keeper of the build does that.
 #[derive(Debug, Clone)]
@@ -102,27 +103,33 @@ fn check_mount(directory: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Puts a finished file or directory in the place of `target`. What was there is then at `made`.
+/// Puts a finished file or directory in the place of `target`, durably. A directory that was there is then at `made`.
 ///
 /// # Errors
-/// As `renameat2(2)`.
+/// As `fsync(2)` and `renameat2(2)`.
 pub fn publish(made: &Path, target: &Path) -> Result<()> {
+    let what = || format!("cannot create {}", target.display());
+    let content = File::open(made).with_context(what)?;
+    durable::publish(&content, target, || rename(made, target)).with_context(what)
+}
+
+fn rename(made: &Path, target: &Path) -> io::Result<()> {
     use rustix::fs::{CWD, RenameFlags, renameat_with};
     use rustix::io::Errno;
-    let what = || format!("cannot create {}", target.display());
-    if fs::symlink_metadata(target).is_err() {
-        return fs::rename(made, target).with_context(what);
+    let Ok(there) = fs::symlink_metadata(target) else {
+        return fs::rename(made, target);
+    };
+    if !there.is_dir() && !fs::symlink_metadata(made)?.is_dir() {
+        return fs::rename(made, target);
     }
     match renameat_with(CWD, made, CWD, target, RenameFlags::EXCHANGE) {
         Ok(()) => Ok(()),
         // File systems without an exchange, as NFS: the old one goes aside for an instant.
         Err(Errno::INVAL | Errno::NOSYS) => {
             let old = made.with_extension("old");
-            fs::rename(target, &old).with_context(what)?;
-            fs::rename(made, target)
-                .inspect_err(|_| drop(fs::rename(&old, target)))
-                .with_context(what)
+            fs::rename(target, &old)?;
+            fs::rename(made, target).inspect_err(|_| drop(fs::rename(&old, target)))
         }
-        Err(error) => Err(error).with_context(what),
+        Err(error) => Err(error.into()),
     }
 }

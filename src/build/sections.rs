@@ -17,8 +17,8 @@ use crate::engine::server::Places;
 use crate::host::{Host, User};
 use crate::image::{Facts, Root};
 use crate::plan::{
-    self, EnvironmentRequest, Init, Missing, Mount, Namespaces, Ownership, Request, Source, Verb,
-    Why,
+    self, EnvironmentRequest, Init, Missing, Mount, Namespaces, Ownership, Planned, Request,
+    Source, Verb, Why,
 };
 use crate::{exit, say};
 
@@ -179,11 +179,7 @@ pub fn post(
     say::info(format_args!("Running post scriptlet"));
     tree.write(Path::new(POST), script.as_bytes(), 0o755)?;
     let words = words("post", &stage.post.args, Path::new(POST))?;
-    let places = make_places(tree, settings)?;
-    let status = contained(tree.path(), words, Write::Root, room, settings, owners);
-    for place in places.iter().rev() {
-        remove_place(tree, place);
-    }
+    let status = contained(tree, words, Write::Root, room, settings, owners);
     tree.remove(Path::new(POST));
     match status? {
         exit::OK => Ok(()),
@@ -198,18 +194,7 @@ pub fn post(
 pub fn test(tree: &Tree, room: &Path, settings: &Settings, owners: &mut Owners) -> Result<()> {
     say::info(format_args!("Running testscript"));
     let words = vec!["/.singularity.d/test".into()];
-    let places = make_places(tree, settings)?;
-    let status = contained(
-        tree.path(),
-        words,
-        settings.test_root,
-        room,
-        settings,
-        owners,
-    );
-    for place in places.iter().rev() {
-        remove_place(tree, place);
-    }
+    let status = contained(tree, words, settings.test_root, room, settings, owners);
     match status? {
         exit::OK => Ok(()),
         status => bail!("failed to execute %test script: exit status {status}"),
@@ -227,9 +212,23 @@ pub enum Write {
     Nothing,
 }
 
-/// Runs words in a container whose root is the directory; gives their status.
+/// Everything that `%post` has of the caller: its environment, words, identity and mounts, for the key of a kept step. The
+/// files by which it reaches the network are not among them: their content is no input of a build.
+///
+/// # Errors
+/// As [`post`].
+pub fn seen_by_post(stage: &Stage, settings: &Settings) -> Result<String> {
+    let words = words("post", &stage.post.args, Path::new(POST))?;
+    // The places of this one build are nothing that the result may depend on.
+    let root = Path::new("/");
+    let request = request(words, Write::Root, root, settings);
+    Ok(format!("{:?}", decide(root, &request, settings)?.plan))
+}
+
+/// Runs words in a container whose root is the tree; gives their status. Mount points that the tree lacks are there
+/// meanwhile.
 fn contained(
-    root: &Path,
+    tree: &Tree,
     words: Vec<OsString>,
     write: Write,
     room: &Path,
@@ -245,7 +244,13 @@ fn contained(
     }
     let request = request(words, write, &work, settings);
     let more = ["/etc/resolv.conf", "/etc/hosts"].map(stand_in);
-    run(root, &request, settings, owners, &more)
+    let mut made = Vec::new();
+    let status = make_places(tree, settings, &more, &mut made)
+        .and_then(|()| run(tree.path(), &request, settings, owners, &more));
+    for place in made.iter().rev() {
+        remove_place(tree, place);
+    }
+    status
 }
 
 /// Runs a request in a directory as its root, with further mounts; gives the status.
@@ -256,20 +261,7 @@ fn run(
     owners: &mut Owners,
     more: &[Mount],
 ) -> Result<u8> {
-    let facts = Facts {
-        arch: None,
-        path: root.to_owned(),
-        name: "rootfs".into(),
-        overlays: Vec::new(),
-    };
-    let groups = [("root".to_owned(), 0)];
-    let mut planned = plan::plan(
-        request,
-        &root_of(&settings.host),
-        &facts,
-        Root::Directory(root.to_owned()),
-        &groups,
-    )?;
+    let mut planned = decide(root, request, settings)?;
     for warning in planned.warnings.iter().chain(&planned.infos) {
         say::verbose(format_args!("{warning}"));
     }
@@ -278,7 +270,21 @@ fn run(
     if plan.ownership != Ownership::Kernel {
         return engine::run_emulated(&plan, &Places::default(), None, owners);
     }
-    keeper::in_child(|| engine::run(&plan, &Places::default(), None))
+    keeper::status_of(|| engine::run(&plan, &Places::default(), None))
+}
+
+/// The plan of a request in a directory as its root.
+fn decide(root: &Path, request: &Request, settings: &Settings) -> Result<Planned> {
+    let facts = Facts {
+        arch: None,
+        path: root.to_owned(),
+        name: "rootfs".into(),
+        overlays: Vec::new(),
+    };
+    let groups = [("root".to_owned(), 0)];
+    let host = root_of(&settings.host);
+    let root = Root::Directory(root.to_owned());
+    plan::plan(request, &host, &facts, root, &groups)
 }
 
 /// A copy of a file of the host: what the script does to it stays there.
@@ -362,39 +368,64 @@ fn request(words: Vec<OsString>, write: Write, work: &Path, settings: &Settings)
     }
 }
 
-/// Makes the mount points that a writable root lacks; gives those that were made.
-fn make_places(tree: &Tree, settings: &Settings) -> Result<Vec<PathBuf>> {
-    let mut made = Vec::new();
+/// Makes the mount points that the tree lacks, and notes those that were made.
+fn make_places(
+    tree: &Tree,
+    settings: &Settings,
+    more: &[Mount],
+    made: &mut Vec<PathBuf>,
+) -> Result<()> {
+    let kind = |source: &Path| match settings.host.cwd.join(source).is_file() {
+        true => Place::File,
+        false => Place::Directory,
+    };
     let binds = settings.binds.iter().map(|b| {
-        let source = settings.host.cwd.join(&b.source);
-        (
-            source,
-            b.target.clone(),
-            b.image.as_ref().map(|part| part.directory),
-        )
+        let part = b.image.as_ref().map(|part| match part.directory {
+            true => Place::Directory,
+            false => Place::File,
+        });
+        (b.target.as_path(), part.unwrap_or_else(|| kind(&b.source)))
     });
-    let gpu = settings
-        .gpu
-        .iter()
-        .map(|(source, target)| (source.clone(), target.clone(), None));
-    for (source, target, directory) in binds.chain(gpu) {
-        if target.starts_with("/dev") || tree.stat(&target).is_some() {
-            continue;
+    let gpu = settings.gpu.iter();
+    let gpu = gpu.map(|(source, target)| (target.as_path(), kind(source)));
+    let more = more.iter().map(|m| (m.target.as_path(), Place::File));
+    for (target, place) in binds.chain(gpu).chain(more) {
+        if !target.starts_with("/dev") {
+            make_place(tree, target, place, made)?;
         }
-        let directory = directory.unwrap_or_else(|| !source.is_file());
-        // Those above it are made too, and go too.
-        let mut above: Vec<PathBuf> = target.ancestors().skip(1).map(Path::to_owned).collect();
-        above.retain(|path| tree.stat(path).is_none());
-        above.reverse();
-        made.extend(above);
-        if directory {
-            tree.directory(&target)?;
-        } else {
-            tree.write(&target, b"", 0o644)?;
-        }
-        made.push(target);
     }
-    Ok(made)
+    Ok(())
+}
+
+/// What a mount point is.
+#[derive(Clone, Copy)]
+enum Place {
+    File,
+    Directory,
+}
+
+/// Makes what a path leads to, through links of the tree that lead to nothing, and the directories above that.
+fn make_place(tree: &Tree, path: &Path, place: Place, made: &mut Vec<PathBuf>) -> Result<()> {
+    if tree.stat(path).is_some() {
+        return Ok(());
+    }
+    let path = tree.resolved(path)?;
+    if path.as_os_str().len() > libc::PATH_MAX as usize {
+        bail!("{}: the path is too long", path.display());
+    }
+    if let Some(parent) = path.parent() {
+        make_place(tree, parent, Place::Directory, made)?;
+    }
+    // `a/..` is there as soon as `a` is.
+    if tree.stat(&path).is_some() {
+        return Ok(());
+    }
+    match place {
+        Place::Directory => drop(tree.directory(&path)?),
+        Place::File => tree.write(&path, b"", 0o644)?,
+    }
+    made.push(path);
+    Ok(())
 }
 
 /// Removes a mount point, unless something has come to lie there.

@@ -25,6 +25,8 @@ const DRAFT_AGE: Duration = Duration::from_secs(86400);
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Steps {
     directory: PathBuf,
+    /// Where a step is written, until it is whole.
+    draft: PathBuf,
 }
 
 impl Steps {
@@ -37,7 +39,10 @@ impl Steps {
             .mode(0o700)
             .create(&directory);
         match made {
-            Ok(()) => Some(Steps { directory }),
+            Ok(()) => {
+                let draft = directory.join(format!(".{}", uuid::Uuid::new_v4()));
+                Some(Steps { directory, draft })
+            }
             Err(error) => {
                 say::verbose(format_args!(
                     "steps are not kept: cannot create {}: {error}",
@@ -46,6 +51,11 @@ impl Steps {
                 None
             }
         }
+    }
+
+    /// What a build that is killed leaves.
+    pub fn draft(&self) -> &Path {
+        &self.draft
     }
 
     fn place(&self, key: &str) -> PathBuf {
@@ -72,14 +82,13 @@ impl Steps {
     }
 
     fn try_keep(&self, key: &str, root: &Path, record: &Owners) -> Result<()> {
-        let draft = self.directory.join(format!(".{}", uuid::Uuid::new_v4()));
         // Packing starts threads, and this process has to fork later.
         let packed = keeper::in_child(|| {
             let out = File::options()
                 .read(true)
                 .write(true)
                 .create_new(true)
-                .open(&draft)?;
+                .open(&self.draft)?;
             let options = Options {
                 compression: Compression::Zstd { level: 1 },
                 ..Options::default()
@@ -87,12 +96,11 @@ impl Steps {
             let mut writer = Writer::new(out, &options)?;
             let mut tree = squash::scan(root, &mut writer, &Scan::default())?;
             owners::amend(&mut tree, root, record)?;
-            writer.finish(&tree)?;
-            Ok(0)
+            writer.finish(&tree).map(drop)
         });
         packed
-            .and_then(|_| fs::rename(&draft, self.place(key)).context("cannot rename"))
-            .inspect_err(|_| drop(fs::remove_file(&draft)))
+            .and_then(|()| fs::rename(&self.draft, self.place(key)).context("cannot rename"))
+            .inspect_err(|_| drop(fs::remove_file(&self.draft)))
     }
 
     /// Removes what is beyond the limit, and what killed builds have left.

@@ -105,6 +105,32 @@ impl Tree {
         Ok((parent, name.to_owned()))
     }
 
+    /// Where a path leads when its last name is a link, or a chain of them; what the last one names need not be there.
+    ///
+    /// # Errors
+    /// When the links lead in a circle.
+    pub fn resolved(&self, path: &Path) -> Result<PathBuf> {
+        // As many as the kernel follows (path_resolution(7)).
+        const MAX_LINKS: usize = 40;
+        let mut at = path.to_owned();
+        for _ in 0..MAX_LINKS {
+            let (Some(parent), Some(name)) = (at.parent(), at.file_name()) else {
+                return Ok(at);
+            };
+            let Ok(directory) = self.open_at(parent, OFlags::PATH | OFlags::DIRECTORY) else {
+                return Ok(at);
+            };
+            let Ok(link) = rustix::fs::readlinkat(&directory, name, Vec::new()) else {
+                return Ok(at);
+            };
+            at = parent.join(OsStr::from_bytes(link.to_bytes()));
+        }
+        bail!(
+            "{} in the image: symbolic links lead in a circle",
+            path.display()
+        )
+    }
+
     /// A small file's bytes; `None` when it is not there.
     ///
     /// # Errors

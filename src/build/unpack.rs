@@ -45,8 +45,7 @@ pub fn squashfs(
     // It starts threads, and this process has to fork later.
     keeper::in_child(|| {
         let owner = |uid, gid| as_in_image.then_some((uid, gid));
-        squash::unpack(&open()?, to, &Unpack { owner: &owner })?;
-        Ok(0)
+        squash::unpack(&open()?, to, &Unpack { owner: &owner })
     })
     .with_context(what)?;
     if let Owners::Record(record) = owners {

@@ -37,28 +37,63 @@ fn one(pattern: &[char], c: char) -> Option<usize> {
     match pattern.first()? {
         '?' => Some(1),
         '\\' if pattern.len() > 1 => (pattern[1] == c).then_some(2),
-        '[' => {
-            // A bracket without an end is itself.
-            let negated = matches!(pattern.get(1), Some('!' | '^'));
-            let first = if negated { 2 } else { 1 };
-            let Some(end) = (first + 1..pattern.len()).find(|i| pattern[*i] == ']') else {
-                return (c == '[').then_some(1);
-            };
-            let set = &pattern[first..end];
-            let mut hit = false;
-            let mut i = 0;
-            while i < set.len() {
-                if i + 2 < set.len() && set[i + 1] == '-' {
-                    hit |= (set[i]..=set[i + 2]).contains(&c);
-                    i += 3;
-                } else {
-                    hit |= set[i] == c;
-                    i += 1;
+        // A bracket without an end is itself.
+        '[' => match bracket(pattern, c) {
+            Some((hit, len)) => hit.then_some(len),
+            None => (c == '[').then_some(1),
+        },
+        other => (*other == c).then_some(1),
+    }
+}
+
+/// Whether the set in brackets at the start of the pattern has this character, and the set's length; `None` without an end.
+fn bracket(pattern: &[char], c: char) -> Option<(bool, usize)> {
+    let negated = matches!(pattern.get(1), Some('!' | '^'));
+    let first = if negated { 2 } else { 1 };
+    let mut hit = false;
+    let mut at = first;
+    loop {
+        match *pattern.get(at)? {
+            ']' if at > first => return Some((hit != negated, at + 1)),
+            '[' if pattern.get(at + 1) == Some(&':') => {
+                let len = pattern[at..].windows(2).position(|w| w == [':', ']'])?;
+                let name: String = pattern[at + 2..at + len].iter().collect();
+                hit |= in_class(&name, c);
+                at += len + 2;
+            }
+            low => {
+                let range = pattern.get(at + 1) == Some(&'-');
+                match pattern.get(at + 2).filter(|high| range && **high != ']') {
+                    Some(high) => {
+                        hit |= (low..=*high).contains(&c);
+                        at += 3;
+                    }
+                    None => {
+                        hit |= low == c;
+                        at += 1;
+                    }
                 }
             }
-            (hit != negated).then_some(end + 1)
         }
-        other => (*other == c).then_some(1),
+    }
+}
+
+/// The classes of `regex(7)`, as in `[[:digit:]]`.
+fn in_class(name: &str, c: char) -> bool {
+    match name {
+        "alnum" => c.is_alphanumeric(),
+        "alpha" => c.is_alphabetic(),
+        "blank" => c == ' ' || c == '\t',
+        "cntrl" => c.is_control(),
+        "digit" => c.is_ascii_digit(),
+        "graph" => !c.is_control() && !c.is_whitespace(),
+        "lower" => c.is_lowercase(),
+        "print" => !c.is_control(),
+        "punct" => c.is_ascii_punctuation(),
+        "space" => c.is_whitespace(),
+        "upper" => c.is_uppercase(),
+        "xdigit" => c.is_ascii_hexdigit(),
+        _ => false,
     }
 }
 
@@ -78,6 +113,13 @@ mod tests {
             ("[!a-c]x", "bx", false),
             ("[]]", "]", true),
             ("[", "[", true),
+            ("[a", "[a", true),
+            ("[a-]", "-", true),
+            ("[^a]", "b", true),
+            ("[[:digit:]x]", "7", true),
+            ("[[:digit:]x]", "x", true),
+            ("[![:digit:]]", "7", false),
+            ("[[:upper:]]", "a", false),
             ("a**b", "ab", true),
             ("\\*", "*", true),
             ("\\*", "a", false),

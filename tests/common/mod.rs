@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+pub mod build;
 pub mod http;
 pub mod registry;
 

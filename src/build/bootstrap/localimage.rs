@@ -36,7 +36,16 @@ pub fn prepare(from: &str, settings: &Settings) -> Result<Base> {
 /// As [`prepare`].
 pub fn file(path: &Path, settings: &Settings) -> Result<Base> {
     let image = image::open(path)?;
-    image::check_arch(image.facts().arch.as_deref(), settings.arch)?;
+    let (arch, wanted) = (image.facts().arch, settings.arch);
+    if wanted == settings.host.arch {
+        image::check_arch(arch.as_deref(), wanted)?;
+    } else if image::check_arch(arch.as_deref(), wanted).is_err() {
+        bail!(
+            "{} is for {}, and --arch asks for {wanted}: take a base for {wanted}, or leave --arch out",
+            path.display(),
+            arch.unwrap_or_default()
+        );
+    }
     match image.root() {
         Root::Directory(path) => Ok(Base {
             kind: Kind::Directory(path),
@@ -87,5 +96,6 @@ pub fn unpack(path: &Path, root: &Path, owners: &mut Owners) -> Result<()> {
 pub fn copy(path: &Path, root: &Path) -> Result<()> {
     say::info(format_args!("Copying {}...", path.display()));
     let to = Tree::open(root)?;
-    Copier::new(&to, Manner::Exact).copy(&Source::of_host(path)?, Path::new("/"))
+    let mut copier = Copier::new(&to, Manner::Exact).all_of(path);
+    copier.copy(&Source::of_host(path)?, Path::new("/"))
 }

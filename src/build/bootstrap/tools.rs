@@ -257,7 +257,8 @@ pub fn run(tool: &Tool, root: &Path, room: &Path, settings: &Settings) -> Result
             "PATH",
             "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
         )
-        .env("HOME", "/root")
+        // A home that is there and can be read: dpkg and others look for their settings in it.
+        .env("HOME", room)
         .env("TMPDIR", room)
         .env("LC_ALL", "C")
         .current_dir("/")

@@ -25,8 +25,13 @@ pub struct BuildArgs {
     /// Bytes of a block: 4K to 1M [default: 128K]
     #[arg(long, value_name = "SIZE", help_heading = "Result")]
     pub block_size: Option<String>,
-    /// Options of mksquashfs: -comp, -Xcompression-level, -b, -processors
-    #[arg(long, value_name = "ARGS", help_heading = "Result")]
+    /// Options of mksquashfs: -comp, -Xcompression-level, -b, -no-fragments, -processors
+    #[arg(
+        long,
+        value_name = "ARGS",
+        allow_hyphen_values = true,
+        help_heading = "Result"
+    )]
     pub mksquashfs_args: Option<String>,
     /// Equal input gives equal bytes: no time in the image is later than SOURCE_DATE_EPOCH, else 1970
     #[arg(long, help_heading = "Result")]
@@ -163,7 +168,7 @@ impl BuildArgs {
             (
                 self.compat32,
                 "--compat32",
-                "32-bit programs run as they are, with no personality set: leave it out",
+                "it adds 32-bit libraries of a GPU, and those are not looked for: leave it out",
             ),
             (
                 self.buildkit_host.is_some(),

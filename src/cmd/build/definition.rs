@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use super::BuildArgs;
 use crate::build::deffile::{self, Def, Unused};
 use crate::host::Host;
-use crate::{image, say};
+use crate::{given, image, say};
 
 /// Where a definition comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,11 +43,12 @@ pub(super) fn definition(
             )
         })
         .with_context(what)?;
-    if meta.is_dir() || looks_like_image(&path).with_context(what)? {
+    // Standard input and a shell's <(program) are definitions; they cannot be looked at first.
+    if meta.is_dir() || meta.is_file() && looks_like_image(&path).with_context(what)? {
         image::open(&path).with_context(what)?;
         return Ok((two_lines("localimage", text)?, Origin::Image));
     }
-    let bytes = read(&path).with_context(what)?;
+    let bytes = given::text(&path, deffile::MAX_LEN).with_context(what)?;
     let parsed = if args.json {
         deffile::parse_json(text, &bytes)
     } else {
@@ -101,25 +102,24 @@ fn two_lines(agent: &str, from: &str) -> Result<Def> {
 /// Whether a file begins as no text does.
 fn looks_like_image(path: &Path) -> Result<bool> {
     let mut head = Vec::new();
-    std::fs::File::open(path)?
-        .take(512)
-        .read_to_end(&mut head)?;
+    given::open(path)?.take(512).read_to_end(&mut head)?;
     Ok(head.contains(&0)
         || head.starts_with(b"hsqs")
         || head.starts_with(b"#!/usr/bin/env run-singularity"))
 }
 
-fn read(path: &Path) -> Result<Vec<u8>> {
-    let file = std::fs::File::open(path)?;
-    let mut bytes = Vec::new();
-    file.take(deffile::MAX_LEN + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > deffile::MAX_LEN {
-        bail!(
-            "larger than {} MiB: this is no definition",
-            deffile::MAX_LEN >> 20
-        );
+/// Whether a file is a definition: by its name, or a text with a line that begins one. An empty file is none.
+pub(super) fn is_definition(path: &Path, file: &std::fs::File) -> std::io::Result<bool> {
+    let mut head = Vec::new();
+    file.take(64 << 10).read_to_end(&mut head)?;
+    if head.is_empty() || head.contains(&0) {
+        return Ok(false);
     }
-    Ok(bytes)
+    let text = String::from_utf8_lossy(&head).to_ascii_lowercase();
+    let key = |line: &str| line.trim_start().starts_with("bootstrap:");
+    let json = text.trim_start().starts_with(['{', '[']) && text.contains("\"bootstrap\"");
+    let named = path.extension().is_some_and(|e| e == "def");
+    Ok(named || json || text.lines().any(key))
 }
 
 /// Build arguments: those of files first, as those of the command line beat them.
@@ -128,10 +128,8 @@ fn build_args(args: &BuildArgs, host: &Host) -> Result<Vec<(String, String)>> {
     for file in &args.build_arg_file {
         let path = host.cwd.join(file);
         let shown = file.display().to_string();
-        let bytes =
-            read(&path).with_context(|| format!("cannot read {shown} (--build-arg-file)"))?;
-        let text = String::from_utf8(bytes)
-            .map_err(|_| anyhow!("{shown}: not UTF-8 (--build-arg-file)"))?;
+        let text = given::string(&path, deffile::MAX_LEN)
+            .with_context(|| format!("cannot read {shown} (--build-arg-file)"))?;
         pairs.extend(deffile::template::pairs(&shown, &text)?);
     }
     for text in &args.build_arg {

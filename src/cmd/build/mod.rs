@@ -22,7 +22,7 @@ use crate::host::{Host, normalise};
 use crate::oci::Platform;
 use crate::plan::bind;
 use crate::squash::{Compression, Options};
-use crate::{exit, gpu, say};
+use crate::{exit, given, gpu, say};
 
 /// Builds an image. `words` are the target and the source.
 ///
@@ -63,9 +63,12 @@ pub fn run(args: &BuildArgs, words: &[OsString], host: Host) -> Result<u8> {
             return Err(error);
         }
     };
-    let left = room.leftovers();
-    let left: &[PathBuf] = if args.no_cleanup { &left[1..] } else { &left };
-    let status = build::build(&def, &settings, &room, left);
+    let mut left = vec![room.beside.clone()];
+    if !args.no_cleanup {
+        left.push(room.temporary.clone());
+    }
+    left.extend(settings.steps.iter().map(|steps| steps.draft().to_owned()));
+    let status = build::build(&def, &settings, &room, &left);
     if args.no_cleanup {
         say::info(format_args!(
             "Temporary files are left in {} (--no-cleanup)",
@@ -106,6 +109,10 @@ fn check_target(target: &Path, shown: &str, form: Form, force: bool) -> Result<(
         Err(_) => return Ok(()),
     };
     let sandbox = target.join(".singularity.d").is_dir();
+    if force && form != Form::Update && !meta.is_dir() {
+        check_replaced(target)
+            .with_context(|| format!("build target '{shown}' is not overwritten"))?;
+    }
     match form {
         Form::Update if sandbox => Ok(()),
         Form::Update => bail!("--update: {shown} is no sandbox (it has no .singularity.d)"),
@@ -122,6 +129,22 @@ fn check_target(target: &Path, shown: &str, form: Form, force: bool) -> Result<(
         }
         Form::Sandbox | Form::Sif => Ok(()),
     }
+}
+
+/// What `--force` replaces is a file, and no definition: with target and source swapped it would be somebody's work.
+fn check_replaced(target: &Path) -> Result<()> {
+    let file = match given::open(target) {
+        Ok(file) => file,
+        // A link that leads to nothing.
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error.into()),
+    };
+    if definition::is_definition(target, &file)? {
+        bail!(
+            "it is a definition: the image comes first, what it is made from behind it (build IMAGE SOURCE)"
+        );
+    }
+    Ok(())
 }
 
 fn is_empty(directory: &Path) -> bool {
@@ -193,6 +216,7 @@ fn settings(
         form,
         force: args.force,
         parts: parts(args)?,
+        run_test: !args.notest,
         fix_perms: args.fix_perms,
         binds,
         gpu: gpu::find(args.nv, args.rocm),
@@ -299,9 +323,6 @@ fn parts(args: &BuildArgs) -> Result<Vec<Part>> {
             }
         }
     }
-    if args.notest {
-        parts.retain(|part| *part != Part::Test);
-    }
     Ok(parts)
 }
 
@@ -347,9 +368,10 @@ fn mksquashfs(text: &str, options: &mut Options) -> Result<()> {
             "-Xcompression-level" => level = Some(value()?.clone()),
             "-b" => options.block_bytes = block_size(value()?)?,
             "-processors" => options.threads = value()?.parse().context("-processors")?,
+            "-no-fragments" => options.fragments = false,
             "-noappend" | "-no-progress" | "-quiet" | "-all-root" | "-no-recovery" => {}
             other => bail!(
-                "{other} is not supported: images are written without mksquashfs; -comp, -Xcompression-level, -b and -processors are understood"
+                "{other} is not supported: images are written without mksquashfs; -comp, -Xcompression-level, -b, -no-fragments and -processors are understood"
             ),
         }
     }
