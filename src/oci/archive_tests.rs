@@ -163,5 +163,5 @@ fn pipes_are_refused_without_waiting() {
     rustix::fs::mknodat(rustix::fs::CWD, &path, kind, mode, 0).unwrap();
     let result = open_oci(&path, None, &platform(), dir.path());
     let text = format!("{:#}", result.err().unwrap());
-    assert!(text.contains("no regular file"), "{text}");
+    assert!(text.contains("not a regular file"), "{text}");
 }
