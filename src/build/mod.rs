@@ -207,7 +207,6 @@ fn pipeline(def: &Def, settings: &Settings, room: &Room) -> Result<()> {
     if let [stage] = def.stages.as_slice()
         && settings.form == Form::Sif
         && stage.is_bare()
-        && bootstrap::has_layers(stage)
         && !settings.fix_perms
         && bootstrap::has_layers(stage)
     {

@@ -49,18 +49,6 @@ impl Kind {
     }
 }
 
-/// Whether a stage's base comes in layers.
-pub fn has_layers(stage: &Stage) -> bool {
-    let agents = [
-        "docker",
-        "oci",
-        "oci-archive",
-        "docker-archive",
-        "docker-daemon",
-    ];
-    agents.contains(&agent(stage).as_str())
-}
-
 /// Finds a stage's base.
 ///
 /// # Errors
