@@ -271,6 +271,29 @@ fn scripts_in_error_are_told_and_the_run_goes_on() {
 }
 
 #[test]
+fn variables_of_the_caller_are_in_no_command_line() {
+    let env = Env::new();
+    let tree = env.tree("tree");
+    let text = "#!/bin/sh\nexport SEEN=\"$(tr '\\0' ' ' </proc/$$/cmdline)\"\n";
+    script(&tree.join(".singularity.d/env/91-environment.sh"), text);
+    let image = env.sif(&tree, "image.sif");
+    let mut command = env.command(["exec", image.to_str().unwrap(), "env"]);
+    let out = output(
+        command
+            .env("GITHUB_TOKEN", "s3cret")
+            .env("APPTAINERENV_KEY", "s3cr3t"),
+    );
+    let seen = out.ok().lines().find(|l| l.starts_with("SEEN=")).unwrap();
+    assert!(seen.contains("CAPSID_SCRIPT"), "{out}");
+    assert!(
+        !seen.contains("s3cret") && !seen.contains("s3cr3t"),
+        "{out}"
+    );
+    assert!(out.stdout.contains("GITHUB_TOKEN=s3cret\n"), "{out}");
+    assert!(!out.stdout.contains("\nCAPSID_SCRIPT="), "{out}");
+}
+
+#[test]
 fn exported_functions_come_along() {
     let env = Env::new();
     let tree = env.tree("tree");

@@ -242,7 +242,7 @@ pub(super) fn network(args: &ActionArgs, scratch: &Path) -> Result<Option<Networ
             "--network fakeroot takes a program with root's rights, which this is not: the container has no network but its own loopback; leave the option out for one that is connected by pasta or slirp4netns"
         )),
         Some(other) => bail!(
-            "--network {other} is not supported: use --net alone for a network that is connected by pasta or slirp4netns, or --network none"
+            "--network {other} is not supported: leave it out for a network that is connected by pasta or slirp4netns (--net), or use none"
         ),
     }
     if !is_connected(args) {

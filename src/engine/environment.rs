@@ -46,7 +46,7 @@ pub enum Finished {
     Shell {
         /// The shell with its options.
         shell: &'static [&'static str],
-        /// For `sh -c`.
+        /// For `eval`.
         script: OsString,
         /// For the shell itself.
         vars: Vec<(OsString, OsString)>,
@@ -320,7 +320,7 @@ fn with_defaults(path: &[u8]) -> Vec<u8> {
 /// The same steps as [`natively`], for a real shell.
 fn for_shell(environment: &Environment, scripts: &[PathBuf]) -> Vec<u8> {
     // Shells have prompts of their own, which the image's scripts would keep.
-    let mut text = b"PS1=\n".to_vec();
+    let mut text = b"unset CAPSID_SCRIPT\nPS1=\n".to_vec();
     for (name, id) in ids() {
         // Some shells know these and let nobody set them.
         text.extend(format!(": \"${{{name}:={id}}}\"\n").bytes());

@@ -159,8 +159,11 @@ pub fn resolve(process: &Process, environment: &Environment, cwd: &Path) -> Resu
             vars,
         } => {
             let mut words: Vec<OsString> = shell.iter().map(Into::into).collect();
-            words.extend(["-c".into(), script, "capsid".into()]);
+            // Other users can read the words of a command, but not its environment, and the script holds the caller's.
+            words.extend(["-c", "eval \"$CAPSID_SCRIPT\"", "capsid"].map(Into::into));
             words.extend(argv);
+            let mut vars = vars;
+            vars.push(("CAPSID_SCRIPT".into(), script));
             Ok(Next::Run(Program {
                 path: shell[0].into(),
                 argv: words,
