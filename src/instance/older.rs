@@ -6,6 +6,8 @@
 
 use std::path::PathBuf;
 
+use serde::Deserialize;
+
 use super::{Instance, MAX_RECORD, Record};
 use crate::engine::runtime::{self, Directory};
 use crate::host::{Host, JOBS};
@@ -15,6 +17,8 @@ use crate::proc::{self, Held, Id};
 pub struct Older {
     uid: u32,
     homes: Vec<PathBuf>,
+    /// Those of all jobs of the user too.
+    jobs: bool,
 }
 
 impl Older {
@@ -22,22 +26,72 @@ impl Older {
     pub fn of(host: &Host) -> Older {
         let own = host.runtime_home().map(PathBuf::from);
         let variable = host.var("XDG_RUNTIME_DIR").map(PathBuf::from);
-        let jobs = std::fs::read_dir(JOBS).into_iter().flatten().flatten();
-        let jobs = jobs
-            .filter(|entry| entry.file_name().as_encoded_bytes().starts_with(b"job-"))
-            .map(|entry| entry.path());
-        let homes = own.into_iter().chain(variable).chain(jobs);
         Older {
             uid: host.uid,
-            homes: homes.collect(),
+            homes: own.into_iter().chain(variable).collect(),
+            jobs: true,
+        }
+    }
+
+    /// That of one job.
+    pub fn of_job(uid: u32, home: PathBuf) -> Older {
+        Older {
+            uid,
+            homes: vec![home],
+            jobs: false,
         }
     }
 
     /// Those that run. Files of others go.
     pub fn list(&self) -> Vec<Instance> {
-        let directories = runtime::present(self.uid, self.homes.clone());
+        let jobs = if self.jobs {
+            jobs_of(self.uid)
+        } else {
+            Vec::new()
+        };
+        let homes = self.homes.iter().cloned().chain(jobs);
+        let directories = runtime::present(self.uid, homes);
         directories.iter().flat_map(in_directory).collect()
     }
+}
+
+/// What root has written down of a job, as far as it matters here.
+#[derive(Deserialize)]
+struct Memory {
+    job: Owner,
+}
+
+#[derive(Deserialize)]
+struct Owner {
+    uid: u32,
+}
+
+/// The directories of the user's jobs, by root's word. No directory of another's job is touched: a file system may be
+/// mounted there that does not answer.
+fn jobs_of(uid: u32) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(JOBS).into_iter().flatten().flatten();
+    let mut mounts = None;
+    let is_users = |entry: std::fs::DirEntry| {
+        let name = entry.file_name().into_string().ok()?;
+        let number = name.strip_prefix("job-")?;
+        if !number.bytes().all(|b| b.is_ascii_digit()) {
+            return None;
+        }
+        let path = entry.path();
+        let users = match std::fs::read(path.with_added_extension("root")) {
+            Ok(text) => serde_json::from_slice::<Memory>(&text).is_ok_and(|m| m.job.uid == uid),
+            // An older version's, which only root can read: then the directory tells, unless it is covered.
+            Err(error) if error.kind() == std::io::ErrorKind::PermissionDenied => {
+                let table = mounts.get_or_insert_with(|| proc::mounts::table().ok());
+                let is_free = |t: &Vec<proc::mounts::Mount>| t.iter().all(|m| m.point != path);
+                table.as_ref().is_some_and(is_free)
+                    && rustix::fs::lstat(&path).is_ok_and(|s| s.st_uid == uid)
+            }
+            Err(_) => false,
+        };
+        users.then_some(path)
+    };
+    entries.filter_map(is_users).collect()
 }
 
 fn in_directory(directory: &Directory) -> Vec<Instance> {

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::ops::Deref;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
@@ -13,7 +13,7 @@ use super::older::Older;
 use super::{Record, State};
 use crate::engine::join::Way;
 use crate::engine::runtime::{self, Directory};
-use crate::host::Host;
+use crate::host::{Host, JOBS};
 use crate::proc::Held;
 use crate::say;
 
@@ -102,6 +102,18 @@ impl Registry {
             login: door::scope_of_login(host),
             older: Older::of(host),
             job: host.job(),
+        })
+    }
+
+    /// Of a job of a user's, for root, which has become that user.
+    pub fn of_job(uid: u32, job: u32) -> Option<Registry> {
+        let home = PathBuf::from(format!("{JOBS}/job-{job}"));
+        Some(Registry {
+            directory: runtime::open(uid, Some(home.as_os_str()))?,
+            uid,
+            login: String::new(),
+            older: Older::of_job(uid, home),
+            job: Some(job.to_string()),
         })
     }
 

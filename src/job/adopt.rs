@@ -3,7 +3,12 @@
 //!
 //! They appear right after the Prolog has ended, so this is done by a helper that the Prolog leaves behind.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
+
+use super::conf::Conf;
+use crate::proc::{cgroups, mounts};
 
 /// How Slurm follows the processes of a job, as far as it matters here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -14,46 +19,39 @@ pub enum Tracking {
     None,
 }
 
-/// Reads it from Slurm's configuration; by cgroup when nothing else is said.
-pub fn tracking(slurm_conf: Option<&Path>) -> Tracking {
-    match setting(slurm_conf, &["ProctrackType"]) {
+/// By cgroup when Slurm's configuration says nothing else.
+pub fn tracking(conf: &Conf) -> Tracking {
+    match conf.get(&["ProctrackType"]) {
         Some(kind) if !kind.starts_with("proctrack/cgroup") => Tracking::None,
         _ => Tracking::Cgroup,
     }
 }
 
-/// The value of the first of these keys that Slurm's configuration has, in small letters.
-pub fn setting(slurm_conf: Option<&Path>, keys: &[&str]) -> Option<String> {
-    let path = slurm_conf.unwrap_or(Path::new("/etc/slurm/slurm.conf"));
-    let text = std::fs::read_to_string(path).unwrap_or_default();
-    text.lines().find_map(|line| {
-        let (key, value) = line.split('#').next()?.split_once('=')?;
-        let wanted = keys.iter().any(|k| key.trim().eq_ignore_ascii_case(k));
-        wanted.then(|| value.trim().to_ascii_lowercase())
-    })
-}
-
 /// The mount points of all cgroup hierarchies.
-fn hierarchies() -> Vec<PathBuf> {
-    let text = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let mut found: Vec<PathBuf> = text
-        .lines()
-        .filter(|line| line.contains(" - cgroup ") || line.contains(" - cgroup2 "))
-        .filter_map(|line| line.split(' ').nth(4).map(PathBuf::from))
+fn hierarchies() -> std::io::Result<Vec<PathBuf>> {
+    let mut found: Vec<PathBuf> = mounts::table()?
+        .into_iter()
+        .filter(|mount| mount.kind == "cgroup" || mount.kind == "cgroup2")
+        .map(|mount| mount.point)
         .collect();
     found.sort();
     found.dedup();
-    found
+    Ok(found)
 }
 
-fn children(path: &Path, fits: &dyn Fn(&str) -> bool) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(path).into_iter().flatten().flatten();
-    entries
-        .filter(|e| {
-            e.file_type().is_ok_and(|t| t.is_dir()) && e.file_name().to_str().is_some_and(fits)
-        })
-        .map(|e| e.path())
-        .collect()
+/// The directories in a cgroup of Slurm's with names of a kind; none in one that is not there.
+fn children(path: &Path, fits: &dyn Fn(&[u8]) -> bool) -> std::io::Result<Vec<PathBuf>> {
+    let entries = match std::fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(error) => match error.raw_os_error() {
+            Some(libc::ENOENT | libc::ENOTDIR | libc::ENODEV | libc::EACCES) => return Ok(vec![]),
+            _ => return Err(error),
+        },
+    };
+    let wanted = |e: &std::fs::DirEntry| {
+        e.file_type().is_ok_and(|t| t.is_dir()) && fits(e.file_name().as_os_str().as_bytes())
+    };
+    Ok(entries.flatten().filter(wanted).map(|e| e.path()).collect())
 }
 
 /// The directory of a job's extern step.
@@ -74,41 +72,49 @@ pub struct Cgroups<'a> {
 
 impl Cgroups<'_> {
     /// The job's directories in every hierarchy: `slurm*/uid_U/job_J` (v1) and `*slurmstepd.scope/job_J` (v2).
-    pub fn directories(&self) -> Vec<PathBuf> {
+    ///
+    /// # Errors
+    /// When the table of mounts cannot be read: then nobody knows.
+    pub fn directories(&self) -> std::io::Result<Vec<PathBuf>> {
         let (job, uid) = (self.job, self.uid);
-        let is_ours = |mark: &str| self.node.is_none_or(|node| mark.is_empty() || mark == node);
+        let is_ours = |mark: &[u8]| {
+            let mut node = self.node.map(str::as_bytes).into_iter();
+            mark.is_empty() || node.all(|node| mark == node)
+        };
         let mut found = Vec::new();
-        for top in hierarchies() {
-            let v1 = |name: &str| {
-                let mark = name.strip_prefix("slurm");
-                mark.is_some_and(|mark| is_ours(mark.strip_prefix('_').unwrap_or(mark)))
+        for top in hierarchies()? {
+            let v1 = |name: &[u8]| {
+                let mark = name.strip_prefix(b"slurm");
+                mark.is_some_and(|mark| is_ours(mark.strip_prefix(b"_").unwrap_or(mark)))
             };
-            for slurm in children(&top, &v1) {
+            for slurm in children(&top, &v1)? {
                 found.push(slurm.join(format!("uid_{uid}/job_{job}")));
             }
-            let v2 = |name: &str| {
-                let mark = name.strip_suffix("slurmstepd.scope");
-                mark.is_some_and(|mark| is_ours(mark.strip_suffix('_').unwrap_or(mark)))
+            let v2 = |name: &[u8]| {
+                let mark = name.strip_suffix(b"slurmstepd.scope");
+                mark.is_some_and(|mark| is_ours(mark.strip_suffix(b"_").unwrap_or(mark)))
             };
             for slice in [top.join("system.slice"), top.clone()] {
-                for scope in children(&slice, &v2) {
+                for scope in children(&slice, &v2)? {
                     found.push(scope.join(format!("job_{job}")));
                 }
             }
         }
         found.retain(|path| path.is_dir());
-        found
+        Ok(found)
     }
 
     /// The files that take a process into a step of the job, one for each hierarchy; none before Slurm has a process there.
-    pub fn doors(&self, step: Step) -> Vec<PathBuf> {
+    ///
+    /// # Errors
+    /// As [`Cgroups::directories`].
+    pub fn doors(&self, step: Step) -> std::io::Result<Vec<PathBuf>> {
         let step = match step {
             Step::Extern => EXTERN,
             Step::Batch => "step_batch",
         };
-        let lived_in = |door: &PathBuf| {
-            std::fs::read_to_string(door).is_ok_and(|text| !text.trim().is_empty())
-        };
+        let lived_in =
+            |door: &PathBuf| std::fs::read(door).is_ok_and(|text| !text.trim_ascii().is_empty());
         let door = |directory: PathBuf| {
             let is_v1 = self.is_v1(&directory);
             let directory = directory.join(step);
@@ -123,12 +129,15 @@ impl Cgroups<'_> {
             let mut doors = places.iter().map(|place| directory.join(place));
             doors.find(lived_in)
         };
-        self.directories().into_iter().filter_map(door).collect()
+        Ok(self.directories()?.into_iter().filter_map(door).collect())
     }
 
     /// With version 2, makes a place in the job that is part of no step. In version 1 the job's directory is one.
+    ///
+    /// # Errors
+    /// As [`Cgroups::directories`] and `mkdir(2)`.
     pub fn doors_beside_steps(&self) -> std::io::Result<Vec<PathBuf>> {
-        let directories = self.directories().into_iter();
+        let directories = self.directories()?.into_iter();
         let place = |directory: PathBuf| {
             let place = directory.join(BESIDE_STEPS);
             match std::fs::create_dir(&place) {
@@ -139,21 +148,20 @@ impl Cgroups<'_> {
         directories.filter(|d| !self.is_v1(d)).map(place).collect()
     }
 
-    /// Removes what is empty of the job's directories; with `keep_extern`, nothing of the extern step.
-    pub fn remove(&self, keep_extern: bool) {
-        for directory in self.directories() {
-            if keep_extern {
-                let others = children(&directory, &|name| name != EXTERN);
-                others.iter().for_each(|other| remove(other));
-            } else {
-                remove(&directory);
-            }
+    /// With `keep_extern`, all directories in the job's but the extern step's; else the job's own.
+    ///
+    /// # Errors
+    /// As [`Cgroups::directories`].
+    pub fn to_be_removed(&self, keep_extern: bool) -> std::io::Result<Vec<PathBuf>> {
+        let directories = self.directories()?;
+        if !keep_extern {
+            return Ok(directories);
         }
-    }
-
-    /// Whether the job has directories of version 2.
-    pub fn has_version_2(&self) -> bool {
-        self.directories().iter().any(|d| !self.is_v1(d))
+        let mut others = Vec::new();
+        for directory in &directories {
+            others.extend(children(directory, &|name| name != EXTERN.as_bytes())?);
+        }
+        Ok(others)
     }
 
     fn is_v1(&self, directory: &Path) -> bool {
@@ -162,23 +170,49 @@ impl Cgroups<'_> {
     }
 
     /// Whether there is a step of another kind already: of `srun`'s, or an interactive one.
-    pub fn has_other_step(&self) -> bool {
-        let is_other =
-            |name: &str| name.starts_with("step_") && name != EXTERN && name != "step_batch";
-        self.directories()
-            .iter()
-            .any(|directory| !children(directory, &is_other).is_empty())
+    ///
+    /// # Errors
+    /// As [`Cgroups::directories`].
+    pub fn has_other_step(&self) -> std::io::Result<bool> {
+        let is_other = |name: &[u8]| {
+            name.starts_with(b"step_") && name != EXTERN.as_bytes() && name != b"step_batch"
+        };
+        for directory in self.directories()? {
+            if !children(&directory, &is_other)?.is_empty() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Takes this process out of the job, to the top of each hierarchy.
+    ///
+    /// # Errors
+    /// As [`Cgroups::directories`], and when a cgroup does not take it.
+    pub fn leave(&self) -> std::io::Result<()> {
+        let tops = hierarchies()?;
+        for directory in self.directories()? {
+            let above = tops.iter().filter(|top| directory.starts_with(top));
+            if let Some(top) = above.max_by_key(|top| top.as_os_str().len()) {
+                std::fs::write(top.join("cgroup.procs"), std::process::id().to_string())?;
+            }
+        }
+        Ok(())
     }
 }
 
-/// Whether a process is in a cgroup of a job's already.
-pub fn is_in_job(pid: i32, job: u32) -> bool {
-    let cgroups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
-    let directory = format!("/job_{job}");
-    cgroups.lines().any(|line| {
-        line.contains("slurm")
-            && (line.ends_with(&directory) || line.contains(&format!("{directory}/")))
-    })
+/// Whether this process is in a cgroup of a job's already.
+///
+/// # Errors
+/// When its cgroups cannot be read.
+pub fn are_in_job(job: u32) -> std::io::Result<bool> {
+    let is_of_job = |path: &Path| {
+        let in_slurm = path.as_os_str().as_bytes();
+        let in_slurm = in_slurm.windows(5).any(|part| part == b"slurm");
+        let directory = format!("job_{job}");
+        in_slurm && path.iter().any(|name| name == OsStr::new(&directory))
+    };
+    Ok(cgroups::own()?.iter().any(|cgroup| is_of_job(&cgroup.path)))
 }
 
 /// A step that belongs to the job rather than to a command of it.
@@ -189,31 +223,4 @@ pub enum Step {
     /// The batch script's, on the first node of batch jobs. Slurm ends it when the script and the TaskEpilog have ended, or
     /// after `KillWait`.
     Batch,
-}
-
-/// Processes below a directory of a job.
-pub fn processes(directory: &Path) -> Vec<i32> {
-    let mut pids = Vec::new();
-    visit(directory, 0, &mut |path| {
-        let text = std::fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
-        pids.extend(text.lines().filter_map(|l| l.parse::<i32>().ok()));
-    });
-    pids
-}
-
-/// Removes what is empty below a directory of a job, and itself.
-fn remove(directory: &Path) {
-    visit(directory, 0, &mut |path| {
-        let _ = std::fs::remove_dir(path);
-    });
-}
-
-/// Children first. A user can make directories below a step; the depth is bounded.
-fn visit(path: &Path, depth: usize, each: &mut dyn FnMut(&Path)) {
-    if depth < 16 {
-        for child in children(path, &|_| true).iter().take(1000) {
-            visit(child, depth + 1, each);
-        }
-    }
-    each(path);
 }

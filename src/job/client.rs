@@ -140,9 +140,7 @@ pub fn step_daemon() -> Option<Held> {
             .ok()
             .filter(|p| *p > 1)?;
         let process = proc::Id::of(pid)?;
-        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
-        let root = rustix::fs::stat(format!("/proc/{pid}")).is_ok_and(|s| s.st_uid == 0);
-        if name.trim() == "slurmstepd" && root {
+        if proc::comm(pid).ok()? == b"slurmstepd" && proc::real_uid(pid).ok()? == 0 {
             return process.hold();
         }
     }

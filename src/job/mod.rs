@@ -15,6 +15,7 @@
 
 pub mod adopt;
 pub mod client;
+mod conf;
 pub mod message;
 pub mod root;
 pub mod supervisor;

@@ -4,6 +4,7 @@
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -17,6 +18,7 @@ use super::{Declaration, Job, as_user, readable, steps, trouble};
 use crate::engine::sys::{self, Fork};
 use crate::host::User;
 use crate::job::adopt::{self, Cgroups, Step, Tracking};
+use crate::job::conf::Conf;
 use crate::job::socket_name;
 use crate::job::supervisor::nodes;
 use crate::proc;
@@ -93,9 +95,14 @@ pub(super) fn leave_helper(
                 detach()?;
                 sys::set_title(&format!("capsid-adopt: {}", job.id));
                 drop(sign);
-                let slurm_conf = declaration.slurm_conf.as_deref();
+                let conf = Conf::read(declaration.slurm_conf.as_deref()).unwrap_or_else(|error| {
+                    trouble(&format!(
+                        "Slurm's configuration is not read, and taken for the usual: {error:#}"
+                    ));
+                    Conf::default()
+                });
                 // Outside of the job it would have no limits.
-                if adopt::tracking(slurm_conf) == Tracking::Cgroup {
+                if adopt::tracking(&conf) == Tracking::Cgroup {
                     let (node, nodes) = nodes(&|name| declaration.var(name));
                     let cgroups = Cgroups {
                         job: job.id,
@@ -104,7 +111,8 @@ pub(super) fn leave_helper(
                     };
                     enter(&cgroups, nodes.first() == Some(&node))?;
                 }
-                steps::enter_mounts(job.id, slurm_conf)?;
+                steps::enter_mounts(job.id, &conf)?;
+                try_setpriv(job)?;
                 sys::inherit(&socket)?;
                 let mut command = as_user(job);
                 command
@@ -125,8 +133,28 @@ pub(super) fn leave_helper(
     }
 }
 
+/// Sees that a program can become the user here: what goes wrong later nobody hears.
+fn try_setpriv(job: Job) -> Result<()> {
+    let tried = as_user(job)
+        .arg("--version")
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .output()
+        .context("cannot execute setpriv")?;
+    if !tried.status.success() {
+        let said = String::from_utf8_lossy(&tried.stderr);
+        bail!(
+            "setpriv, which executes capsid as the user, ends with {}: {}",
+            tried.status,
+            said.trim()
+        );
+    }
+    Ok(())
+}
+
 /// Leaves the Prolog, and what slurmd has for itself only.
-fn detach() -> Result<()> {
+pub(super) fn detach() -> Result<()> {
     nix::unistd::setsid().context("cannot create a session")?;
     SigSet::empty()
         .thread_set_mask()
@@ -136,7 +164,8 @@ fn detach() -> Result<()> {
     sys::detach_standard_descriptors();
     rustix::process::umask(Mode::from_bits_truncate(0o077));
     // slurmd may be kept from being killed for memory, or come before others: a user's processes are not.
-    let score = std::fs::read_to_string("/proc/self/oom_score_adj").unwrap_or_default();
+    let score =
+        std::fs::read_to_string("/proc/self/oom_score_adj").context("/proc/self/oom_score_adj")?;
     if score.starts_with('-') {
         std::fs::write("/proc/self/oom_score_adj", "0").context("/proc/self/oom_score_adj")?;
     }
@@ -155,12 +184,13 @@ fn detach() -> Result<()> {
 ///
 /// The batch script runs on the first node of a job.
 fn enter(cgroups: &Cgroups<'_>, is_first_node: bool) -> Result<()> {
-    let begins_in_job = adopt::is_in_job(std::process::id().cast_signed(), cgroups.job);
+    let begins_in_job = adopt::are_in_job(cgroups.job).context("our cgroups cannot be read")?;
     if !begins_in_job {
-        let doors = look(ADOPTION, || {
-            let doors = cgroups.doors(Step::Extern);
-            (!doors.is_empty()).then_some(doors)
+        let doors = look(ADOPTION, || match cgroups.doors(Step::Extern) {
+            Ok(doors) if doors.is_empty() => None,
+            doors => Some(doors),
         });
+        let doors = doors.transpose().context("its cgroups cannot be read")?;
         let Some(doors) = doors else {
             bail!(
                 "no extern step within {} s, so its services cannot be part of it: is PrologFlags=Contain set?",
@@ -181,10 +211,14 @@ fn enter(cgroups: &Cgroups<'_>, is_first_node: bool) -> Result<()> {
 fn enter_batch(cgroups: &Cgroups<'_>) -> bool {
     let mut trouble_so_far = None;
     let entered = look(BATCH, || {
-        let others = cgroups.has_other_step();
-        let doors = cgroups.doors(Step::Batch);
-        match go_in(&doors) {
-            Ok(()) => (others || !doors.is_empty()).then_some(!doors.is_empty()),
+        let enter = || -> Result<Option<bool>> {
+            let others = cgroups.has_other_step()?;
+            let doors = cgroups.doors(Step::Batch)?;
+            go_in(&doors)?;
+            Ok((others || !doors.is_empty()).then_some(!doors.is_empty()))
+        };
+        match enter() {
+            Ok(entered) => entered,
             // With cgroup version 2 Slurm moves the script from one to another at first, and removes the former.
             Err(error) => {
                 trouble_so_far = Some(error);

@@ -21,12 +21,27 @@ pub(super) struct Memory {
     pub(super) boot: String,
     pub(super) supervisor: Option<proc::Id>,
     pub(super) since_s: i64,
+    /// When it began, by a clock that nobody sets: seconds since the machine started. Older versions did not write it.
+    #[serde(default)]
+    pub(super) since_boot_s: Option<u64>,
     /// Slurm's name of this node.
     #[serde(default)]
     pub(super) node: Option<String>,
 }
 
+/// Between its Prolog and its extern step nothing of Slurm runs for a job, for so long at most; seconds.
+const YOUNG_S: u64 = 60;
+
 impl Memory {
+    /// Whether Slurm may not have had the time to run anything for the job.
+    pub(super) fn is_young(&self) -> bool {
+        let age = match self.since_boot_s {
+            Some(since) => Some(proc::since_boot_s().saturating_sub(since)),
+            None => u64::try_from(crate::instance::now_s() - self.since_s).ok(),
+        };
+        self.boot == proc::boot_id() && age.is_none_or(|age| age < YOUNG_S)
+    }
+
     pub(super) fn cgroups(&self) -> Cgroups<'_> {
         Cgroups {
             job: self.job.id,
@@ -70,16 +85,25 @@ impl Top {
             format!("job-{}.root", memory.job.id),
             format!("job-{}.new", memory.job.id),
         );
-        let _ = rustix::fs::unlinkat(&self.0, &draft, AtFlags::empty());
+        self.unlink(&draft);
         let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let fd = rustix::fs::openat(&self.0, &draft, flags, Mode::RUSR | Mode::WUSR)
-            .context("cannot write a job's memory")?;
         let text = serde_json::to_vec(memory).context("a job's memory")?;
-        std::fs::File::from(fd)
-            .write_all(&text)
-            .context("cannot write a job's memory")?;
-        rustix::fs::renameat(&self.0, &draft, &self.0, &name).context("cannot write a job's memory")
+        // Its user finds his jobs by it.
+        let mode = Mode::from_bits_truncate(0o644);
+        let write = || -> std::io::Result<()> {
+            let fd = rustix::fs::openat(&self.0, &draft, flags, mode)?;
+            rustix::fs::fchmod(&fd, mode)?;
+            std::fs::File::from(fd).write_all(&text)?;
+            Ok(rustix::fs::renameat(&self.0, &draft, &self.0, &name)?)
+        };
+        write()
+            .inspect_err(|_| self.unlink(&draft))
+            .with_context(|| format!("cannot write {JOBS}/{name}"))
+    }
+
+    fn unlink(&self, name: &str) {
+        let _ = rustix::fs::unlinkat(&self.0, name, AtFlags::empty());
     }
 
     pub(super) fn memory(&self, id: u32) -> Option<Memory> {
@@ -88,7 +112,7 @@ impl Top {
             rustix::fs::openat(&self.0, format!("job-{id}.root"), flags, Mode::empty()).ok()?;
         let file = std::fs::File::from(fd);
         let meta = file.metadata().ok()?;
-        (meta.is_file() && meta.uid() == 0 && meta.len() < 1 << 16)
+        (meta.is_file() && meta.uid() == 0 && meta.mode() & 0o022 == 0 && meta.len() < 1 << 16)
             .then(|| serde_json::from_reader(file).ok())?
     }
 
@@ -117,36 +141,84 @@ impl Top {
 
     /// Gives a job free whose lock nobody needs any more.
     pub(super) fn unlock(&self, id: u32, lock: Lock) {
-        let _ = rustix::fs::unlinkat(&self.0, format!("job-{id}.lock"), AtFlags::empty());
+        self.unlink(&format!("job-{id}.lock"));
         drop(lock);
     }
 
     pub(super) fn forget(&self, id: u32) {
-        let _ = rustix::fs::unlinkat(&self.0, format!("job-{id}.root"), AtFlags::empty());
+        self.unlink(&format!("job-{id}.root"));
+        self.unlink(&format!("job-{id}.new"));
     }
 
-    /// The jobs that there is something of.
-    pub(super) fn jobs(&self) -> Vec<u32> {
-        let entries = rustix::fs::Dir::read_from(&self.0)
-            .into_iter()
-            .flatten()
-            .flatten();
-        let mut ids: Vec<u32> = entries
-            .filter_map(|e| {
-                let name = e
-                    .file_name()
-                    .to_str()
-                    .ok()?
-                    .strip_prefix("job-")?
-                    .to_owned();
-                let number = name
-                    .strip_suffix(".root")
-                    .or_else(|| name.strip_suffix(".lock"));
-                number.unwrap_or(&name).parse().ok()
-            })
-            .collect();
+    /// The jobs that there is something of: by names that only root can write, none of which is looked at.
+    pub(super) fn jobs(&self) -> std::io::Result<Vec<u32>> {
+        let mut ids = Vec::new();
+        for entry in rustix::fs::Dir::read_from(&self.0)? {
+            ids.extend(job_of(entry?.file_name().to_bytes()));
+        }
         ids.sort_unstable();
         ids.dedup();
-        ids
+        Ok(ids)
+    }
+}
+
+/// The job that a name in [`JOBS`] belongs to.
+fn job_of(name: &[u8]) -> Option<u32> {
+    let name = std::str::from_utf8(name).ok()?.strip_prefix("job-")?;
+    let kinds = [".root", ".lock", ".new"];
+    let number = kinds.iter().find_map(|kind| name.strip_suffix(kind));
+    number.unwrap_or(name).parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_jobs() {
+        for (name, id) in [
+            (&b"job-7"[..], Some(7)),
+            (b"job-7.root", Some(7)),
+            (b"job-7.lock", Some(7)),
+            (b"job-7.new", Some(7)),
+            (b"job-7.x", None),
+            (b"job-", None),
+            (b"job-\xff", None),
+            (b"job-7.root.new", None),
+            (b"trouble", None),
+        ] {
+            assert_eq!(job_of(name), id, "{name:?}");
+        }
+    }
+
+    #[test]
+    fn youth_is_measured_by_a_clock_that_nobody_sets() {
+        let memory = |since_boot_s, since_s, boot: &str| Memory {
+            job: Job {
+                id: 1,
+                uid: 2,
+                gid: 2,
+            },
+            boot: boot.to_owned(),
+            supervisor: None,
+            since_s,
+            since_boot_s,
+            node: None,
+        };
+        let (boot, up, now) = (
+            proc::boot_id(),
+            proc::since_boot_s(),
+            crate::instance::now_s(),
+        );
+        // The clock has been set back, or forth, by a year.
+        for wall in [now - 31_536_000, now, now + 31_536_000] {
+            assert!(memory(Some(up), wall, &boot).is_young());
+            let long_ago = up.checked_sub(YOUNG_S);
+            assert!(long_ago.is_none_or(|since| !memory(Some(since), wall, &boot).is_young()));
+            assert!(!memory(Some(up), wall, "another").is_young());
+        }
+        // What an older version wrote.
+        assert!(memory(None, now, &boot).is_young() && memory(None, now + 9, &boot).is_young());
+        assert!(!memory(None, now - 61, &boot).is_young());
     }
 }

@@ -3,30 +3,34 @@
 //! wait is bounded.
 
 mod adoption;
+mod apart;
 mod memory;
+mod remains;
 mod removal;
 mod steps;
+mod sweep;
 
 use std::ffi::OsString;
 use std::io::Write as _;
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 
-use self::memory::{Memory, Top};
-use self::removal::{MAX_ENTRIES, is_empty, remove_tree, unmount_below};
-use super::adopt;
+use self::apart::{Outcome, become_user, within};
+use self::memory::{Lock, Memory, Top};
+pub use self::sweep::sweep;
 use super::supervisor::nodes;
+use super::{adopt, stop_all};
 use crate::host::{self, JOBS};
-use crate::proc::{self, Held};
+use crate::instance::Registry;
+use crate::proc;
 
 /// How long a supervisor may take to stop its instances when the Epilog asks.
 const STOPPING: Duration = Duration::from_secs(6);
@@ -34,10 +38,12 @@ const STOPPING: Duration = Duration::from_secs(6);
 const LOCKED: Duration = Duration::from_secs(8);
 /// How long the user's own tidying may take.
 const TIDYING: Duration = Duration::from_secs(5);
-/// How long a slurmstepd may take to end after its steps.
-const ENDING: Duration = Duration::from_secs(2);
+/// How long removing the directory may take.
+const REMOVING: Duration = Duration::from_secs(8);
+/// How long all of it may take: less than `epilog.sh` waits.
+const ENDING: Duration = Duration::from_secs(15);
 /// Programs that are executed, with no others.
-const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
+pub(super) const PATH: &str = "/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// A job on this node.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -71,22 +77,32 @@ impl Declaration {
 /// # Errors
 /// When it cannot be done. Then the job goes on without.
 pub fn begin(job: Job, declaration: &Declaration) -> Result<()> {
-    if job.uid == 0 || job.gid == 0 {
-        bail!("job {} is root's: root has no services", job.id);
+    if job.uid == 0 {
+        // Root has no services, and nobody has asked for any.
+        return Ok(());
+    }
+    if job.gid == 0 {
+        bail!("its user is in root's group: there are no services for that");
     }
     let user = host::known_user(job.uid)
         .with_context(|| format!("user {} of job {} is not known here", job.uid, job.id))?;
     let top = Top::open(true)?.context("there is no /run")?;
-    sweep_others(&top, job.id);
-    let _lock = top
+    let begun = begin_in(&top, job, &user, declaration);
+    sweep::leave_behind(&top, job.id, top.memory(job.id).as_ref());
+    begun
+}
+
+fn begin_in(top: &Top, job: Job, user: &host::User, declaration: &Declaration) -> Result<()> {
+    let lock = top
         .lock(job.id, LOCKED)?
         .with_context(|| format!("job {} is still being ended here", job.id))?;
-    end_in(&top, job.id)?;
+    let _lock = end_with(top, job.id, lock, ENDING)?;
     let mut memory = Memory {
         job,
         boot: proc::boot_id(),
         supervisor: None,
         since_s: crate::instance::now_s(),
+        since_boot_s: Some(proc::since_boot_s()),
         node: Some(nodes(&|name| declaration.var(name)).0),
     };
     // Before there is anything: whoever sweeps at the same time sees that the job is young.
@@ -104,7 +120,7 @@ pub fn begin(job: Job, declaration: &Declaration) -> Result<()> {
     );
     rustix::fs::fchown(&directory, Some(uid), Some(gid)).context("the job's directory")?;
     rustix::fs::fchmod(&directory, Mode::RWXU).context("the job's directory")?;
-    adoption::leave_helper(job, &user, socket, declaration, |id| {
+    adoption::leave_helper(job, user, socket, declaration, |id| {
         memory.supervisor = id;
         top.remember(&memory)
     })
@@ -155,64 +171,70 @@ pub fn end(id: u32) -> Result<()> {
     let Some(top) = Top::open(false)? else {
         return Ok(());
     };
-    let lock = top
-        .lock(id, LOCKED)?
-        .with_context(|| format!("job {id} is still being begun or ended here"))?;
-    let done = end_in(&top, id);
-    top.unlock(id, lock);
-    sweep_others(&top, id);
+    let memory = top.memory(id);
+    let done = top
+        .lock(id, LOCKED)
+        .and_then(|lock| {
+            lock.with_context(|| format!("job {id} is still being begun or ended here"))
+        })
+        .and_then(|lock| end_with(&top, id, lock, ENDING))
+        .map(|lock| top.unlock(id, lock));
+    sweep::leave_behind(&top, id, memory.as_ref());
     done
 }
 
-/// Ends what is left of jobs that this node does not know any more.
-///
-/// # Errors
-/// When the directory cannot be trusted.
-pub fn sweep() -> Result<()> {
-    if let Some(top) = Top::open(false)? {
-        sweep_others(&top, 0);
+/// Ends what is left of a job, in a process of its own: one that hangs keeps the job's lock, so that there are no two.
+fn end_with(top: &Top, id: u32, lock: Lock, limit: Duration) -> Result<Lock> {
+    match within(limit, || end_in(top, id))? {
+        Outcome::Ended(Ok(())) => Ok(lock),
+        Outcome::Ended(Err(error)) => {
+            top.unlock(id, lock);
+            Err(error)
+        }
+        Outcome::Stuck => bail!(
+            "ending what is left of it takes more than {} s: something of it hangs in the kernel",
+            limit.as_secs()
+        ),
+    }
+}
+
+/// What fails of it does not keep the rest from being done.
+fn end_in(top: &Top, id: u32) -> Result<()> {
+    let name = format!("job-{id}");
+    let mut failures = Vec::new();
+    let mut note = |done: Result<()>| failures.extend(done.err().map(|error| format!("{error:#}")));
+    let memory = top.memory(id);
+    // First of all: whoever looks into a file system that does not answer hangs.
+    note(removal::detach(top, &name));
+    if let Some(memory) = &memory {
+        stop_supervisor(memory);
+        note(remains::kill(memory).context("cannot kill what is left in its cgroups"));
+        note(tidy_as_user(memory.job));
+        // One of the user's can have mounted something meanwhile.
+        note(removal::detach(top, &name));
+    }
+    note(removal::remove(top, &name, Instant::now() + REMOVING));
+    let mut is_over = true;
+    if let Some(memory) = &memory {
+        match adopt::are_in_job(id).and_then(|inside| remains::remove_cgroups(memory, inside)) {
+            Ok(removed) => is_over = removed,
+            Err(error) => note(Err(error).context("cannot remove its cgroups")),
+        }
+    }
+    if !failures.is_empty() {
+        bail!("{}", failures.join("; "));
+    }
+    if is_over {
+        top.forget(id);
     }
     Ok(())
 }
 
-fn sweep_others(top: &Top, own: u32) {
-    let others: Vec<u32> = top.jobs().into_iter().filter(|id| *id != own).collect();
-    if others.is_empty() {
-        return;
-    }
-    let known = steps::known_jobs();
-    // Time is short: what is not reached now is reached the next time.
-    let end = Instant::now() + Duration::from_secs(10);
-    for id in others.into_iter().filter(|id| !known.contains(id)) {
-        // Who begins or ends it now needs no sweep.
-        let Ok(Some(lock)) = top.lock(id, Duration::ZERO) else {
-            continue;
-        };
-        // Between its Prolog and its extern step nothing of Slurm runs for a job.
-        let young = top.memory(id).is_some_and(|m| {
-            m.boot == proc::boot_id() && (0..60).contains(&(crate::instance::now_s() - m.since_s))
-        });
-        if young || Instant::now() > end {
-            continue;
-        }
-        if let Err(error) = end_in(top, id) {
-            trouble(&format!("job {id}, which is over: {error:#}"));
-        }
-        top.unlock(id, lock);
-    }
-}
-
-fn end_in(top: &Top, id: u32) -> Result<()> {
-    let name = format!("job-{id}");
-    let there = rustix::fs::statat(&top.0, &name, AtFlags::SYMLINK_NOFOLLOW).is_ok();
-    let memory = top.memory(id);
-    if !there && memory.is_none() {
-        return Ok(());
-    }
+fn stop_supervisor(memory: &Memory) {
     let supervisor = memory
-        .as_ref()
-        .filter(|m| m.boot == proc::boot_id())
-        .and_then(|m| m.supervisor?.hold());
+        .supervisor
+        .filter(|_| memory.boot == proc::boot_id())
+        .and_then(proc::Id::hold);
     if let Some(supervisor) = supervisor {
         supervisor.signal(Signal::TERM);
         supervisor.signal(Signal::CONT);
@@ -221,95 +243,20 @@ fn end_in(top: &Top, id: u32) -> Result<()> {
             supervisor.wait(Duration::from_secs(2));
         }
     }
-    let mut left = Vec::new();
-    if let Some(memory) = &memory {
-        end_processes(memory);
-        if there && !is_empty(top, &name) {
-            tidy_as_user(memory.job);
-        }
-        remove_cgroups(memory);
-    }
-    if there {
-        unmount_below(top, &name);
-        if rustix::fs::unlinkat(&top.0, &name, AtFlags::REMOVEDIR).is_err() {
-            let mut budget = MAX_ENTRIES;
-            remove_tree(&top.0, &name, None, 0, &mut budget);
-        }
-        if rustix::fs::statat(&top.0, &name, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
-            left.push(format!("{JOBS}/{name} cannot be removed"));
-        }
-    }
-    if !left.is_empty() {
-        bail!("{}", left.join("; "));
-    }
-    top.forget(id);
-    Ok(())
 }
 
-/// Removes what is empty of the job's cgroups: of the batch script's, Slurm leaves what we were in when it ended. With
-/// `PrologFlags=RunInJob` the extern step outlives the Epilog, which is in the job, and is removed by itself.
-fn remove_cgroups(memory: &Memory) {
-    let (id, cgroups) = (memory.job.id, memory.cgroups());
-    let in_job = adopt::is_in_job(std::process::id().cast_signed(), id);
-    if in_job || cgroups.has_version_2() {
-        // A slurmstepd that is still ending complains in the job's output when its directory is gone, and does not try
-        // again what it could not remove.
-        let is_ending = |step: &String| !in_job || step != "extern";
-        let end = Instant::now() + ENDING;
-        while steps::of_job(id).iter().any(is_ending) && Instant::now() < end {
-            std::thread::sleep(Duration::from_millis(20));
+/// Ends, as the user, the instances that records in the job's directory name: where Slurm has no cgroups nothing else does.
+fn tidy_as_user(job: Job) -> Result<()> {
+    let tidy = || {
+        become_user(job)?;
+        if let Some(registry) = Registry::of_job(job.uid, job.id) {
+            stop_all(&registry, Duration::ZERO);
         }
-    }
-    cgroups.remove(steps::known_jobs().contains(&id));
-}
-
-/// Kills what is left in the job's own cgroups: held first, then looked at, then killed.
-fn end_processes(memory: &Memory) {
-    let job = memory.job;
-    let end = Instant::now() + Duration::from_secs(3);
-    loop {
-        let mut found = 0;
-        for directory in memory.cgroups().directories() {
-            for pid in adopt::processes(&directory) {
-                let Some(held) = proc::Id::of(pid).and_then(proc::Id::hold) else {
-                    continue;
-                };
-                let user =
-                    std::fs::metadata(format!("/proc/{pid}")).is_ok_and(|m| m.uid() == job.uid);
-                if user && adopt::is_in_job(pid, job.id) {
-                    held.signal(Signal::KILL);
-                    found += 1;
-                }
-            }
-        }
-        if found == 0 || Instant::now() >= end {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-/// Lets the user end the instances that records name, and remove what is in the directory.
-fn tidy_as_user(job: Job) {
-    let mut command = as_user(job);
-    command
-        .args(["job", "tidy"])
-        .env("SLURM_JOB_ID", job.id.to_string())
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null());
-    let Ok(mut child) = command.spawn() else {
-        return;
+        Ok(())
     };
-    let held = i32::try_from(child.id()).ok().and_then(Held::child);
-    if held.is_none_or(|held| !held.wait(TIDYING)) {
-        let _ = child.kill();
-        trouble(&format!(
-            "job {}: tidying up as the user took too long",
-            job.id
-        ));
-    } else {
-        let _ = child.wait();
+    match within(TIDYING, tidy)? {
+        Outcome::Ended(done) => done,
+        Outcome::Stuck => bail!("ending its instances as the user took too long"),
     }
 }
 

@@ -1,6 +1,13 @@
-//! Processes by number and start time, so that a number that was given to another process since is not mistaken.
+//! Processes by number and start time, so that a number that was given to another process since is not mistaken; and what
+//! the kernel says of processes, mounts and cgroups.
 //!
-//! Source: `proc_pid_stat(5)` field 22, `pidfd_open(2)`.
+//! Users have a part in much of that: names of processes, of cgroups, of mount points. So it is bytes, here and everywhere;
+//! and what cannot be read is an error, not an empty table.
+//!
+//! Source: `proc_pid_stat(5)` field 22, `pidfd_open(2)`, `proc_pid_status(5)`.
+
+pub mod cgroups;
+pub mod mounts;
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -137,13 +144,57 @@ impl AsFd for Held {
 
 /// A number of `/proc/PID/stat`, by its number in `proc_pid_stat(5)` (from 4 on).
 pub fn stat_field(pid: i32, field: usize) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(')')?
-        .1
-        .split_ascii_whitespace()
-        .nth(field.checked_sub(3)?)?
-        .parse()
-        .ok()
+    field_of(&std::fs::read(format!("/proc/{pid}/stat")).ok()?, field)
+}
+
+/// The name in front of the fields ends at the last parenthesis: it may hold blanks, parentheses, and half a letter.
+fn field_of(stat: &[u8], field: usize) -> Option<u64> {
+    let end = stat.iter().rposition(|b| *b == b')')?;
+    let fields = std::str::from_utf8(&stat[end + 1..]).ok()?;
+    let mut fields = fields.split_ascii_whitespace();
+    fields.nth(field.checked_sub(3)?)?.parse().ok()
+}
+
+/// The name of a process (`proc_pid_comm(5)`), which it may have given itself.
+///
+/// # Errors
+/// As `read(2)`; `NotFound` when it has ended.
+pub fn comm(pid: i32) -> std::io::Result<Vec<u8>> {
+    let mut name = std::fs::read(format!("/proc/{pid}/comm")).map_err(ended)?;
+    if name.last() == Some(&b'\n') {
+        name.pop();
+    }
+    Ok(name)
+}
+
+/// The user who started a process: its real id, which programs with the setuid bit keep, and which only root's processes
+/// have as 0.
+///
+/// # Errors
+/// As `read(2)`; `NotFound` when it has ended.
+pub fn real_uid(pid: i32) -> std::io::Result<u32> {
+    real_uid_in(&std::fs::read(format!("/proc/{pid}/status")).map_err(ended)?)
+        .ok_or_else(|| std::io::Error::other(format!("/proc/{pid}/status names no user")))
+}
+
+fn real_uid_in(status: &[u8]) -> Option<u32> {
+    let mut lines = status.split(|b| *b == b'\n');
+    let ids = lines.find_map(|line| line.strip_prefix(b"Uid:"))?;
+    let ids = std::str::from_utf8(ids).ok()?;
+    ids.split_ascii_whitespace().next()?.parse().ok()
+}
+
+/// A process that ends while its files are read is one that is not there.
+fn ended(error: std::io::Error) -> std::io::Error {
+    match error.raw_os_error() {
+        Some(libc::ESRCH) => std::io::ErrorKind::NotFound.into(),
+        _ => error,
+    }
+}
+
+/// Seconds since the machine started, sleep included: nobody sets this clock (`sysinfo(2)`).
+pub fn since_boot_s() -> u64 {
+    u64::try_from(rustix::system::sysinfo().uptime).unwrap_or(0)
 }
 
 /// What differs after each start of the machine.
@@ -181,5 +232,27 @@ mod tests {
         child.wait().unwrap();
         assert_eq!(held.number(), None);
         assert!(!held.signal(Signal::TERM));
+    }
+
+    #[test]
+    fn names_of_processes_are_bytes() {
+        for name in [
+            &b"sh"[..],
+            b"a b",
+            b") 4 5 (",
+            b"x) Z 1 (y",
+            b"\xff",
+            b"m\xc3",
+            b"a\nb",
+            b"",
+        ] {
+            let stat = [b"7 (", name, b") S 1 2 3"].concat();
+            assert_eq!(field_of(&stat, 4), Some(1), "{name:?}");
+            assert_eq!(field_of(&stat, 6), Some(3), "{name:?}");
+            let status = [b"Name:\t", name, b"\nUid:\t5\t0\t0\t0\nGid:\t6\n"].concat();
+            assert_eq!(real_uid_in(&status), Some(5), "{name:?}");
+        }
+        assert_eq!(field_of(b"", 22), None);
+        assert_eq!(real_uid_in(b"Name:\tUid:\n"), None);
     }
 }
