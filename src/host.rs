@@ -88,12 +88,12 @@ impl Host {
 
     /// The Slurm job that this process is in: by its cgroup, else by the variable. Only digits are believed.
     pub fn job(&self) -> Option<String> {
-        let cgroups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-        let in_cgroup = cgroups
-            .lines()
-            .filter(|line| line.contains("slurm"))
-            .find_map(|line| digits(line.split_once("/job_")?.1));
-        in_cgroup.or_else(|| digits(self.var("SLURM_JOB_ID")?.to_str()?))
+        job_in_cgroup().or_else(|| digits(self.var("SLURM_JOB_ID")?.to_str()?))
+    }
+
+    /// Whether this process is in a cgroup of a Slurm job.
+    pub fn is_job_in_cgroup(&self) -> bool {
+        job_in_cgroup().is_some()
     }
 
     /// Whether this process seems to be in a Slurm job; cheaper than [`Host::job`].
@@ -103,7 +103,7 @@ impl Host {
 
     /// Whether this process ends with a Slurm step that is not the batch script's: Slurm ends steps by their cgroup.
     pub fn in_numbered_step(&self) -> bool {
-        let cgroups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+        let cgroups = own_cgroups();
         let numbered = |line: &str| digits(line.split_once("/step_")?.1);
         let mut ours = cgroups
             .lines()
@@ -204,6 +204,18 @@ impl Host {
             .filter_map(|id| group_name(&file, id).map(|name| (name, id)))
             .collect()
     }
+}
+
+fn job_in_cgroup() -> Option<String> {
+    let cgroups = own_cgroups();
+    let mut ours = cgroups.lines().filter(|line| line.contains("slurm"));
+    ours.find_map(|line| digits(line.split_once("/job_")?.1))
+}
+
+/// Our line of each hierarchy of cgroups. Names below a step are its user's, and bytes.
+fn own_cgroups() -> String {
+    let text = std::fs::read("/proc/self/cgroup").unwrap_or_default();
+    String::from_utf8_lossy(&text).into_owned()
 }
 
 /// The number that a text begins with, if it can be a job's.

@@ -96,9 +96,12 @@ $CAPSID instance stats --no-stream --json early | grep limit_of; $CAPSID instanc
     let said = slurm.said(&job);
     let lines = said
         .lines()
-        .filter(|l| l.starts_with("CAPSID: db: exit 0, 00:00:"));
+        .filter(|l| l.starts_with("CAPSID: db on n") && l.contains(": exit 0, 00:00:"));
     assert_eq!(lines.count(), 2, "one for each node: {said}");
-    assert!(said.contains("CAPSID: early: exit 0, 00:00:"), "{said}");
+    assert!(
+        said.contains("CAPSID: early on n1: exit 0, 00:00:"),
+        "{said}"
+    );
     let peaks = said.matches(", peak ").count();
     assert!(peaks == 3 && said.contains(" MiB\n"), "{said}");
     // Nobody asked for it there.

@@ -206,10 +206,14 @@ impl Monitor<'_> {
         };
         let instead = self.registry.path().join("logs");
         say::warn(format_args!(
-            "cannot write logs in {} ({}): they are in {} instead, which ends with this login or reboot",
+            "cannot write logs in {} ({}): they are in {} instead, which ends with {}",
             directory.display(),
             say::plain(&error.to_string()),
-            instead.display()
+            instead.display(),
+            match self.record.job {
+                Some(_) => "the job",
+                None => "this login or reboot",
+            }
         ));
         for path in [&mut self.record.log_out, &mut self.record.log_err] {
             *path = instead.join(path.file_name().unwrap_or_default());

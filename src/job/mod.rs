@@ -28,6 +28,8 @@ use serde::{Deserialize, Serialize};
 use crate::instance::{Registry, control};
 use crate::plan::services::Declared;
 
+/// How much longer a service may take whose image is fetched.
+const FETCHING: Duration = Duration::from_secs(1800);
 /// Bytes of the list of services at most.
 const MAX_LIST: u64 = 4 << 20;
 
@@ -53,6 +55,8 @@ pub enum State {
     Starting,
     /// It is, or has been, ready.
     Ready,
+    /// It has been ready, and has ended since; the supervisor does not say so, who looks sees it.
+    Ended,
     /// It could not be started, for this reason.
     Failed(String),
     /// Another node's.
@@ -85,11 +89,17 @@ fn list_name(job: &str) -> String {
 /// The services of our job, if it has declared any.
 pub fn services(registry: &Registry) -> Option<List> {
     let job = registry.job.as_ref()?;
-    match registry.directory().read(&list_name(job), MAX_LIST) {
+    let mut list: List = match registry.directory().read(&list_name(job), MAX_LIST) {
         Some(text) => serde_json::from_slice(&text).ok(),
         // It is written when the supervisor begins, which is a moment after the Prolog.
         None => client::find(registry)?.list().ok(),
+    }?;
+    for service in &mut list.services {
+        if service.state == State::Ready && registry.find_any(&service.declared.name).is_none() {
+            service.state = State::Ended;
+        }
     }
+    Some(list)
 }
 
 /// Waits until a declared service of our job is ready; at once when there is none of the name.
@@ -121,12 +131,17 @@ pub fn await_ready(registry: &Registry, name: &str) -> Result<()> {
                     .iter()
                     .map(|s| s.declared.timeout_s)
                     .fold(0, u32::saturating_add);
+                let fetched = list.services.iter().any(|s| s.declared.is_fetched());
                 Duration::from_secs(u64::from(seconds) + 15)
+                    + if fetched { FETCHING } else { Duration::ZERO }
             }
         };
         if let Some(service) = service {
             match &service.state {
                 State::Ready => return Ok(()),
+                State::Ended => bail!(
+                    "service {name} of this job has ended: see capsid instance logs {name}, and start it again by capsid job start"
+                ),
                 State::Failed(why) if registry.find_any(name).is_none() => {
                     bail!("service {name} of this job could not be started: {why}")
                 }
@@ -155,7 +170,8 @@ pub fn await_ready(registry: &Registry, name: &str) -> Result<()> {
 /// understand.
 pub fn exports(list: &List) -> String {
     let mut text = String::new();
-    for service in &list.services {
+    let failed = |s: &&Service| matches!(s.state, State::Failed(_));
+    for service in list.services.iter().filter(|s| !failed(s)) {
         let name = service.declared.variable();
         text.push_str(&format!(
             "export CAPSID_SERVICE_{name}_HOST={}\n",
@@ -166,6 +182,29 @@ pub fn exports(list: &List) -> String {
         }
     }
     text
+}
+
+/// A line for the job's output about each service that could not be started here.
+pub fn failures(list: &List) -> String {
+    let mut text = String::new();
+    for service in &list.services {
+        if let State::Failed(why) = &service.state {
+            let name = &service.declared.name;
+            text.push_str(&format!(
+                "{FAILURE}{name} could not be started: {}\n",
+                one_line(why)
+            ));
+        }
+    }
+    text
+}
+
+/// How such a line begins.
+pub const FAILURE: &str = "CAPSID: service ";
+
+/// Text for one line of a job's output.
+pub fn one_line(text: &str) -> String {
+    crate::say::plain(text).replace('\n', " ")
 }
 
 /// Stops all instances of our job on this node; gives how many there were.

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
@@ -114,6 +114,8 @@ pub fn parse(text: &str, nodes: usize) -> Result<Vec<Declared>> {
                 format!("there is a service {:?} already", service.name),
             ));
         }
+        let others = services.iter().map(|(_, other)| other);
+        alike(others, &service).map_err(|error| wrong(at, format!("{error:#}")))?;
         services.push((at, service));
     }
     for (at, service) in &services {
@@ -161,6 +163,22 @@ pub fn parse(text: &str, nodes: usize) -> Result<Vec<Declared>> {
         ordered.push(services.remove(next).1);
     }
     Ok(ordered)
+}
+
+/// Names may differ where variables cannot.
+///
+/// # Errors
+/// When tasks would find two services in the same variables.
+pub fn alike<'a>(mut others: impl Iterator<Item = &'a Declared>, service: &Declared) -> Result<()> {
+    let variable = service.variable();
+    match others.find(|other| other.variable() == variable) {
+        Some(other) => bail!(
+            "services {:?} and {:?} would share the variables CAPSID_SERVICE_{variable}_...: give one another name",
+            other.name,
+            service.name
+        ),
+        None => Ok(()),
+    }
 }
 
 fn declared(
@@ -311,7 +329,12 @@ impl Declared {
         }
     }
 
-    /// The words of its start, behind `instance start` or `instance run`; `image` is absolute.
+    /// Whether its image has to be fetched first.
+    pub fn is_fetched(&self) -> bool {
+        self.image.contains("://")
+    }
+
+    /// The words of its start, behind `instance start` or `instance run`; `image` is absolute, or to be fetched.
     pub fn words(&self, image: &str) -> Vec<String> {
         let mut words = vec![format!("--restart={}", self.restart)];
         if let Some(ready) = &self.ready {
@@ -367,7 +390,7 @@ pub fn from_option(text: &str) -> Result<Vec<Declared>> {
                 "--service {word:?}: use IMAGE:NAME, with a name of its own of A-Z a-z 0-9 _ . -"
             );
         }
-        services.push(Declared {
+        let service = Declared {
             name: name.into(),
             image: image.into(),
             run: false,
@@ -379,24 +402,56 @@ pub fn from_option(text: &str) -> Result<Vec<Declared>> {
             timeout_s: TIMEOUT_S,
             restart: "no".into(),
             after: Vec::new(),
-        });
+        };
+        alike(services.iter(), &service).context("--service")?;
+        services.push(service);
     }
     Ok(services)
 }
 
+/// What ends a word of a job's comment.
+const BETWEEN: [char; 5] = [' ', ',', ';', '\n', '\t'];
+const FILE: &str = "capsid:services=";
+const REPORT: &str = "capsid:report";
+
 /// Whether a job's comment asks for a line about each instance at the end of the job's output: the word `capsid:report`.
 pub fn wants_report(comment: &str) -> bool {
-    comment
-        .split([' ', ',', ';', '\n', '\t'])
-        .any(|word| word == "capsid:report")
+    comment.split(BETWEEN).any(|word| word == REPORT)
 }
 
 /// The file that a job's comment names: `capsid:services=FILE`, to the next blank, comma or semicolon.
 pub fn named_by_comment(comment: &str) -> Option<&str> {
-    let (before, rest) = comment.split_once("capsid:services=")?;
-    let whole = before.is_empty() || before.ends_with([' ', ',', ';']);
-    let end = rest.find([' ', ',', ';', '\n', '\t']).unwrap_or(rest.len());
-    (whole && end > 0).then(|| &rest[..end])
+    let mut words = comment.split(BETWEEN);
+    words.find_map(|word| word.strip_prefix(FILE).filter(|file| !file.is_empty()))
+}
+
+/// What of a job's comment seems to be meant for us, and is not understood.
+pub fn misunderstood(comment: &str) -> Option<String> {
+    let mut file = None;
+    let mut before = "";
+    for word in comment.split(BETWEEN) {
+        let ours = word
+            .get(.."capsid".len())
+            .is_some_and(|start| start.eq_ignore_ascii_case("capsid"))
+            && word["capsid".len()..].starts_with([':', '=']);
+        let name = word.strip_prefix(FILE).filter(|name| !name.is_empty());
+        if ours && word != REPORT && name.is_none() {
+            return Some(format!(
+                "the job's comment says {word:?}: use capsid:services=FILE, or capsid:report"
+            ));
+        }
+        // `a.toml,b.toml` is the wish for both.
+        let second = !ours && before.starts_with(FILE) && word.ends_with(".toml");
+        if second || name.is_some() && file.is_some() {
+            return Some(format!(
+                "the job's comment names more than one file of services: put those of {word:?} into {:?}",
+                file.unwrap_or_default()
+            ));
+        }
+        file = file.or(name);
+        before = word;
+    }
+    None
 }
 
 #[cfg(test)]
@@ -565,6 +620,54 @@ ready = { port = 5432, timeout = "2m" }
         );
         for bad in ["", "a", ":a", "a:", "a:b/c", "a:b,c:b", "a:$(id)"] {
             assert!(from_option(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn services_share_no_variables() {
+        let file = |a: &str, b: &str| {
+            format!(
+                "[[service]]\nname = \"{a}\"\nimage = \"x\"\n[[service]]\nname = \"{b}\"\nimage = \"x\"\n"
+            )
+        };
+        for (a, b) in [("x-1", "x.1"), ("x_1", "x-1"), ("db", "DB")] {
+            let error = format!("{:#}", parse(&file(a, b), 1).unwrap_err());
+            for words in ["line 4: ", a, b] {
+                assert!(error.contains(words), "{words}: {error}");
+            }
+            let error = format!("{:#}", from_option(&format!("i:{a},i:{b}")).unwrap_err());
+            assert!(error.contains(a) && error.contains(b), "{error}");
+        }
+        assert_eq!(parse(&file("x1", "x-1"), 1).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn words_meant_for_us_are_understood_or_named() {
+        for good in [
+            "",
+            "capsid:services=a.toml",
+            "capsid:report;capsid:services=a.toml",
+            "my words, capsid:services=a.toml words.toml",
+            "capsids:x xcapsid:service= see capsid",
+            "\u{e9}\u{e9}\u{e9}\u{e9}",
+        ] {
+            assert_eq!(misunderstood(good), None, "{good:?}");
+        }
+        for (bad, words) in [
+            ("capsid:service=a.toml", "capsid:service=a.toml"),
+            ("x,Capsid:services=a.toml", "Capsid:services=a.toml"),
+            ("capsid: services=a.toml", "\"capsid:\""),
+            ("capsid:services=", "capsid:services="),
+            ("capsid=a.toml", "capsid=a.toml"),
+            ("capsid:reports", "capsid:reports"),
+            ("capsid:services=a.toml,b.toml", "b.toml"),
+            (
+                "capsid:services=a.toml,capsid:services=c",
+                "capsid:services=c",
+            ),
+        ] {
+            let said = misunderstood(bad).unwrap_or_default();
+            assert!(said.contains(words), "{bad:?}: {said}");
         }
     }
 

@@ -27,6 +27,11 @@ pub fn run(
         crate::job::await_ready(&registry, name)?;
     }
     let Some(instance) = registry.find(name) else {
+        if let Some(nodes) = crate::cmd::job::elsewhere(host) {
+            bail!(
+                "no instance found with name {name}: this machine is none of the nodes of the job ({nodes}); use srun capsid exec instance://{name}"
+            );
+        }
         bail!("no instance found with name {name}");
     };
     let record = instance.record.clone();

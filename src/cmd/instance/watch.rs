@@ -93,6 +93,10 @@ pub struct WaitArgs {
 pub fn wait(args: &WaitArgs) -> Result<u8> {
     let host = Host::read()?;
     let registry = Registry::open(&host)?;
+    if registry.job.is_some() && args.until.as_deref() == Some("ready") {
+        // It may be declared, and wait for others.
+        crate::job::await_ready(&registry, &args.name)?;
+    }
     let Some(record) = registry.find_any(&args.name) else {
         // One that has ended has its status still.
         let record = instance_of(&args.name, &host)?;

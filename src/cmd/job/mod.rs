@@ -8,7 +8,6 @@ use std::io::{BufRead as _, Write as _};
 use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
@@ -81,6 +80,14 @@ pub struct EndArgs {
 #[derive(clap::Args, Debug)]
 pub struct NoArgs {}
 
+/// Options of `job env`.
+#[derive(clap::Args, Debug)]
+pub struct EnvArgs {
+    /// For Slurm's TaskProlog of the batch script: tell what is wrong, too
+    #[arg(long, hide = true)]
+    pub task_prolog: bool,
+}
+
 /// Options of `job supervise`.
 #[derive(clap::Args, Debug)]
 pub struct SuperviseArgs {
@@ -128,15 +135,11 @@ pub fn run(words: &[OsString], persona: Persona) -> Result<u8> {
         }
         "supervise" => supervise(&super::parse("job supervise", rest)?),
         "spawn" => spawn(rest),
-        "tidy" => tidy(),
         "status" => status(&super::parse("job status", rest)?),
         "start" => start(&super::parse("job start", rest)?),
         "stop" => stop::run(&super::parse("job stop", rest)?),
         "oci-run" => oci::run(&super::parse("job oci-run", rest)?),
-        "env" => {
-            super::parse::<NoArgs>("job env", rest)?;
-            env()
-        }
+        "env" => env(&super::parse("job env", rest)?),
         "services" => {
             super::parse::<NoArgs>("job services", rest)?;
             services()
@@ -210,6 +213,7 @@ fn supervise(args: &SuperviseArgs) -> Result<u8> {
     let option = host.var("CAPSID_JOB_SERVICES").and_then(|v| v.to_str());
     let setup = supervisor::Setup {
         report: comment.is_some_and(wants_report),
+        misunderstood: comment.and_then(crate::plan::services::misunderstood),
         option: option.filter(|o| !o.is_empty()).map(str::to_owned),
         directory: host
             .var("CAPSID_JOB_DIRECTORY")
@@ -243,40 +247,37 @@ fn spawn(words: &[OsString]) -> Result<u8> {
     super::instance::start::spawned(&verb.to_string_lossy(), &words[3..], life)
 }
 
-/// The user's part of the Epilog.
-fn tidy() -> Result<u8> {
-    let host = Host::read()?;
-    let registry = Registry::open(&host)?;
-    if registry.job.is_none()
-        || Some(registry.path())
-            != host
-                .runtime_home()
-                .map(|h| PathBuf::from(h).join("capsid"))
-                .as_deref()
-    {
-        bail!("capsid job tidy is what capsid job end executes");
-    }
-    job::stop_all(&registry, Duration::ZERO);
-    for name in registry.directory().entries() {
-        registry.directory().remove(&name);
-    }
-    let _ = std::fs::remove_dir_all(registry.path());
-    Ok(exit::OK)
-}
-
 /// The supervisor of this job; an error that says what to do when there is none.
-fn supervisor(registry: &Registry) -> Result<Supervisor> {
+fn supervisor(host: &Host, registry: &Registry) -> Result<Supervisor> {
     let Some(job) = &registry.job else {
         bail!(
             "this is not a Slurm job: there is no job in the cgroup's path, and SLURM_JOB_ID is not set"
         );
     };
     client::find(registry).with_context(|| {
+        if let Some(nodes) = elsewhere(host) {
+            return format!(
+                "this machine is none of the nodes of job {job} ({nodes}): run this on one of them, by srun"
+            );
+        }
         format!(
             "job {job} has no supervisor on this node: start them by capsid job services in the batch script, or let the administrator \
              install Capsid's scripts (slurm/README.md)"
         )
     })
+}
+
+/// The nodes of our job, when this machine is none of them: the shell of `salloc` runs on a login host.
+pub fn elsewhere(host: &Host) -> Option<String> {
+    if host.var("SLURMD_NODENAME").is_some() || host.is_job_in_cgroup() {
+        return None;
+    }
+    let list = host.var("SLURM_JOB_NODELIST")?.to_str()?;
+    let nodes = crate::plan::hostlist::expand(list)?;
+    let own = crate::instance::logs::node_name();
+    let short = |name: &str| name.split('.').next().unwrap_or_default().to_owned();
+    let here = nodes.iter().any(|node| short(node) == short(&own));
+    (!here).then(|| list.to_owned())
 }
 
 fn status(args: &StatusArgs) -> Result<u8> {
@@ -319,6 +320,10 @@ fn status(args: &StatusArgs) -> Result<u8> {
             State::Waiting => "waits for others".into(),
             State::Starting => "is starting".into(),
             State::Ready => "ready".into(),
+            State::Ended => format!(
+                "has ended: see capsid instance logs {}",
+                service.declared.name
+            ),
             State::Elsewhere => format!("runs on node {}", service.node),
             State::Failed(why) => format!("failed: {}", say::printable(&say::plain(why))),
         };
@@ -337,7 +342,7 @@ fn status(args: &StatusArgs) -> Result<u8> {
 fn start(args: &StartArgs) -> Result<u8> {
     let host = Host::read()?;
     let registry = Registry::open(&host)?;
-    let supervisor = supervisor(&registry)?;
+    let supervisor = supervisor(&host, &registry)?;
     let file = host.cwd.join(&args.file);
     let nodes = supervisor::nodes(&|name| host.var(name).map(OsString::from)).1;
     if args.here || nodes.len() < 2 {
@@ -390,13 +395,23 @@ pub fn on_all_nodes(host: &Host, words: &[&str]) -> Result<u8> {
     Ok(u8::try_from(status.code().unwrap_or(255)).unwrap_or(exit::FATAL))
 }
 
-fn env() -> Result<u8> {
+fn env(args: &EnvArgs) -> Result<u8> {
     let host = Host::read()?;
     let registry = Registry::open(&host)?;
     let Some(supervisor) = client::find(&registry) else {
         return Ok(exit::OK);
     };
-    say::out(format_args!("{}", job::exports(&supervisor.list()?)))?;
+    let list = supervisor.list()?;
+    say::out(format_args!("{}", job::exports(&list)))?;
+    if args.task_prolog {
+        // What Slurm puts into the job's output.
+        if let Some(failure) = &list.failure {
+            let failure = job::one_line(failure);
+            say::out(format_args!(
+                "print CAPSID: the services of this job could not be read: {failure}\n"
+            ))?;
+        }
+    }
     Ok(exit::OK)
 }
 

@@ -28,6 +28,9 @@ pub struct StopArgs {
     /// For Slurm's TaskEpilog: on other nodes only if services seem to run there
     #[arg(long, hide = true)]
     pub at_end: bool,
+    /// Tell of the services that could not be started, too
+    #[arg(long, hide = true)]
+    pub failed: bool,
 }
 
 /// Stops them.
@@ -37,14 +40,18 @@ pub struct StopArgs {
 pub fn run(args: &StopArgs) -> Result<u8> {
     let host = Host::read()?;
     let registry = Registry::open(&host)?;
-    let supervisor = supervisor(&registry)?;
+    let supervisor = supervisor(&host, &registry)?;
     let mut far = None;
     if args.all_nodes || args.at_end && seem_elsewhere(&registry) {
         far = begin_elsewhere(&host, args)?;
     }
     let report = args.at_end && wants_report(&host, &registry);
+    let mut failed = String::new();
+    if args.at_end || args.failed {
+        failed = job::failures(&job::services(&registry).unwrap_or_default());
+    }
     let mut status = supervisor.stop(Duration::from_secs(args.timeout.into()))?;
-    let mut lines = ending::take(&registry);
+    let mut lines = on_node(&host, &(failed + &ending::take(&registry)));
     if let Some(mut far) = far {
         let mut out = far.stdout.take().context("srun's output")?;
         out.read_to_string(&mut lines).context("srun's output")?;
@@ -56,10 +63,35 @@ pub fn run(args: &StopArgs) -> Result<u8> {
     }
     if !args.at_end {
         say::out(format_args!("{lines}"))?;
-    } else if report && !lines.is_empty() {
-        append(&output_of_job(&host)?, &lines)?;
+    } else {
+        // That there is no service everybody wants to know.
+        let told = |line: &&str| report || line.starts_with(job::FAILURE);
+        let lines: String = lines.split_inclusive('\n').filter(told).collect();
+        if !lines.is_empty() {
+            append(&output_of_job(&host)?, &lines)?;
+        }
     }
     Ok(status)
+}
+
+/// Lines with the node behind the name, where the job has several.
+fn on_node(host: &Host, lines: &str) -> String {
+    let (node, nodes) = job::supervisor::nodes(&|name| host.var(name).map(OsString::from));
+    if nodes.len() < 2 {
+        return lines.to_owned();
+    }
+    let with_node = |line: &str| {
+        let behind = line.find(": ").map_or(0, |at| at + 2);
+        let end = match line.strip_prefix(job::FAILURE) {
+            Some(rest) => job::FAILURE.len() + rest.find(' ').unwrap_or(rest.len()),
+            None => {
+                let rest = &line[behind..];
+                behind + rest.find(':').unwrap_or(rest.len())
+            }
+        };
+        format!("{} on {node}{}", &line[..end], &line[end..])
+    };
+    lines.split_inclusive('\n').map(with_node).collect()
 }
 
 /// Whether other nodes of the job seem to have instances: ones that are declared, or such as there are here.
@@ -87,7 +119,7 @@ fn begin_elsewhere(host: &Host, args: &StopArgs) -> Result<Option<Child>> {
         .args(["job", "stop", "--timeout", &args.timeout.to_string()])
         .stdout(Stdio::piped());
     if args.at_end {
-        srun.stderr(Stdio::null());
+        srun.arg("--failed").stderr(Stdio::null());
     }
     let child = srun.spawn();
     child

@@ -49,6 +49,8 @@ pub struct Setup {
     pub file: Option<PathBuf>,
     /// The comment asks for a line about each instance in the job's output.
     pub report: bool,
+    /// What is wrong with the comment.
+    pub misunderstood: Option<String>,
     /// The words of the option `--service`.
     pub option: Option<String>,
     /// The directory that names of images in the option are relative to.
@@ -152,6 +154,7 @@ pub fn run(registry: &Registry, host: &Host, mut setup: Setup) -> Result<u8> {
         list: List {
             pending: setup.file.is_some() || setup.option.is_some(),
             report: setup.report,
+            failure: setup.misunderstood.take(),
             ..List::default()
         },
         far: BTreeMap::new(),

@@ -119,17 +119,9 @@ impl Supervisor<'_> {
                 return self.changed();
             }
         };
-        if let Some(known) = declared.iter().find(|d| {
-            self.list
-                .services
-                .iter()
-                .any(|s| s.declared.name == d.name && s.state != State::Elsewhere)
-        }) {
-            let text = format!(
-                "{}: this job has a service {} already",
-                path.display(),
-                known.name
-            );
+        self.forget_ended(&declared);
+        if let Some(text) = self.refused(&declared) {
+            let text = format!("{}: {text}", path.display());
             match batch.peer {
                 Some(peer) => self.answer(peer, &Answer::Failed(text)),
                 None => self.list.failure = Some(text),
@@ -167,6 +159,51 @@ impl Supervisor<'_> {
         }
         self.batches.push(batch);
         self.changed();
+    }
+
+    /// Services that have failed, or have ended since, may be declared again.
+    fn forget_ended(&mut self, declared: &[Declared]) {
+        let mut at = 0;
+        while let Some(service) = self.list.services.get(at) {
+            let name = &service.declared.name;
+            let ended = match service.state {
+                State::Failed(_) => true,
+                State::Ready => self.registry.find_any(name).is_none(),
+                _ => false,
+            };
+            if ended && declared.iter().any(|d| d.name == *name) {
+                self.far.remove(name);
+                self.list.services.remove(at);
+                self.of_batch.remove(at);
+            } else {
+                at += 1;
+            }
+        }
+    }
+
+    /// Why some of these cannot be services of this job.
+    fn refused(&self, declared: &[Declared]) -> Option<String> {
+        let others = || self.list.services.iter();
+        declared.iter().find_map(|d| {
+            let known = others().any(|s| s.declared.name == d.name && s.state != State::Elsewhere);
+            if known {
+                return Some(format!("this job has a service {} already", d.name));
+            }
+            let others = others().map(|s| &s.declared).filter(|s| s.name != d.name);
+            let alike = services::alike(others, d);
+            alike.err().map(|error| format!("{error:#}"))
+        })
+    }
+
+    /// The image as its start is told: as written when it is to be fetched, else a path, from the file that names it.
+    fn image_of(&self, declared: &Declared, directory: &Path) -> PathBuf {
+        if declared.is_fetched() {
+            return PathBuf::from(&declared.image);
+        }
+        match declared.image.strip_prefix("~/") {
+            Some(below) => self.host.user.home.join(below),
+            None => directory.join(&declared.image),
+        }
     }
 
     /// Starts what can be started, tells those who wait, and writes it down.
@@ -276,7 +313,7 @@ impl Supervisor<'_> {
     pub(super) fn start_service(&mut self, at: usize) -> Result<()> {
         let declared = &self.list.services[at].declared;
         let batch = &self.batches[self.of_batch[at]];
-        let image = batch.directory.join(&declared.image);
+        let image = self.image_of(declared, &batch.directory);
         let mut words: Vec<OsString> = vec![if declared.run { "run" } else { "start" }.into()];
         words.extend(
             declared
