@@ -320,6 +320,44 @@ fn stopped_monitor_is_woken_to_answer() {
 }
 
 #[test]
+fn monitor_that_hangs_can_be_stopped_by_name() {
+    use std::io::Read as _;
+    let host = Host::new();
+    host.run(&["instance", "start", "IMAGE", "i"]).ok();
+    let config = fs::canonicalize(host.env.path("config")).unwrap();
+    let names = sockets(&config);
+    host.run(&["instance", "stop", "i"]).ok();
+    // As one whose file system does not answer: it listens, and that is all.
+    let program = format!(
+        "import socket, signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); s.bind('\\0{}'); s.listen(9)
+print('bound', flush=True)
+signal.pause()
+",
+        names[0]
+    );
+    let mut monitor = host.env.command_as(Path::new("python3"), ["-c", &program]);
+    let mut monitor = monitor
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    monitor
+        .stdout
+        .as_mut()
+        .unwrap()
+        .read_exact(&mut [0; 5])
+        .unwrap();
+    let stop = host.run(&["instance", "stop", "--timeout", "0", "i"]);
+    stop.ok();
+    assert!(stop.stderr.contains("does not answer"), "{stop}");
+    use std::os::unix::process::ExitStatusExt as _;
+    assert_eq!(monitor.wait().unwrap().signal(), Some(9));
+    host.run(&["instance", "start", "IMAGE", "i"]).ok();
+    assert_found_and_stopped(&host, &[]);
+}
+
+#[test]
 fn home_may_have_any_bytes() {
     let host = Host::new();
     let odd = PathBuf::from(std::ffi::OsString::from_vec(

@@ -8,6 +8,7 @@ use rustix::process::Signal as Raw;
 
 use super::{Instance, Record, Registry};
 use crate::engine::{init, sys};
+use crate::proc::Held;
 use crate::say;
 
 /// How an instance is stopped.
@@ -97,6 +98,34 @@ pub fn finish(ending: &Ending, patience: Duration) -> Result<()> {
         monitor.wait(Duration::from_secs(1));
     }
     Ok(())
+}
+
+/// Ends an instance whose monitor does not answer: what it waits for may never come.
+///
+/// # Errors
+/// When it does not end even when it is killed.
+pub fn end_silent(name: &str, monitor: &Held, stop: &Stop) -> Result<u8> {
+    say::info(format_args!(
+        "Stopping instance {name}, whose monitor does not answer"
+    ));
+    if !stop.force && monitor.signal(Raw::TERM) && monitor.wait(stop.patience) {
+        return Ok(crate::exit::OK);
+    }
+    // Its container ends with it.
+    if let Err(error) = monitor.try_signal(Raw::KILL)
+        && monitor.is_alive()
+    {
+        bail!(
+            "instance {name} does not end: its monitor cannot be killed: {}",
+            say::word(&error)
+        );
+    }
+    if !monitor.wait(Duration::from_secs(4)) {
+        bail!(
+            "instance {name} does not end: its monitor hangs in the kernel (a file system that does not answer?)"
+        );
+    }
+    Ok(crate::exit::OK)
 }
 
 /// What is waited for.

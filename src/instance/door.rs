@@ -22,7 +22,7 @@ use anyhow::{Context as _, Result, bail};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, UnixAddr, accept4, bind, connect, listen, socket,
 };
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
+use rustix::process::{PidfdFlags, Signal, pidfd_open};
 
 use super::{Instance, MAX_RECORD, Record};
 use crate::digest::Digest;
@@ -240,10 +240,18 @@ pub enum Told {
     Instance(Box<Instance>),
     /// It ended meanwhile.
     Ended,
-    /// No answer in time from this process: it begins, or hangs.
-    Nothing(i32),
+    /// No answer in time: it begins, or hangs.
+    Nothing(Silent),
     /// A process of ours in another user namespace: none of our monitors.
     Stranger,
+}
+
+/// A monitor that does not answer.
+pub struct Silent {
+    /// Its number here.
+    pub pid: i32,
+    /// The same, held.
+    pub monitor: Option<Held>,
 }
 
 /// A connection to a monitor.
@@ -309,15 +317,15 @@ impl Line {
     /// Waits for the answer.
     pub fn hear(self, deadline: Instant) -> Told {
         if !self.is_ready(deadline.min(Instant::now() + DOZE)) {
-            let pid = Pid::from_raw(self.pid);
-            if let Some(monitor) = pid.and_then(|pid| pidfd_open(pid, PidfdFlags::empty()).ok())
-                // It has the number as long as it has not hung up.
-                && !self.is_ready(Instant::now())
-            {
-                Held::from(monitor).signal(Signal::CONT);
+            let held = Held::child(self.pid);
+            // It has the number as long as it has not hung up.
+            let monitor = held.filter(|_| !self.is_ready(Instant::now()));
+            if let Some(monitor) = &monitor {
+                monitor.signal(Signal::CONT);
             }
             if !self.is_ready(deadline) {
-                return Told::Nothing(self.pid);
+                let pid = self.pid;
+                return Told::Nothing(Silent { pid, monitor });
             }
         }
         match wire::receive(self.socket.as_fd()) {

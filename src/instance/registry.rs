@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
 
-use super::door::{self, Door, Line, Name, Told};
+use super::door::{self, Door, Line, Name, Silent, Told};
 use super::older::Older;
 use super::{Record, State};
 use crate::engine::join::Way;
@@ -161,7 +161,7 @@ impl Registry {
                     }
                 }
                 Told::Instance(_) => return Err(exists(name)),
-                Told::Nothing(pid) => bail!(
+                Told::Nothing(Silent { pid, .. }) => bail!(
                     "instance {name} already exists, and its monitor (process {pid}) does not answer: it is being started, or hangs (kill -9 {pid} ends it)"
                 ),
             }
@@ -179,11 +179,23 @@ impl Registry {
             line.ask();
             match line.hear(Instant::now() + PATIENCE) {
                 Told::Instance(instance) if instance.name == name => return Some(*instance),
-                Told::Nothing(pid) => silent(pid),
+                Told::Nothing(silent) => tell(&silent),
                 _ => {}
             }
         }
         self.older(name)
+    }
+
+    /// The monitor of a name that does not answer: the instance is being started, or hangs.
+    pub fn find_silent(&self, name: &str) -> Option<Held> {
+        let lines = Line::to_instance(self.uid, &self.scope(), name);
+        lines.into_iter().find_map(|line| {
+            line.ask();
+            match line.hear(Instant::now() + Duration::from_secs(1)) {
+                Told::Nothing(silent) => silent.monitor,
+                _ => None,
+            }
+        })
     }
 
     fn older(&self, name: &str) -> Option<Instance> {
@@ -210,7 +222,7 @@ impl Registry {
         for line in lines {
             match line.hear(deadline) {
                 Told::Instance(instance) => found.push(*instance),
-                Told::Nothing(pid) => silent(pid),
+                Told::Nothing(silent) => tell(&silent),
                 Told::Ended | Told::Stranger => {}
             }
         }
@@ -231,7 +243,7 @@ fn exists(name: &str) -> anyhow::Error {
     )
 }
 
-fn silent(pid: i32) {
+fn tell(Silent { pid, .. }: &Silent) {
     say::warn(format_args!(
         "the monitor of an instance (process {pid}) does not answer: the instance is being started, or hangs (kill -9 {pid} ends it)"
     ));

@@ -190,7 +190,10 @@ pub fn stop(args: &StopArgs) -> Result<u8> {
     // What belongs to a job is stopped inside that job.
     records.retain(|r| r.job == registry.job && fits(pattern, &r.name));
     if records.is_empty() {
-        return Err(none_found("stop"));
+        return match registry.find_silent(pattern) {
+            Some(monitor) => control::end_silent(pattern, &monitor, &stop),
+            None => Err(none_found("stop")),
+        };
     }
     let mut endings = Vec::new();
     for record in records {

@@ -86,7 +86,7 @@ pub fn run(words: &[OsString]) -> Result<u8> {
         image.display()
     ))?;
     if args.system {
-        // State of instances lies in the user's runtime directory.
+        // Sockets of image servers lie in the user's runtime directory.
         let runtime = format!("user-runtime-dir@{}.service", host.uid);
         say::out(format_args!(
             "Wants=network-online.target {runtime}\nAfter=network-online.target {runtime}\n"
