@@ -13,6 +13,10 @@ TARGETS = [
     ("read all, cold, 4 readers", "kernel", 0.5), ("read all, cold, 4 readers", "ll", 2),
     ("read all, cold, 8 readers", "kernel", None), ("read all, cold, 8 readers", "ll", None),
     ("read all, warm", "kernel", 1.1), ("read all, warm", "ll", 3),
+    ("sparse: names + stat, cold", "kernel", 1.2), ("sparse: names + stat, cold", "ll", None),
+    ("sparse: names + stat, warm", "kernel", None), ("sparse: names + stat, warm", "ll", None),
+    ("sparse: read all, cold", "kernel", 1.0), ("sparse: read all, cold", "ll", None),
+    ("sparse: read all, warm", "kernel", 1.1), ("sparse: read all, warm", "ll", None),
     ("sequential, cold", "kernel", {"gzip": 0.3, "zstd": 0.55, "lz4": 0.9}), ("sequential, cold", "ll", None),
     ("random 4 KiB, cold", "kernel", 1.0), ("random 4 KiB, cold", "ll", None),
 ]
@@ -145,6 +149,11 @@ def probes(count):
             **{f"read all, cold, {n} readers": (cat_all(n), False) for n in (2, 4, 8)},
             "read all, warm": (cat_all(1), True),
         },
+        # One file in each directory: the kernel sends two requests for a directory, the second one to hear that it ends.
+        "sparse": {
+            "sparse: names + stat, cold": (stat, False), "sparse: names + stat, warm": (stat, True),
+            "sparse: read all, cold": (cat_all(1), False), "sparse: read all, warm": (cat_all(1), True),
+        },
         "large": {
             "sequential, cold": (shell("dd if=large of=/dev/null bs=1M"), False),
             "random 4 KiB, cold": (forked(random_reads), False),
@@ -159,7 +168,7 @@ def measure(trees, mounts, options):
         for tree, rows in probes(options.files).items():
             rows = {row: probe for row, probe in rows.items() if options.only in row}
             if rows:
-                path = trees.small(options.files) if tree == "small" else trees.large(options.mib)
+                path = trees.named(tree, options.files, options.mib)
                 found = mounts.least(trees.image(path, kind), rows, options.rounds)
                 best.update({(row, kind): values for row, values in found.items()})
     return best

@@ -18,7 +18,7 @@ def start_cases(trees, work, out, stack):
 def read_cases(trees, work, out, _):
     mounts, cases = Mounts(os.path.join(work, "mnt"), own_mounts(), out), {}
     for tree, rows in probes(FILES).items():
-        image = trees.image(trees.small(FILES) if tree == "small" else trees.large(MIB), KIND)
+        image = trees.image(trees.named(tree, FILES, MIB), KIND)
         for row, (work_of_row, warm) in rows.items():
             for how in mounts.programs:
                 cases[f"{row}: {how}"] = lambda how=how, image=image, do=work_of_row, warm=warm: mounts.run(how, image, do, warm)[0]

@@ -43,8 +43,15 @@ class Trees:
     def small(self, count):
         return self.tree(f"small-{count}", lambda d, data: small_files(d, count, data, count * 384 // 50000 or 1))
 
+    def sparse(self, count):
+        return self.tree(f"sparse-{count}", lambda d, data: sparse_files(d, count, data))
+
     def large(self, mib):
         return self.tree(f"large-{mib}", lambda d, data: large_file(d + "/large", data, mib))
+
+    def named(self, name, files, mib):
+        """The tree of that name in the tables, for so many files or MiB."""
+        return {"small": lambda: self.small(files), "sparse": lambda: self.sparse(files // 4), "large": lambda: self.large(mib)}[name]()
 
     def tiny(self, count):
         return self.tree(f"tiny-{count}", lambda d, _: tiny_files(d, count))
@@ -112,6 +119,15 @@ def small_files(root, count, data, mib):
 
 def small_path(root, i):
     return f"{root}/{i // 4000:02}/{i // 400 % 10}/{i // 20 % 20:02}/file-{i:06}"
+
+
+def sparse_files(root, count, data):
+    """`count` directories with one small file each: what a tree costs by its directories."""
+    for i in range(count):
+        path = f"{root}/{i // 1000:02}/{i // 50 % 20:02}/{i}"
+        os.makedirs(path)
+        with open(path + "/file", "wb") as f:
+            f.write(data[i * 512:i * 512 + 300 + i % 400])
 
 
 def large_file(path, data, mib):
