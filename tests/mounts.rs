@@ -1100,3 +1100,25 @@ fn working_directory_is_found_through_links_out_of_home() {
     }
     assert!(place.join("made").exists());
 }
+
+#[test]
+fn many_mounts_need_no_higher_limit_of_open_files() {
+    let env = Env::new();
+    let image = env.image();
+    let data = marked(&env, "data");
+    let binds: String = (0..300)
+        .map(|i| format!(" -B {}/data:/in/{i}/file.txt", data.display()))
+        .collect();
+    let line = |limit: &str| {
+        format!(
+            "ulimit {limit}; exec {} exec {} {} sh -c 'cat /in/*/file.txt | wc -l; ulimit -Sn'",
+            env!("CARGO_BIN_EXE_capsid"),
+            binds,
+            image.display()
+        )
+    };
+    let out = output(&mut env.command_as(Path::new("sh"), ["-c", &line("-Sn 128")]));
+    assert_eq!(out.ok(), "300\n128", "the program has the caller's limit");
+    let out = output(&mut env.command_as(Path::new("sh"), ["-c", &line("-n 200")]));
+    out.fatal(&["the limit is 200", "ulimit"]);
+}

@@ -310,6 +310,7 @@ fn inside(
     points: &[wire::Point],
     images: rootfs::Images,
 ) -> Result<Next> {
+    let room = sources::Room::for_mounts(plan)?;
     let mut tree = rootfs::Tree::stack(plan, stage, points, images)?;
     for place in 0..plan.mounts.len() {
         tree.apply(place)?;
@@ -317,6 +318,7 @@ fn inside(
     tree.finish()?;
     rootfs::pivot(&tree.root, 1)?; // the session lies over the host's root
     drop(tree);
+    drop(room);
     let cwd = process::enter_directory(&plan.process)?;
     let next = process::resolve(&plan.process, &plan.environment, &cwd)?;
     process::restrict(&plan.ids, &plan.process)?;

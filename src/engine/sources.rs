@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, anyhow, bail};
 use rustix::fs::{CWD, Mode};
 use rustix::io::Errno;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::{dev, sys};
 use crate::image::Root;
@@ -91,6 +92,52 @@ impl Sources {
     /// What the host has of a private `/dev`.
     pub(super) fn devices(&mut self) -> Vec<(&'static str, OwnedFd)> {
         std::mem::take(&mut self.devices)
+    }
+}
+
+/// Room for the descriptors of a file tree, one for each mount of the plan. The caller's limit stands again afterwards.
+pub(super) struct Room(Option<Rlimit>);
+
+impl Room {
+    /// Descriptors that a file tree takes beside those of its mounts, with those that the caller has open.
+    const MORE: u64 = 128;
+    /// With fewer beside those of its mounts none can be made.
+    const LEAST: u64 = 16;
+
+    /// Raises the limit, if it might be too low.
+    ///
+    /// # Errors
+    /// When it cannot be raised as far as is needed.
+    pub(super) fn for_mounts(plan: &Plan) -> Result<Room> {
+        let count = (plan.mounts.len() + plan.layers.len()) as u64;
+        if count < 64 {
+            return Ok(Room(None));
+        }
+        let before = getrlimit(Resource::Nofile);
+        if let Some(most) = before.maximum.filter(|most| *most < count + Room::LEAST) {
+            bail!(
+                "{count} mounts take as many open files, and the limit is {most}: raise it (ulimit -Hn), or mount fewer"
+            );
+        }
+        let wanted = before.current.map(|now| now.max(2 * count + Room::MORE));
+        let current = match (wanted, before.maximum) {
+            (Some(wanted), Some(most)) => Some(wanted.min(most)),
+            (wanted, _) => wanted,
+        };
+        let raised = Rlimit {
+            current,
+            maximum: before.maximum,
+        };
+        let is_raised = setrlimit(Resource::Nofile, raised).is_ok();
+        Ok(Room(is_raised.then_some(before)))
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        if let Some(before) = self.0.take() {
+            let _ = setrlimit(Resource::Nofile, before);
+        }
     }
 }
 
