@@ -12,8 +12,8 @@ use anyhow::{Context, Result};
 use super::{keeper, owners};
 use crate::digest::Digest;
 use crate::engine::emulate::Owners;
-use crate::say;
 use crate::squash::{self, Compression, Options, Scan, Writer};
+use crate::{durable, say};
 
 /// Largest sum of what is kept, in bytes. The longest unused goes first.
 const MAX_TOTAL: u64 = 16 << 30;
@@ -99,7 +99,11 @@ impl Steps {
             writer.finish(&tree).map(drop)
         });
         packed
-            .and_then(|()| fs::rename(&self.draft, self.place(key)).context("cannot rename"))
+            .and_then(|()| {
+                let (content, place) = (File::open(&self.draft)?, self.place(key));
+                let rename = || fs::rename(&self.draft, &place);
+                durable::publish(&content, &place, rename).context("cannot rename")
+            })
             .inspect_err(|_| drop(fs::remove_file(&self.draft)))
     }
 

@@ -16,7 +16,7 @@ use super::{Persona, Usage, program, transfer};
 use crate::cache::{Draft, DraftDirectory};
 use crate::engine::sys::{self, LimitsFail};
 use crate::sif::{Addition, DataType, Editor, Extra, FsType, Link, PartType, Partition, Sif};
-use crate::{exit, given, say};
+use crate::{durable, exit, given, say};
 
 /// MiB that an image has at least.
 const MIN_MIB: u64 = 64;
@@ -123,11 +123,13 @@ fn create(args: &CreateArgs) -> Result<u8> {
         )?;
     } else {
         // Never in the place of a file that has come meanwhile.
-        fs::hard_link(draft.path(), &image)
-            .or_else(|_| match image.symlink_metadata() {
+        let name = || {
+            fs::hard_link(draft.path(), &image).or_else(|_| match image.symlink_metadata() {
                 Ok(_) => Err(std::io::ErrorKind::AlreadyExists.into()),
                 Err(_) => fs::rename(draft.path(), &image),
             })
+        };
+        durable::publish(&draft.file, &image, name)
             .with_context(|| format!("cannot create {}", image.display()))?;
     }
     Ok(exit::OK)

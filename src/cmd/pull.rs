@@ -18,7 +18,7 @@ use crate::net::{self, Options, Reference};
 use crate::oci::config::Origin;
 use crate::oci::layers::Owners;
 use crate::squash::{self, Unpack};
-use crate::{exit, say};
+use crate::{durable, exit, say};
 
 /// Options of `pull`.
 #[derive(clap::Args, Debug)]
@@ -241,13 +241,17 @@ fn unpack(file: &Path, root: &Path) -> Result<()> {
 /// Gives a whole directory its place.
 fn replace(root: &Path, target: &Path, draft: DraftDirectory, force: bool) -> Result<()> {
     let what = || format!("cannot create {}", target.display());
-    cache::uninterrupted(|| {
-        if force && target.exists() {
-            fs::rename(target, draft.path().join("old"))?;
-        }
-        fs::rename(root, target)
-    })
-    .with_context(what)?;
+    // The new one is safe on the disk before the old one goes.
+    let content = fs::File::open(root).with_context(what)?;
+    let rename = || {
+        cache::uninterrupted(|| {
+            if force && target.exists() {
+                fs::rename(target, draft.path().join("old"))?;
+            }
+            fs::rename(root, target)
+        })
+    };
+    durable::publish(&content, target, rename).with_context(what)?;
     draft.remove();
     Ok(())
 }

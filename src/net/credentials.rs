@@ -19,6 +19,8 @@ use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use serde_json::{Map, Value};
 
+use crate::given;
+
 /// Docker's own registry is known by this name in its file.
 const DOCKER_KEY: &str = "https://index.docker.io/v1/";
 /// A larger file is none.
@@ -174,8 +176,8 @@ impl Credentials {
 impl LoginFile {
     /// `None` when there is none.
     fn read(path: &Path) -> Result<Option<LoginFile>> {
-        let file = match File::open(path) {
-            Ok(file) => file,
+        let text = match given::string(path, MAX_FILE) {
+            Ok(text) => text,
             Err(e)
                 if matches!(
                     e.kind(),
@@ -195,10 +197,6 @@ impl LoginFile {
                 return Err(error).with_context(|| format!("cannot read {}", path.display()));
             }
         };
-        let mut text = String::new();
-        file.take(MAX_FILE)
-            .read_to_string(&mut text)
-            .with_context(|| format!("cannot read {}", path.display()))?;
         if text.trim().is_empty() {
             return Ok(Some(LoginFile(Map::new())));
         }
