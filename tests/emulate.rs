@@ -406,6 +406,38 @@ fn script_of_a_build_makes_devices() {
     }
 }
 
+/// A service has what a program in the foreground has, and nothing of its supervisor stays.
+#[test]
+fn instance_has_owners_too() {
+    let t = Env::new();
+    let root = tree(&t);
+    common::script(
+        &root.join(".singularity.d/startscript"),
+        "#!/bin/sh\nchown 33:34 /opt/hello.txt\nsu ada -c 'echo > /opt/new; id -u'
+         stat -c %u:%g /opt/hello.txt /opt/new\necho ready > /ready\nexec sleep 1000\n",
+    );
+    let options = "instance start --fakeroot --ignore-subuid --writable --contain";
+    let mut start = t.command(options.split(' '));
+    output(start.arg(&root).arg("owners")).ok();
+    wait_until("the service", || root.join("ready").exists());
+    let log = t.run(["instance", "logs", "owners"]);
+    assert!(log.stdout.contains("1000\n33:34\n1000:1001"), "{log}");
+    let ours = || {
+        let mut list = Command::new("pgrep");
+        let user = nix::unistd::getuid().to_string();
+        list.args(["-u", &user, "-f", "^capsid-owners"])
+            .output()
+            .unwrap()
+            .stdout
+            .len()
+    };
+    assert!(ours() > 0);
+    t.run(["instance", "stop", "owners"]).ok();
+    wait_until("the supervisor to end", || ours() == 0);
+    let list = t.run(["instance", "list"]);
+    assert!(!list.stdout.contains("owners"), "{list}");
+}
+
 #[test]
 fn read_only_file_keeps_its_owner() {
     let t = Env::new();

@@ -1,18 +1,19 @@
 //! Starting a container that stays: its process 1 is a child of the caller, who hears from it over a socket.
 //!
 //! The caller, an instance's monitor, remains in the host's namespaces. A process between joins the image server's user
-//! namespace and gives birth to process 1 as the monitor's child (`CLONE_PARENT`), then ends.
+//! namespace and gives birth to process 1 as the monitor's child (`CLONE_PARENT`), then ends, or supervises owners.
 
 use std::io::Read as _;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd as _, AsRawFd, OwnedFd, RawFd};
 
 use anyhow::{Context, Result, anyhow, bail};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use serde::{Deserialize, Serialize};
 
+use super::emulate::{Extent, Link, Owners};
 use super::sys::{self, Fork};
 use super::{init, rootfs, server, sources, wire};
-use crate::plan::{Plan, Service};
+use crate::plan::{Ownership, Plan, Service};
 use crate::proc::Held;
 
 /// What process 1 of an instance tells.
@@ -84,9 +85,13 @@ pub fn start(
     )
     .context("cannot create a socket")?;
     let client = server::Client::own(places, plan.program());
+    let own = Held::child(rustix::process::getpid().as_raw_nonzero().get());
     match sys::fork()? {
         Fork::Child => {
             drop(control);
+            if plan.ownership == Ownership::Emulated {
+                sys::die_with(own.as_ref());
+            }
             if let Err(error) = give_birth(plan, service, streams, &theirs, &client) {
                 // Nobody else is there to hear it.
                 let _ = tell(&theirs, &Event::Failed(format!("{error:#}")), &[]);
@@ -96,7 +101,10 @@ pub fn start(
         Fork::Parent(child) => {
             drop((theirs, streams));
             let first = hear(&control);
-            while nix::sys::wait::waitpid(child, None) == Err(nix::Error::EINTR) {}
+            // One that supervises owners stays, and ends with us.
+            let stays =
+                plan.ownership == Ownership::Emulated && matches!(first, Some((Event::Born(_), _)));
+            while !stays && nix::sys::wait::waitpid(child, None) == Err(nix::Error::EINTR) {}
             match first {
                 Some((Event::Born(pid), lives)) => Ok(Background {
                     pid,
@@ -133,22 +141,38 @@ fn give_birth(
     }
     sys::forbid_tracing();
     init::block_signals()?;
+    let link = match plan.ownership {
+        Ownership::Emulated => Some(Link::new(Extent::Owners)?),
+        Ownership::Kernel | Ownership::Devices => None,
+    };
+    // Held by the supervisor of owners, whose end is the container's.
+    let (life, held) = std::io::pipe().context("cannot create a pipe")?;
     let (mut told, telling) = std::io::pipe().context("cannot create a pipe")?;
     match sys::fork_into_pid_namespace(sys::Parent::Sibling)? {
         Fork::Parent(pid) => {
-            let lives: Vec<RawFd> = lives.iter().map(|fd| fd.as_raw_fd()).collect();
-            // The pipe closes with this process, afterwards.
-            tell(control, &Event::Born(pid.as_raw()), &lives)
+            let mut lives: Vec<RawFd> = lives.iter().map(|fd| fd.as_raw_fd()).collect();
+            if link.is_some() {
+                lives.push(life.as_raw_fd());
+            }
+            tell(control, &Event::Born(pid.as_raw()), &lives)?;
+            // Only now may process 1 tell its own events.
+            drop(telling);
+            match link {
+                Some(link) => supervise(link, &held),
+                None => Ok(()),
+            }
         }
         Fork::Child => {
             sys::die_with(client.user.as_ref());
-            drop(telling);
+            drop((telling, life, held));
             // Its own events come after that of its birth.
             let _end = told.read(&mut [0]);
             drop(told);
             let made = super::create_namespaces(plan, plan.namespaces).and_then(|()| {
                 init::serve(plan, service, streams, control, |plan| {
-                    super::inside(plan, stage, &points, images)
+                    let next = super::inside(plan, stage, &points, images)?;
+                    link.map_or(Ok(()), Link::submit)?;
+                    Ok(next)
                 })
             });
             let Err(error) = made;
@@ -156,6 +180,29 @@ fn give_birth(
             let _ = tell(control, &Event::Failed(format!("{error:#}")), &[]);
             sys::exit_now(255)
         }
+    }
+}
+
+/// Answers for a container's owners until the monitor ends, with which this process does, too. It keeps nothing open that
+/// others wait for.
+fn supervise(link: Link, life: &impl AsRawFd) -> Result<()> {
+    let null = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")
+        .context("cannot open /dev/null")?
+        .into();
+    init::redirect(&null, &null, &null)?;
+    let mut keep = link.descriptors().to_vec();
+    keep.push(life.as_raw_fd());
+    keep.sort_unstable();
+    sys::close_all_but(&keep);
+    // Its descriptor is closed already.
+    std::mem::forget(null);
+    sys::set_title("capsid-owners");
+    let _supervisor = link.supervise(Owners::default())?;
+    loop {
+        nix::unistd::pause();
     }
 }
 

@@ -188,7 +188,7 @@ fn tell_namespaces(plan: &Plan, control: &OwnedFd) -> Result<()> {
     tell(control, &Event::Namespaces, &fds)
 }
 
-fn redirect(stdin: &OwnedFd, stdout: &OwnedFd, stderr: &OwnedFd) -> Result<()> {
+pub(super) fn redirect(stdin: &OwnedFd, stdout: &OwnedFd, stderr: &OwnedFd) -> Result<()> {
     nix::unistd::dup2_stdin(stdin)
         .and_then(|()| nix::unistd::dup2_stdout(stdout))
         .and_then(|()| nix::unistd::dup2_stderr(stderr))

@@ -17,7 +17,7 @@ use crate::instance::monitor::{self, Spec};
 use crate::instance::{Container, Record, Registry, Script, control, logs, now_s};
 use crate::job::client;
 use crate::plan::service::{LONGEST_NAME, Ready, is_name, parse_port, parse_restart};
-use crate::plan::{self, Ownership, Service, limits};
+use crate::plan::{self, Service, limits};
 use crate::proc;
 use crate::{exit, image, say};
 
@@ -153,8 +153,6 @@ fn request(verb: &str, name: &str, action: &ActionArgs, host: &Host) -> Result<p
     let mut request = action::request(if verb == "run" { "run" } else { "start" }, action, host)?;
     request.instance = Some(name.to_owned());
     request.namespaces.pid = true;
-    // The monitor of an instance supervises no owners.
-    request.ownership = Ownership::Kernel;
     request.close_descriptors = true;
     Ok(request)
 }

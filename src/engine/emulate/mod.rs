@@ -57,7 +57,7 @@
 //! Permissions, access control lists among them: a process that is emulated as somebody else still can do to files what root in the container can. Programs
 //! of another architecture (32-bit) see only root. `/proc/PID/status`, `SO_PEERCRED` and `kill(2)` know only root. Files
 //! made through `O_TMPFILE`, by `bind(2)` of a Unix socket, or through a dangling symbolic link are root's until they
-//! are given away. A signal whose handler was installed without `SA_RESTART` can end one of the calls above with `EINTR`
+//! are given away. A program that joins an instance (`exec instance://NAME`) sees what the kernel knows. A signal whose handler was installed without `SA_RESTART` can end one of the calls above with `EINTR`
 //! in the moment before the supervisor takes the question (before Linux 5.19 also later): the kernel lets it. Set-user-id programs give nobody rights (`no_new_privs`). io_uring is refused.
 
 pub mod acl;
@@ -158,6 +158,12 @@ impl Link {
             extent,
             host,
         })
+    }
+
+    /// What it has open: for a process that closes all else.
+    pub fn descriptors(&self) -> [std::os::fd::RawFd; 3] {
+        let (supervisor, container) = (&self.supervisor, &self.container);
+        [supervisor, container, &self.host.proc].map(|fd| fd.as_raw_fd())
     }
 
     /// In the container, when its root is entered and the filter that must not be asked about is installed: from now on
