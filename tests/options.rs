@@ -428,6 +428,16 @@ fn options_of_peers_are_taken_or_refused_by_name() {
     ] {
         run(refused).fatal(&[refused[0], "not supported"]);
     }
+    env.run(["--build-config", "exec", image, "true"])
+        .fatal(&["--build-config", "not supported"]);
+    let create = |tmpdir: &str| {
+        let words = [
+            "overlay", "create", "--size", "64", "--sparse", "--tmpdir", tmpdir, "o.img",
+        ];
+        env.run(words)
+    };
+    create("/no/such").fatal(&["/no/such"]);
+    create(env.work().to_str().unwrap()).ok();
     let out = run(&["--fakerot"]);
     assert!(
         out.status == 1 && out.stderr.contains("did you mean --fakeroot"),

@@ -363,6 +363,9 @@ fn global_options(words: &[OsString], persona: Persona) -> Result<Global> {
                 return print_help(&words[i + 1..], persona).map(Global::Done);
             }
             "-c" | "--config" => bail!("--config is not supported: there is no configuration file"),
+            "--build-config" => {
+                bail!("--build-config is not supported: nothing is settled when it is built")
+            }
             _ if !word.starts_with("--") && word[1..].chars().all(|c| "dvqs".contains(c)) => {
                 for c in word[1..].chars() {
                     say::set_level(match c {

@@ -40,6 +40,8 @@ pub struct CreateArgs {
     /// The directories belong to root, for actions with --fakeroot
     #[arg(short, long)]
     fakeroot: bool,
+    #[arg(long, hide = true)]
+    tmpdir: Option<PathBuf>,
     /// A new file, or a SIF that gets a partition
     #[arg(value_name = "IMAGE")]
     image: PathBuf,
@@ -103,7 +105,8 @@ fn create(args: &CreateArgs) -> Result<u8> {
         .filter(|p| !p.as_os_str().is_empty())
         .unwrap_or(Path::new("."));
     transfer::guard_drafts()?;
-    let layout = DraftDirectory::new(&std::env::temp_dir())?;
+    let scratch = args.tmpdir.clone().unwrap_or_else(std::env::temp_dir);
+    let layout = DraftDirectory::new(&scratch)?;
     let made = lay_out(layout.path(), &args.create_dir)?;
     // Beside the target, so that it can be renamed, and so that a full disk is the target's own.
     let draft =
