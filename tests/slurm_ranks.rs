@@ -175,7 +175,7 @@ fn slurms_own_containers_run_here() {
     let bundle: PathBuf = slurm.env.path("bundle");
     write(
         &bundle.join("config.json"),
-        r#"{"ociVersion":"1.0.0","root":{"path":"rootfs"},"process":{"cwd":"/opt","args":["sh"],"env":["PATH=/bin","FOO=bar"]}}"#,
+        r#"{"ociVersion":"1.0.0","root":{"path":"rootfs"},"process":{"cwd":"/opt","args":["sh"],"env":["PATH=/bin","FOO=bar","LD_LIBRARY_PATH=/lib/x"]}}"#,
     );
     std::os::unix::fs::symlink(slurm.env.path("tree"), bundle.join("rootfs")).unwrap();
     let container = format!("--container={}", bundle.display());
@@ -185,4 +185,14 @@ fn slurms_own_containers_run_here() {
     assert_eq!(out.status, 3, "{out}");
     assert!(lines[0].starts_with("bar in "), "{out}");
     assert_eq!(lines[1..], ["/opt", "hello", "it's $x"], "{out}");
+    // The batch script is a file that Slurm binds into the container.
+    let out = slurm.env.work().join("out.%j").display().to_string();
+    let text = "echo \"$FOO $LD_LIBRARY_PATH\"; cat hello.txt";
+    let words = ["sbatch", "--parsable", "-n1", "-o", &out, &container];
+    let job = slurm.run(&[&words[..], &["--wrap", text]].concat());
+    let said = slurm.ended(job.ok());
+    assert!(
+        said.starts_with("bar /lib/x") && said.contains("\nhello\n"),
+        "{said}"
+    );
 }
