@@ -323,21 +323,24 @@ fn ext3_overlay_is_read_with_its_whiteouts() {
 }
 
 #[test]
-fn writing_where_nothing_can_be_written_is_an_error() {
+fn writing_where_nothing_can_be_written_is_told() {
     let env = Env::new();
     let image = env.image();
     let image = image.to_str().unwrap();
     env.run(["exec", "--writable", image, "true"])
         .fatal(&["image.sif", "--writable"]);
     let squashfs = env.squashfs(&env.path("tree"), "layer.squashfs", &[]);
-    env.run([
-        "exec",
-        "--overlay",
-        squashfs.to_str().unwrap(),
-        image,
-        "true",
-    ])
-    .fatal(&["layer.squashfs", ":ro"]);
+    let overlay = squashfs.to_str().unwrap();
+    let out = env.run(["exec", "--overlay", overlay, image, "touch", "/x"]);
+    assert_eq!(out.status, 1, "{out}");
+    for words in [
+        "WARNING:",
+        "layer.squashfs",
+        "read-only",
+        "Read-only file system",
+    ] {
+        assert!(out.stderr.contains(words), "{words}: {out}");
+    }
 }
 
 #[test]
