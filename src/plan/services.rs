@@ -441,7 +441,11 @@ pub fn misunderstood(comment: &str) -> Option<String> {
             ));
         }
         // `a.toml,b.toml` is the wish for both.
-        let second = !ours && before.starts_with(FILE) && word.ends_with(".toml");
+        let joined = [',', ';'].map(|mark| format!("{before}{mark}{word}"));
+        let second = !ours
+            && before.starts_with(FILE)
+            && word.ends_with(".toml")
+            && joined.iter().any(|both| comment.contains(both));
         if second || name.is_some() && file.is_some() {
             return Some(format!(
                 "the job's comment names more than one file of services: put those of {word:?} into {:?}",
