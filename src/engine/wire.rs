@@ -10,13 +10,16 @@
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 
 use super::sys;
+use crate::proc::Held;
 
 /// Part of the socket's name: programs of different versions do not talk to each other.
 pub const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), ".5");
@@ -181,6 +184,32 @@ fn receive_once(socket: BorrowedFd) -> nix::Result<(Vec<u8>, Vec<OwnedFd>)> {
 pub fn is_own_peer(socket: &OwnedFd) -> bool {
     nix::sys::socket::getsockopt(&socket.as_fd(), nix::sys::socket::sockopt::PeerCredentials)
         .is_ok_and(|peer| peer.uid() == rustix::process::getuid().as_raw())
+}
+
+/// Whether the process at the other end belongs to our user and lives in our user namespace. A program in a container has
+/// the same user id, and what it shows of itself may be another's: the kernel is asked who it is, and nothing is sent to it
+/// before.
+///
+/// Before Linux 6.5 it is known by its number alone, which counts as long as the connection stands.
+pub fn is_fellow(socket: &OwnedFd) -> bool {
+    let peer = nix::sys::socket::getsockopt(&socket.as_fd(), PeerCredentials);
+    let Ok(peer) = peer.map_err(drop) else {
+        return false;
+    };
+    if peer.uid() != rustix::process::getuid().as_raw() || peer.pid() <= 0 {
+        return false;
+    }
+    let held = match sys::peer_process(socket.as_fd()) {
+        Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Held::child(peer.pid()),
+        held => held.ok().map(Held::from),
+    };
+    let users = |of: &str| std::fs::metadata(format!("/proc/{of}/ns/user"));
+    let (Some(held), Ok(own), Ok(theirs)) = (held, users("self"), users(&peer.pid().to_string()))
+    else {
+        return false;
+    };
+    // As it still runs, the number was its own when it was looked up.
+    (own.dev(), own.ino()) == (theirs.dev(), theirs.ino()) && held.is_alive()
 }
 
 #[cfg(test)]

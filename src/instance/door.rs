@@ -7,9 +7,9 @@
 //! Its name is made of the user's id, the scope of names (see [`scope_of_login`]) and the instance's name, the latter two as digests,
 //! since everybody can read the names of sockets. It is seen wherever the monitor's network is.
 //!
-//! Anybody there can connect to it, or bind the name first. So both sides show each other a descriptor of their user namespace,
-//! which a process can open of itself and of those that it may trace: a program in a container has the same user id, and can
-//! show neither that of the monitor nor that of who asks.
+//! Anybody there can connect to it, or bind the name first, also a program in a container, which has the same user id. So each
+//! side asks the kernel for the other's user namespace before it says or believes anything ([`wire::is_fellow`]). A descriptor
+//! of a namespace would prove nothing: who is shown one can show it to the next.
 
 use std::collections::BTreeSet;
 use std::io::Write as _;
@@ -26,7 +26,7 @@ use rustix::process::{PidfdFlags, Signal, pidfd_open};
 
 use super::{Instance, MAX_RECORD, Record};
 use crate::digest::Digest;
-use crate::engine::{sys, userns, wire};
+use crate::engine::{sys, wire};
 use crate::host::Host;
 use crate::proc::Held;
 
@@ -66,8 +66,10 @@ pub fn scope_of_login(host: &Host) -> String {
     let Some(named) = super::logs::configured(host) else {
         return "usual".into();
     };
+    let usual = host.user.home.join(".apptainer");
     let named = resolved(&named);
-    if named == resolved(&host.user.home.join(".apptainer")) {
+    // The home, whose server may not answer, is looked at only when it may be meant.
+    if named.file_name() == usual.file_name() && named == resolved(&usual) {
         return "usual".into();
     }
     digits(named.as_os_str().as_encoded_bytes(), 16)
@@ -106,14 +108,6 @@ fn packet_socket(name: &str) -> Result<(OwnedFd, UnixAddr)> {
     Ok((fd, address))
 }
 
-/// The user namespace of a process that showed it is ours.
-fn is_ours(users: Option<&OwnedFd>) -> bool {
-    let own = userns::current().and_then(|own| Ok(sys::identity(own.as_fd())?));
-    users.is_some_and(|users| {
-        own.is_ok_and(|own| sys::identity(users.as_fd()).is_ok_and(|theirs| theirs == own))
-    })
-}
-
 /// Who has a name.
 pub enum Name {
     /// We have it now.
@@ -142,6 +136,7 @@ impl Door {
                 let (listener, at) = packet_socket(&address)?;
                 match bind(listener.as_raw_fd(), &at) {
                     Ok(()) => {
+                        sys::allow_tracing(); // as in `Line::ask`
                         let backlog = Backlog::new(4095).unwrap_or(Backlog::MAXCONN);
                         listen(&listener, backlog).context("cannot listen on a socket")?;
                         let callers = Vec::new();
@@ -185,7 +180,7 @@ impl Door {
         self.callers.retain(|caller| {
             match receive_now(caller) {
                 Err(nix::Error::EAGAIN) => return true,
-                Ok((request, fds)) if request.first() == Some(&HELLO) && is_ours(fds.first()) => {
+                Ok((request, _)) if request.first() == Some(&HELLO) && wire::is_fellow(caller) => {
                     // One that has gone needs no answer; what else goes wrong looks like an end.
                     let _ = answer(caller, record, inside);
                 }
@@ -214,9 +209,8 @@ fn answer(caller: &OwnedFd, record: &Record, inside: Option<(&Held, &[OwnedFd])>
     let text = serde_json::to_vec(record).context("an instance's record")?;
     let mut file: std::fs::File = rustix::fs::memfd_create("instance", flags)?.into();
     file.write_all(&text)?;
-    let users = userns::current()?;
     let monitor = pidfd_open(rustix::process::getpid(), PidfdFlags::empty())?;
-    let mut fds = vec![users.as_raw_fd(), file.as_raw_fd(), monitor.as_raw_fd()];
+    let mut fds = vec![file.as_raw_fd(), monitor.as_raw_fd()];
     if let Some((init, namespaces)) = inside {
         fds.push(init.as_fd().as_raw_fd());
         fds.extend(namespaces.iter().map(|fd| fd.as_raw_fd()));
@@ -242,7 +236,7 @@ pub enum Told {
     Ended,
     /// No answer in time: it begins, or hangs.
     Nothing(Silent),
-    /// A process of ours in another user namespace: none of our monitors.
+    /// A process that says something else: none of our monitors.
     Stranger,
 }
 
@@ -270,7 +264,8 @@ impl Line {
             nix::sys::socket::sockopt::PeerCredentials,
         );
         match peer {
-            Ok(peer) if peer.uid() == rustix::process::getuid().as_raw() => Ok(Line {
+            // It looks at us as we do at it.
+            Ok(peer) if wire::is_fellow(&socket) => Ok(Line {
                 socket,
                 pid: peer.pid(),
             }),
@@ -308,10 +303,9 @@ impl Line {
 
     /// Says what we want to know.
     pub fn ask(&self) {
-        // Without its own namespace, or when the monitor has just gone, the answer is an end.
-        if let Ok(users) = userns::current() {
-            let _ = wire::send(self.socket.as_fd(), &[HELLO], &[users.as_raw_fd()]);
-        }
+        // When the monitor has just gone, the answer is an end.
+        sys::allow_tracing(); // by which it sees our namespace, also where the program may not be read
+        let _ = wire::send(self.socket.as_fd(), &[HELLO], &[]);
     }
 
     /// Waits for the answer.
@@ -330,9 +324,6 @@ impl Line {
         }
         match wire::receive(self.socket.as_fd()) {
             Ok((said, fds)) if said.first() == Some(&HELLO) => {
-                if !is_ours(fds.first()) {
-                    return Told::Stranger;
-                }
                 match instance(said.get(1).copied().unwrap_or(0), fds) {
                     Some(instance) => Told::Instance(Box::new(instance)),
                     None => Told::Stranger,
@@ -359,9 +350,9 @@ impl Line {
     }
 }
 
-/// What an answer brings: behind the user namespace the record, the monitor, and process 1 with its namespaces.
+/// What an answer brings: the record, the monitor, and process 1 with its namespaces.
 fn instance(flags: u8, fds: Vec<OwnedFd>) -> Option<Instance> {
-    let mut fds = fds.into_iter().skip(1);
+    let mut fds = fds.into_iter();
     let file = std::fs::File::from(fds.next()?);
     let len = file.metadata().ok()?.len();
     if len > MAX_RECORD {

@@ -1,9 +1,11 @@
 //! The descriptor table: what is there at the start, and what the next program gets.
 
 use std::io;
-use std::os::fd::{BorrowedFd, RawFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd, RawFd};
 
 use anyhow::{Context as _, Result};
+
+use super::own;
 
 /// Makes descriptors 0, 1 and 2 exist, so that nothing that we open lands on them.
 pub fn open_standard_descriptors() {
@@ -109,4 +111,28 @@ pub fn close_on_exec() -> Result<()> {
 /// As `fcntl(2)`.
 pub fn inherit(fd: &impl std::os::fd::AsFd) -> Result<()> {
     rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty()).context("cannot hand a descriptor on")
+}
+
+/// The process at the other end of a Unix socket, as it was when it connected or began to listen (`SO_PEERPIDFD`).
+///
+/// # Errors
+/// `ENOPROTOOPT` before Linux 6.5; others when that process is gone.
+pub fn peer_process(socket: BorrowedFd) -> io::Result<OwnedFd> {
+    const SO_PEERPIDFD: libc::c_int = 77;
+    let mut fd: libc::c_int = -1;
+    let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+    // SAFETY: the kernel writes one int and the length, which both live through the call.
+    let done = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            SO_PEERPIDFD,
+            (&raw mut fd).cast(),
+            &raw mut len,
+        )
+    };
+    if done != 0 || fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(own(fd))
 }
