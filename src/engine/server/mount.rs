@@ -69,6 +69,9 @@ pub(super) fn settle(image: &Image, place: Option<&Place>, first: &OwnedFd) -> R
         Namespace::Current => nix::sched::unshare(CloneFlags::CLONE_NEWNS)
             .map_err(|error| userns::no_mounts(error.into()))?,
     }
+    // The container's root has every right over what lives in its user namespace, and may see it where /proc is the host's: it
+    // must not come by our descriptors and memory, which are of the host.
+    sys::forbid_tracing();
     let private = rustix::mount::MountPropagationFlags::DOWNSTREAM
         | rustix::mount::MountPropagationFlags::REC;
     rustix::mount::mount_change("/", private).context("cannot make the mounts private")?;
