@@ -71,7 +71,10 @@ impl Host {
             user,
             real,
             has_cwd: cwd.is_some(),
-            cwd: cwd.unwrap_or_else(|| "/".into()),
+            // That of one that is gone leads nowhere, and says why: `/tmp/x (deleted)`.
+            cwd: cwd
+                .or_else(|| std::fs::read_link("/proc/self/cwd").ok())
+                .unwrap_or_else(|| "/(working directory deleted)".into()),
             umask: umask.bits(),
             env,
             arch: go_arch(std::env::consts::ARCH),

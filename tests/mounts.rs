@@ -932,6 +932,32 @@ fn removed_working_directory_is_a_warning() {
 }
 
 #[test]
+fn relative_paths_of_a_removed_directory_lead_nowhere() {
+    let env = Env::new();
+    let image = env.image();
+    let gone = env.path("gone");
+    for options in [
+        "-B .:/a",
+        "-B ./x:/a",
+        "-B tmp:/a",
+        "-B ../:/a/b",
+        "-H .:/h",
+        "--overlay .",
+        "--mount type=bind,source=etc,target=/a",
+    ] {
+        fs::create_dir(&gone).unwrap();
+        let line = format!(
+            "cd {gone} && rmdir {gone} && exec {} exec {options} {} ls /a",
+            env!("CARGO_BIN_EXE_capsid"),
+            image.display(),
+            gone = gone.display(),
+        );
+        let out = output(&mut env.command_as(Path::new("sh"), ["-c", &line]));
+        out.fatal(&["gone"]);
+    }
+}
+
+#[test]
 fn options_of_mounts_are_read_as_the_peers_read_them() {
     let env = Env::new();
     let image = env.image();

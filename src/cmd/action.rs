@@ -76,7 +76,7 @@ pub fn run_on(
     }
     tell_steps(&whole(&args, &planned.plan, &host)?);
     let scratch = std::env::temp_dir();
-    let network = network(&args, &scratch)?;
+    let network = network(&args, || Ok(scratch.clone()))?;
     // The cgroup goes with its last process; an empty one is removed by the next run.
     engine::cgroup::apply(&limits(&args, &host)?, limits_policy(&host)?, name)?;
     let places = Places {
@@ -231,7 +231,10 @@ pub fn places(host: &Host) -> Places {
 ///
 /// # Errors
 /// When it contradicts other options, or no program can connect a network here.
-pub(super) fn network(args: &ActionArgs, scratch: &Path) -> Result<Option<Network>> {
+pub(super) fn network(
+    args: &ActionArgs,
+    scratch: impl FnOnce() -> Result<PathBuf>,
+) -> Result<Option<Network>> {
     match args.network.as_deref() {
         None => {}
         Some("none") if args.publish.is_empty() => {}
@@ -253,7 +256,7 @@ pub(super) fn network(args: &ActionArgs, scratch: &Path) -> Result<Option<Networ
         .iter()
         .map(|text| engine::network::parse_publish(text))
         .collect::<Result<_>>()?;
-    Network::find(publish, scratch).map(Some)
+    Network::find(publish, &scratch()?).map(Some)
 }
 
 /// Whether the container gets a network of its own that is connected to the outside.
@@ -440,7 +443,7 @@ pub(super) fn request(name: &str, args: &ActionArgs, host: &Host) -> Result<Requ
     let verb = verb(name);
     if !host.has_cwd {
         say::warn(format_args!(
-            "the working directory does not exist any more: paths are taken from /, and the container starts at home"
+            "the working directory does not exist any more: the container starts at home"
         ));
     }
     if verb == Verb::Shell && !args.rest.is_empty() {

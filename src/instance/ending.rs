@@ -70,30 +70,26 @@ fn file(job: &str) -> String {
 
 /// Writes the line of an instance that has ended.
 pub fn note(registry: &Registry, record: &Record) {
-    let Some(job) = &registry.job else { return };
-    let _lock = registry.directory().lock();
-    let mut text = registry
-        .directory()
-        .read(&file(job), MAX)
-        .unwrap_or_default();
+    let (Some(job), Some(directory)) = (&registry.job, registry.directory()) else {
+        return;
+    };
+    let _lock = directory.lock();
+    let mut text = directory.read(&file(job), MAX).unwrap_or_default();
     let _ = writeln!(text, "{}", line(record));
     if text.len() as u64 <= MAX {
         // A full directory costs the line.
-        let _ = registry.directory().replace(&file(job), &text);
+        let _ = directory.replace(&file(job), &text);
     }
 }
 
 /// The lines of the instances of our job that have ended on this node; they are read once.
 pub fn take(registry: &Registry) -> String {
-    let Some(job) = &registry.job else {
+    let (Some(job), Some(directory)) = (&registry.job, registry.directory()) else {
         return String::new();
     };
-    let _lock = registry.directory().lock();
-    let text = registry
-        .directory()
-        .read(&file(job), MAX)
-        .unwrap_or_default();
-    registry.directory().remove(&file(job));
+    let _lock = directory.lock();
+    let text = directory.read(&file(job), MAX).unwrap_or_default();
+    directory.remove(&file(job));
     String::from_utf8_lossy(&text).into_owned()
 }
 

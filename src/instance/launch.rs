@@ -73,7 +73,8 @@ pub fn start(registry: &Registry, spec: Spec) -> Result<Report> {
         Fork::Parent(_) => Ok(Report(ours)),
         Fork::Child => {
             drop(ours);
-            let mut keep = vec![theirs.as_raw_fd(), registry.directory().fd().as_raw_fd()];
+            let mut keep = vec![theirs.as_raw_fd()];
+            keep.extend(registry.directory().map(|d| d.fd().as_raw_fd()));
             keep.extend(spec.life.iter().map(|fd| fd.as_raw_fd()));
             keep.sort_unstable();
             sys::close_all_but(&keep);

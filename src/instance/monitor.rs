@@ -204,7 +204,11 @@ impl Monitor<'_> {
             Ok(logs) => return Ok(logs),
             Err(error) => error,
         };
-        let instead = self.registry.path().join("logs");
+        let Some(directory_here) = self.registry.directory() else {
+            return Err(error)
+                .with_context(|| format!("cannot write logs in {}", directory.display()));
+        };
+        let instead = directory_here.path.join("logs");
         say::warn(format_args!(
             "cannot write logs in {} ({}): they are in {} instead, which ends with {}",
             directory.display(),

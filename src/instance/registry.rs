@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 use std::ops::Deref;
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
 use super::door::{self, Door, Line, Name, Silent, Told};
 use super::older::Older;
@@ -74,7 +74,7 @@ impl Instance {
 
 /// Where the instances of a user are asked for.
 pub struct Registry {
-    pub(super) directory: Directory,
+    directory: Option<Directory>,
     uid: u32,
     /// What shares its names outside of jobs.
     login: String,
@@ -85,31 +85,21 @@ pub struct Registry {
 
 impl Registry {
     /// Opens it.
-    ///
-    /// # Errors
-    /// When no place on this node is fit for what else of instances and jobs has to be somewhere.
-    pub fn open(host: &Host) -> Result<Registry> {
-        let Some(directory) = runtime::open(host.uid, host.runtime_home().as_deref()) else {
-            bail!(
-                "there is no place for the state of instances: neither $XDG_RUNTIME_DIR nor /run/user/{0} nor capsid-{0} in /tmp, \
-                 /dev/shm or /var/tmp is a local directory of yours with mode 0700",
-                host.uid
-            );
-        };
-        Ok(Registry {
-            directory,
+    pub fn open(host: &Host) -> Registry {
+        Registry {
+            directory: runtime::open(host.uid, host.runtime_home().as_deref()),
             uid: host.uid,
             login: door::scope_of_login(host),
             older: Older::of(host),
             job: host.job(),
-        })
+        }
     }
 
     /// Of a job of a user's, for root, which has become that user.
     pub fn of_job(uid: u32, job: u32) -> Option<Registry> {
         let home = PathBuf::from(format!("{JOBS}/job-{job}"));
         Some(Registry {
-            directory: runtime::open(uid, Some(home.as_os_str()))?,
+            directory: Some(runtime::open(uid, Some(home.as_os_str()))?),
             uid,
             login: String::new(),
             older: Older::of_job(uid, home),
@@ -117,14 +107,23 @@ impl Registry {
         })
     }
 
-    /// For messages, and for what else belongs there.
-    pub fn path(&self) -> &Path {
-        &self.directory.path
+    /// A directory of the user on this node, where there is one. It may go at the end of a login: no instance depends on it.
+    pub fn directory(&self) -> Option<&Directory> {
+        self.directory.as_ref()
     }
 
-    /// A directory of the user on this node. It may go at the end of a login.
-    pub fn directory(&self) -> &Directory {
-        &self.directory
+    /// The same for what cannot do without.
+    ///
+    /// # Errors
+    /// Naming the places that were tried.
+    pub fn place(&self) -> Result<&Directory> {
+        self.directory().with_context(|| {
+            format!(
+                "neither $XDG_RUNTIME_DIR nor /run/user/{0} nor capsid-{0} in /tmp, /dev/shm or /var/tmp is a local directory of \
+                 yours with mode 0700",
+                self.uid
+            )
+        })
     }
 
     fn scope(&self) -> String {
@@ -139,7 +138,7 @@ impl Registry {
     /// # Errors
     /// When an instance of the name runs or is being started.
     pub fn claim(&self, name: &str) -> Result<Door> {
-        self.directory.sweep();
+        self.directory().into_iter().for_each(Directory::sweep);
         if self.older(name).is_some() {
             return Err(exists(name));
         }

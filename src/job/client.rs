@@ -30,7 +30,7 @@ pub fn find(registry: &Registry) -> Option<Supervisor> {
         None,
     )
     .ok()?;
-    let address = UnixAddr::new(&registry.directory().entry(&socket_name(&job))).ok()?;
+    let address = UnixAddr::new(&registry.directory()?.entry(&socket_name(&job))).ok()?;
     connect(socket.as_raw_fd(), &address).ok()?;
     // Only our own user is listened to, whoever made the socket.
     wire::is_own_peer(&socket).then_some(Supervisor { socket, job })

@@ -89,7 +89,7 @@ fn list_name(job: &str) -> String {
 /// The services of our job, if it has declared any.
 pub fn services(registry: &Registry) -> Option<List> {
     let job = registry.job.as_ref()?;
-    let mut list: List = match registry.directory().read(&list_name(job), MAX_LIST) {
+    let mut list: List = match registry.directory()?.read(&list_name(job), MAX_LIST) {
         Some(text) => serde_json::from_slice(&text).ok(),
         // It is written when the supervisor begins, which is a moment after the Prolog.
         None => client::find(registry)?.list().ok(),

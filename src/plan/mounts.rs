@@ -366,7 +366,7 @@ pub fn is_of_the_system(place: &Path) -> bool {
 }
 
 fn working_directory(context: &Context, before: &[Mount]) -> Option<Mount> {
-    if context.request.contain || !context.has("cwd") {
+    if context.request.contain || !context.has("cwd") || !context.host.has_cwd {
         return None;
     }
     let host = context.host;

@@ -20,7 +20,7 @@ use crate::say;
 /// When it is not there, is no image, or is for another machine.
 pub fn prepare(from: &str, settings: &Settings) -> Result<Base> {
     let path = match from.strip_prefix("instance://") {
-        Some(name) => crate::instance::Registry::open(&settings.host)?
+        Some(name) => crate::instance::Registry::open(&settings.host)
             .find(name)
             .map(|instance| instance.record.image)
             .with_context(|| format!("no instance {name} is running"))?,

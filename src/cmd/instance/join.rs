@@ -22,7 +22,7 @@ pub fn run(
     explain: Option<Explain>,
     persona: Persona,
 ) -> Result<u8> {
-    let registry = Registry::open(host)?;
+    let registry = Registry::open(host);
     if registry.job.is_some() {
         crate::job::await_ready(&registry, name)?;
     }

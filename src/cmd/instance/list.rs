@@ -87,7 +87,7 @@ pub fn list(args: &ListArgs) -> Result<u8> {
         words.extend(args.pattern.as_deref());
         return crate::cmd::job::on_all_nodes(&host, &words);
     }
-    let mut registry = Registry::open(&host)?;
+    let mut registry = Registry::open(&host);
     if args.all {
         registry.job = None;
     }
@@ -185,7 +185,7 @@ pub fn stop(args: &StopArgs) -> Result<u8> {
         patience: Duration::from_secs_f64(args.timeout),
         force: args.force,
     };
-    let registry = Registry::open(&host)?;
+    let registry = Registry::open(&host);
     let mut records = registry.list();
     // What belongs to a job is stopped inside that job.
     records.retain(|r| r.job == registry.job && fits(pattern, &r.name));

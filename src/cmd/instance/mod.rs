@@ -89,13 +89,15 @@ fn check_user(user: Option<&str>, host: &Host) -> Result<()> {
 
 /// The instance that a command names, running or not. One that has ended has no processes.
 fn instance_of(name: &str, host: &Host) -> Result<Instance> {
-    let registry = crate::instance::Registry::open(host)?;
+    let registry = crate::instance::Registry::open(host);
     if let Some(instance) = registry.find_any(name) {
         return Ok(instance);
     }
     let usual = crate::instance::logs::directory(host, registry.job.as_deref());
-    [usual, registry.path().join("logs")]
+    let instead = registry.directory().map(|d| d.path.join("logs"));
+    [Some(usual), instead]
         .iter()
+        .flatten()
         .find_map(|directory| crate::instance::logs::last_end(directory, name))
         .map(Instance::ended)
         .ok_or_else(|| anyhow::anyhow!("no instance found with name {name}"))

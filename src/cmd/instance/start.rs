@@ -38,7 +38,7 @@ pub fn run(verb: &str, words: &[OsString], explain: Option<Explain>) -> Result<u
     }
     let mut life = None;
     if host.in_job() {
-        let registry = Registry::open(&host)?;
+        let registry = Registry::open(&host);
         if let Some(supervisor) = client::find(&registry) {
             let mut all = vec![OsString::from(verb)];
             all.extend_from_slice(words);
@@ -90,8 +90,8 @@ fn start(
     let image = image::open(&file.path)?;
     let facts = image.facts();
     image::check_arch(facts.arch.as_deref(), host.arch)?;
-    let registry = Registry::open(&host)?;
-    let network = action::network(action, registry.path())?;
+    let registry = Registry::open(&host);
+    let network = action::network(action, || Ok(registry.place()?.path.clone()))?;
     tell_root_of_ports(&host, action.net || network.is_some());
     let service = service(&args, network.is_some())?;
     let request = request(verb, name, action, &host)?;

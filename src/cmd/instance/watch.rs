@@ -92,7 +92,7 @@ pub struct WaitArgs {
 /// When it is waited for in vain.
 pub fn wait(args: &WaitArgs) -> Result<u8> {
     let host = Host::read()?;
-    let registry = Registry::open(&host)?;
+    let registry = Registry::open(&host);
     if registry.job.is_some() && args.until.as_deref() == Some("ready") {
         // It may be declared, and wait for others.
         crate::job::await_ready(&registry, &args.name)?;
@@ -270,7 +270,7 @@ const INTERVAL: Duration = Duration::from_secs(1);
 pub fn stats(args: &StatsArgs) -> Result<u8> {
     let host = Host::read()?;
     check_user(args.user.as_deref(), &host)?;
-    let registry = Registry::open(&host)?;
+    let registry = Registry::open(&host);
     let pattern = args.name.as_deref().unwrap_or("*");
     let look = || -> Vec<(Record, Usage)> {
         let all = registry.list().into_iter().map(|i| i.record);

@@ -197,7 +197,7 @@ fn report(job: u32, done: Result<()>) -> Result<u8> {
 
 fn supervise(args: &SuperviseArgs) -> Result<u8> {
     let host = Host::read()?;
-    let registry = Registry::open(&host)?;
+    let registry = Registry::open(&host);
     let socket = args.socket.filter(|fd| *fd > 2).map(sys::own);
     if let Some(fd) = &socket {
         rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::CLOEXEC)
@@ -282,7 +282,7 @@ pub fn elsewhere(host: &Host) -> Option<String> {
 
 fn status(args: &StatusArgs) -> Result<u8> {
     let host = Host::read()?;
-    let registry = Registry::open(&host)?;
+    let registry = Registry::open(&host);
     if registry.job.is_none() {
         bail!(
             "this is not a Slurm job: there is no job in the cgroup's path, and SLURM_JOB_ID is not set"
@@ -341,7 +341,7 @@ fn status(args: &StatusArgs) -> Result<u8> {
 
 fn start(args: &StartArgs) -> Result<u8> {
     let host = Host::read()?;
-    let registry = Registry::open(&host)?;
+    let registry = Registry::open(&host);
     let supervisor = supervisor(&host, &registry)?;
     let file = host.cwd.join(&args.file);
     let nodes = supervisor::nodes(&|name| host.var(name).map(OsString::from)).1;
@@ -397,7 +397,7 @@ pub fn on_all_nodes(host: &Host, words: &[&str]) -> Result<u8> {
 
 fn env(args: &EnvArgs) -> Result<u8> {
     let host = Host::read()?;
-    let registry = Registry::open(&host)?;
+    let registry = Registry::open(&host);
     let Some(supervisor) = client::find(&registry) else {
         return Ok(exit::OK);
     };
@@ -418,7 +418,7 @@ fn env(args: &EnvArgs) -> Result<u8> {
 /// A step in the background that holds a supervisor on every node.
 fn services() -> Result<u8> {
     let host = Host::read()?;
-    let registry = Registry::open(&host)?;
+    let registry = Registry::open(&host);
     let Some(job) = &registry.job else {
         bail!(
             "this is not a Slurm job: there is no job in the cgroup's path, and SLURM_JOB_ID is not set"

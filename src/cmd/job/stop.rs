@@ -39,7 +39,7 @@ pub struct StopArgs {
 /// Where there is no supervisor, and when the other nodes cannot be reached.
 pub fn run(args: &StopArgs) -> Result<u8> {
     let host = Host::read()?;
-    let registry = Registry::open(&host)?;
+    let registry = Registry::open(&host);
     let supervisor = supervisor(&host, &registry)?;
     let mut far = None;
     if args.all_nodes || args.at_end && seem_elsewhere(&registry) {

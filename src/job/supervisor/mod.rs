@@ -166,17 +166,18 @@ pub fn run(registry: &Registry, host: &Host, mut setup: Setup) -> Result<u8> {
         rustix::io::write(&fd, b"1\n").context("cannot tell that we listen")?;
     }
     let done = supervisor.serve(&signals, &listener);
-    let lock = registry.directory().lock();
-    registry.directory().remove(&socket_name(&job));
-    registry.directory().remove(&list_name(&job));
-    drop(lock);
+    if let Some(directory) = registry.directory() {
+        let _lock = directory.lock();
+        directory.remove(&socket_name(&job));
+        directory.remove(&list_name(&job));
+    }
     crate::instance::ending::take(registry);
     done
 }
 
 /// Binds the socket, unless a supervisor lives.
 fn claim(registry: &Registry, job: &str) -> Result<OwnedFd> {
-    let directory = registry.directory();
+    let directory = registry.place()?;
     let _lock = directory.lock();
     if client::find(registry).is_some() {
         bail!("job {job} has a supervisor on this node already");

@@ -367,7 +367,9 @@ impl Supervisor<'_> {
 
     pub(super) fn save(&self) {
         let text = serde_json::to_vec(&self.list).unwrap_or_default();
-        let directory = self.registry.directory();
+        let Some(directory) = self.registry.directory() else {
+            return; // what claimed the job's name has it
+        };
         if let Err(error) = directory.replace(&list_name(&self.job), &text) {
             say::warn(format_args!(
                 "cannot write in {}: {error}",
