@@ -6,7 +6,7 @@ use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow};
-use rustix::fs::Mode;
+use rustix::fs::{AtFlags, Mode};
 use rustix::io::Errno;
 
 use super::sys;
@@ -22,16 +22,22 @@ pub(super) fn throw_away(size_bytes: Option<u64>) -> Result<OwnedFd> {
     }
     let fd = sys::new_filesystem("tmpfs", &options)?;
     for name in ["upper", "work"] {
-        rustix::fs::mkdirat(&fd, name, Mode::from_raw_mode(0o755))
-            .context("cannot create the writable layer")?;
+        make_part(&fd, name).context("cannot create the writable layer")?;
     }
     Ok(fd)
+}
+
+/// `upper` is what `/` will be: with the mode of a root, whatever the caller's umask is.
+fn make_part(layer: &OwnedFd, name: &str) -> rustix::io::Result<()> {
+    let mode = Mode::from_raw_mode(0o755);
+    rustix::fs::mkdirat(layer, name, mode)?;
+    rustix::fs::chmodat(layer, name, mode, AtFlags::empty())
 }
 
 /// `upper` and `work` in the caller's directory, which is open, created when missing.
 pub(super) fn upper_and_work(fd: &OwnedFd, dir: &Path) -> Result<[OwnedFd; 2]> {
     let part = |name: &str| {
-        match rustix::fs::mkdirat(fd, name, Mode::from_raw_mode(0o755)) {
+        match make_part(fd, name) {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(error) => {
                 return Err(error).with_context(|| {

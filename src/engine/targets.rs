@@ -46,10 +46,10 @@ enum Ground {
 
 impl Ground {
     fn of(mount: &Mount) -> Ground {
+        // Shared memory is a directory like others.
         let kernels = |path: &Path| {
-            ["/dev", "/proc", "/sys"]
-                .iter()
-                .any(|top| path.starts_with(top))
+            let is_in = |top: &&str| path.starts_with(top);
+            ["/dev", "/proc", "/sys"].iter().any(is_in) && !is_in(&"/dev/shm")
         };
         match &mount.source {
             Source::Private(_) | Source::Dev { .. } => Ground::Own,

@@ -277,6 +277,11 @@ fn run_helper(name: &str, pid: i32, own: u32, (start, count): (u32, u32)) -> Res
         .with_context(|| format!("cannot run {program}"))?;
     if !out.status.success() {
         let said = String::from_utf8_lossy(&out.stderr);
+        if said.contains("Permission denied")
+            && let Some(policy) = policy(text_of)
+        {
+            bail!("cannot map subordinate ids: {policy}");
+        }
         let cause = helper_trouble(name, start, count)
             .unwrap_or_else(|| "does the range in /etc/subuid and /etc/subgid stand?".into());
         bail!(
