@@ -135,6 +135,9 @@ const ROOTS_32: &[u32] = &[61, 217, 310, 346, 21, 429, 442, 22, 52];
 #[cfg(not(target_arch = "x86_64"))]
 const ROOTS_32: &[u32] = &[61, 218, 337, 375, 21, 429, 442, 52];
 
+/// prctl(2) of 32-bit programs, of Intel's and ARM's alike.
+const PRCTL_32: u32 = 172;
+
 /// On every architecture.
 const LANDLOCK: u32 = 446;
 
@@ -159,6 +162,13 @@ pub fn program() -> Option<Vec<sock_filter>> {
     for call in ROOTS_32.iter().chain([&LANDLOCK]) {
         others.extend([equal(*call), end(ask)]);
     }
+    // The place of the credentials, which no thread changes by itself.
+    others.extend([
+        if_equal(PRCTL_32, 0, 3),
+        load_argument(0),
+        equal(libc::PR_SET_TIMERSLACK as u32),
+        seccomp::refuse(libc::EPERM),
+    ]);
     others.push(end(allow));
     let mut program = vec![
         seccomp::load_architecture(),
@@ -379,6 +389,10 @@ mod tests {
         for call in ROOTS_32.iter().chain([&LANDLOCK]) {
             assert_eq!(decide((*call).into(), other, [0; 6]), ask, "{call}");
         }
+        let slack = [libc::PR_SET_TIMERSLACK as u64, 50_001, 0, 0, 0, 0];
+        let refused = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
+        assert_eq!(decide(PRCTL_32.into(), other, slack), refused);
+        assert_eq!(decide(PRCTL_32.into(), other, [0; 6]), allow);
         for call in ROOTS.iter().chain([&c_long::from(LANDLOCK)]) {
             assert_eq!(decide(*call, arch, [0; 6]), ask, "{call}");
         }

@@ -10,12 +10,15 @@
 //! `/proc/PID/timerslack_ns`) is such a place: root has what the container began with, and the credentials with number
 //! N have N nanoseconds more.
 
-use std::io::{IoSlice, IoSliceMut, Read as _};
+use std::fs::File;
+use std::io::{IoSliceMut, Read as _};
 use std::os::fd::AsFd as _;
+use std::os::unix::fs::FileExt as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
+use nix::errno::Errno;
+use nix::sys::uio::{RemoteIoVec, process_vm_readv};
 use nix::unistd::Pid;
 use rustix::fs::{Mode, OFlags};
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
@@ -62,9 +65,28 @@ impl Tracee<'_> {
             },
         ];
         let mut local = [IoSliceMut::new(&mut bytes)];
-        let count = process_vm_readv(self.pid(), &mut local, &remote).ok()?;
+        let count = match process_vm_readv(self.pid(), &mut local, &remote) {
+            Ok(count) => count,
+            Err(Errno::EPERM | Errno::ENOSYS) => {
+                let file = self.memory(OFlags::RDONLY)?;
+                let (one, two) = bytes.split_at_mut(first);
+                match file.read_at(one, address).ok()? {
+                    count if count < first => count,
+                    count => count + file.read_at(two, address + first as u64).unwrap_or(0),
+                }
+            }
+            Err(_) => return None,
+        };
         bytes.truncate(count);
         Some(bytes)
+    }
+
+    /// Its memory as a file: where a filter around us forbids the calls for it, as container engines have them.
+    fn memory(&self, access: OFlags) -> Option<File> {
+        let path = format!("{}/mem", self.note.thread);
+        let flags = access | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&self.shared.proc, path, flags, Mode::empty()).ok()?;
+        Some(File::from(file))
     }
 
     /// Exactly so many bytes.
@@ -84,19 +106,14 @@ impl Tracee<'_> {
         None
     }
 
-    /// Writes to its memory, if it still waits.
+    /// Writes to its memory, if it still waits. The memory is opened before that is asked, so that it is that of the thread,
+    /// and not of another process that has its number by then.
     pub fn write(&self, address: u64, bytes: &[u8]) -> Option<()> {
-        let base = usize::try_from(address).ok()?;
-        let len = bytes.len();
+        let memory = self.memory(OFlags::WRONLY)?;
         if !self.is_pending() {
             return None;
         }
-        let written = process_vm_writev(
-            self.pid(),
-            &[IoSlice::new(bytes)],
-            &[RemoteIoVec { base, len }],
-        );
-        (written == Ok(len)).then_some(())
+        (memory.write_at(bytes, address).ok()? == bytes.len()).then_some(())
     }
 
     fn slack_file(&self) -> String {
