@@ -44,7 +44,7 @@ pub fn run(
     before: impl FnOnce() -> Result<u8>,
     work: impl FnOnce() -> Result<u8>,
 ) -> Result<u8> {
-    let _leftovers = Leftovers {
+    let removal = Leftovers {
         ids,
         paths: leftovers,
     };
@@ -80,6 +80,7 @@ pub fn run(
         End::Exited(status) => Ok(status),
         End::Signalled(Signal::SIGXFSZ) => bail!("{FILE_LIMIT}: nothing of the build is left"),
         end @ End::Signalled(signal) => {
+            drop(removal); // this process may end by the same signal
             say::error(format_args!(
                 "the build was ended by {signal}: nothing of it is left"
             ));
@@ -224,9 +225,19 @@ fn prepare_worker() -> Result<()> {
         MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC,
     )
     .context("cannot make the mounts private")?;
-    let proc = sys::new_filesystem("proc", &[])?;
-    let place = sys::open_path(Path::new("/proc"))?;
-    sys::attach(proc.as_fd(), place.as_fd()).context("cannot mount /proc")?;
+    // Inside another container there may be none to be had. The caller's then stays, which shows this process as well;
+    // sections, to which it would show all the others, get none and say why.
+    match sys::new_filesystem("proc", &[]) {
+        Ok(proc) => {
+            let place = sys::open_path(Path::new("/proc"))?;
+            sys::attach(proc.as_fd(), place.as_fd()).context("cannot mount /proc")?;
+        }
+        Err(error) => say::verbose(format_args!(
+            "the build keeps the caller's /proc: {error:#}"
+        )),
+    }
+    // Nor with what the caller has open, which no key of a kept step knows.
+    sys::close_on_exec()?;
     // Sections have no business with the caller's input: a loop of the shell that reads lines builds for each of them.
     let null = std::fs::File::open("/dev/null").context("cannot open /dev/null")?;
     rustix::stdio::dup2_stdin(null).context("cannot set standard input")

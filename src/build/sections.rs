@@ -235,6 +235,7 @@ fn contained(
     settings: &Settings,
     owners: &mut Owners,
 ) -> Result<u8> {
+    engine::sys::own_processes().context("a section of the definition needs a procfs")?;
     let work = room.join("work");
     for name in ["tmp", "var_tmp"] {
         let path = work.join(name);

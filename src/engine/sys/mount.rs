@@ -101,6 +101,18 @@ pub fn attach_over_root(tree: BorrowedFd) -> Result<()> {
         .context("cannot attach a mount over / (move_mount)")
 }
 
+/// Sees that /proc shows the processes of this process's pid namespace.
+///
+/// # Errors
+/// Why the kernel gives no such procfs.
+pub fn own_processes() -> Result<()> {
+    let own = std::fs::read_link("/proc/self").context("cannot read /proc/self")?;
+    match own.as_os_str() == std::process::id().to_string().as_str() {
+        true => Ok(()),
+        false => new_filesystem("proc", &[]).map(drop),
+    }
+}
+
 /// A new file system, configured and ready as a detached mount.
 ///
 /// # Errors
