@@ -196,7 +196,10 @@ fn machine_that_lacks_something_gets_the_remedy() {
         "true",
     ];
     let out = common::output(&mut env.command_as("/usr/bin/unshare".as_ref(), words));
-    out.fatal(&["user namespace", "sysctl -w user.max_user_namespaces"]);
+    out.fatal(&[
+        "user namespace",
+        "user.max_user_namespaces=65536 >/etc/sysctl.d",
+    ]);
     // Without the helpers, or without a range, others are emulated, or root is alone inside; and it is told so.
     let fakeroot = ["exec", "--fakeroot", image, "id", "-u"];
     for lack in [

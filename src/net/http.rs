@@ -21,7 +21,10 @@ use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig};
 use super::pace::Paced;
 use super::proxy;
 use super::url::{Origin, Scheme, Url};
-use crate::say;
+use crate::{given, say};
+
+/// Largest file of certificates, bytes.
+const MAX_CERTIFICATES: u64 = 16 << 20;
 
 /// A server that cannot be reached by then is not there.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
@@ -470,7 +473,7 @@ impl Client {
             .flatten();
         let mut own = Vec::new();
         for file in files.filter(|f| f.path().extension().is_some_and(|e| e == "crt")) {
-            match fs::read(file.path()) {
+            match given::text(&file.path(), MAX_CERTIFICATES) {
                 Ok(pem) => {
                     own.extend(
                         ureq::tls::parse_pem(&pem)

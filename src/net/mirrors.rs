@@ -15,6 +15,10 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 
 use super::url::Scheme;
+use crate::given;
+
+/// Largest file of settings, bytes.
+const MAX_FILE: u64 = 4 << 20;
 
 /// The registries that a file speaks of.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -98,7 +102,7 @@ impl Mirrors {
 
     /// `None` when there is none.
     fn read_file(file: &Path) -> Result<Option<Mirrors>> {
-        let text = match fs::read_to_string(file) {
+        let text = match given::string(file, MAX_FILE) {
             Ok(text) => text,
             // In a user namespace the home directory may be another user's.
             Err(error)

@@ -275,7 +275,7 @@ mod tests {
 
     #[test]
     fn without_files_there_is_the_default() {
-        let none = Path::new("/nonexistent");
+        let none = Path::new("/nonexistent/remote.yaml");
         let remotes = Remotes::read(none, none).unwrap();
         assert_eq!(remotes.get(None).unwrap().0, DEFAULT_NAME);
         assert!(remotes.get(Some("x")).is_err());
