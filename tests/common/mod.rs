@@ -75,6 +75,17 @@ impl Env {
             !nix::unistd::getuid().is_root(),
             "the tests run as a normal user: start them with tests/run"
         );
+        Env::made()
+    }
+
+    /// One that root makes, for all to see: what the hosts of `tests/hosts` share.
+    pub fn of_root() -> Env {
+        let env = Env::made();
+        fs::set_permissions(env.dir.path(), fs::Permissions::from_mode(0o755)).expect("chmod");
+        env
+    }
+
+    fn made() -> Env {
         let dir = tempfile::Builder::new()
             .prefix("capsid-test.")
             .tempdir()
