@@ -221,7 +221,7 @@ pub const PROFILES: &[Profile] = &[
     },
     Profile {
         name: "few-processes",
-        login: "ulimit -u 40",
+        login: "ulimit -u 64",
         ..DEBIAN
     },
     Profile {
