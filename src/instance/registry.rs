@@ -142,13 +142,20 @@ impl Registry {
         if self.older(name).is_some() {
             return Err(exists(name));
         }
+        let end = Instant::now() + PATIENCE;
         loop {
             let told = match Door::claim(self.uid, &self.scope(), name, PATIENCE)? {
                 Name::Ours(door) => return Ok(door),
                 Name::Taken(told) => told,
             };
             match told {
-                Told::Ended | Told::Stranger => {}
+                // One that ends tidies up first; one that says nothing, again and again, is none of this version.
+                Told::Ended | Told::Stranger if Instant::now() < end => {
+                    std::thread::sleep(Duration::from_millis(2));
+                }
+                Told::Ended | Told::Stranger => bail!(
+                    "instance {name} already exists: its monitor hangs up, which one of another version of this program may do"
+                ),
                 // It has ended, and its monitor is tidying up.
                 Told::Instance(other) if other.init.is_some() && !other.is_running() => {
                     let monitor = other.monitor.as_ref();
