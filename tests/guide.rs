@@ -247,7 +247,7 @@ fn pdf(env: &Env, registry: u16) {
         "pdf.sif",
         "pdf",
     ]);
-    output(&mut start).ok();
+    output(start.env("APPTAINER_CONFIGDIR", env.path("config"))).ok();
     let url = format!("http://127.0.0.1:{}/", page("<h1>A page</h1>"));
     let client = capsid(
         env,
