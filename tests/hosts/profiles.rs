@@ -216,7 +216,7 @@ pub const PROFILES: &[Profile] = &[
     },
     Profile {
         name: "few-descriptors",
-        login: "ulimit -n 40",
+        login: "ulimit -n 64",
         ..DEBIAN
     },
     Profile {
