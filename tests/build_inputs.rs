@@ -178,8 +178,10 @@ fn sections_have_none_of_the_callers_input() {
     let s = Site::new();
     let read = "if read line; then echo \"got $line\"; exit 1; fi";
     s.define(&format!(
-        "%pre\n {read}\n%setup\n {read}\n%post\n {read}\n%test\n {read}\n"
+        "%pre\n {read}\n%setup\n {read}\n%post\n {read}\n [ $(ls /proc/self/fd | wc -l) = 4 ]\n%test\n {read}\n"
     ));
+    // Inherited by what is started.
+    let _open = rustix::io::dup(fs::File::open("/dev/null").unwrap()).unwrap();
     for words in [&["-F"][..], &["-F", "--ignore-subuid"]] {
         let words = [words, &["x.sif", "x.def"]].concat();
         let (input, mut write) = std::io::pipe().unwrap();

@@ -958,6 +958,45 @@ fn relative_paths_of_a_removed_directory_lead_nowhere() {
 }
 
 #[test]
+fn root_of_a_writable_layer_is_open_to_all_whatever_the_umask() {
+    let env = Env::new();
+    let image = env.image();
+    fs::create_dir(env.work().join("ov")).unwrap();
+    for layer in ["--writable-tmpfs", "--overlay ov", "--overlay ov"] {
+        for umask in ["077", "777", "022"] {
+            let line = format!(
+                "umask {umask}; exec {} exec {layer} {} stat -c %a /",
+                env!("CARGO_BIN_EXE_capsid"),
+                image.display()
+            );
+            let out = output(&mut env.command_as(Path::new("sh"), ["-c", &line]));
+            assert_eq!(out.ok(), "755", "{layer} {umask}");
+        }
+    }
+}
+
+#[test]
+fn mount_points_are_made_in_shared_memory_too() {
+    let env = Env::new();
+    let image = env.image();
+    let memory = tempfile::Builder::new()
+        .prefix("capsid-test.")
+        .tempdir_in("/dev/shm")
+        .unwrap();
+    let file = marked(&env, "one").join("one");
+    let home = format!("{}:/h", memory.path().display());
+    let bind = format!("{}:/h/made/in.txt", file.display());
+    let out = exec(
+        &env,
+        &image,
+        &["--home", &home, "-B", &bind],
+        &["cat", "/h/made/in.txt"],
+    );
+    assert_eq!(out.ok(), "one");
+    assert!(memory.path().join("made/in.txt").exists());
+}
+
+#[test]
 fn options_of_mounts_are_read_as_the_peers_read_them() {
     let env = Env::new();
     let image = env.image();
