@@ -160,6 +160,9 @@ for delay_ms, image in enumerate(images):
     pid, fd = pty.fork()
     if pid == 0:
         os.execv(program, [program, "exec", "--pid", image, "sleep", "20"])
+    # Before that a ^C is nobody's.
+    while os.tcgetpgrp(fd) != pid:
+        time.sleep(0.0002)
     time.sleep(delay_ms / 1000)
     begin = time.monotonic()
     os.write(fd, b"\x03")
