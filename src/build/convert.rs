@@ -21,7 +21,7 @@ use crate::squash::{Attributes, Kind, Node, Options, Store, Summary, Tree};
 /// # use capsid::{build::convert, oci, sif::Stamp, squash::Options};
 /// # use std::path::Path;
 /// let platform = oci::Platform { architecture: "amd64".into(), os: "linux".into(), variant: None };
-/// let image = oci::Place::DockerArchive.open("a.tar:some/name", &platform, Path::new("/tmp"))?;
+/// let image = oci::Place::DockerArchive.open("a.tar:some/name", Path::new("/here"), &platform, Path::new("/tmp"))?;
 /// let origin = oci::config::Origin { bootstrap: "docker-archive".into(), from: "a.tar:some/name".into() };
 /// let stamp = Stamp { time_s: 1_800_000_000, identity: [0; 16] };
 /// convert::to_sif(&image, Path::new("a.sif"), &origin, stamp, Options::default())?;

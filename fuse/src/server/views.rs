@@ -94,8 +94,8 @@ impl View {
             self.add(here, name, kind).map(Step::To)
         });
         match made {
-            // Whoever mounts there finds that out, and knows whether it matters.
-            Err(Error::NotDirectory | Error::Loop) => Ok(()),
+            // Whoever mounts there finds that out, and knows whether it matters. (A path that is bad is a name that is too long.)
+            Err(Error::NotDirectory | Error::Loop | Error::BadPath(_)) => Ok(()),
             made => made.map(drop),
         }
     }
